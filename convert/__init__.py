@@ -1,0 +1,10 @@
+"""The converter: measures which RoPE frequency chunks rank tokens as the full head does, and writes them into a GGUF.
+
+Installed as ``fasa_edge.convert``. The runtime never imports it.
+"""
+
+from .inspect import FileReport, inspect
+from .objectives import OBJECTIVES
+from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
+
+__all__ = ["DEFAULT_TOKENS", "DEFAULT_TOP_K", "OBJECTIVES", "ConvertResult", "FileReport", "convert", "inspect"]

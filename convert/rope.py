@@ -1,0 +1,55 @@
+"""Which dimensions of a head form a RoPE plane: the frequency chunks (FCs) of arXiv 2602.03152 in llama.cpp's layouts.
+
+RoPE turns plane ``i`` by ``base^(-2i / n_rot)`` per position. The pairs follow ggml_rope_ext
+(ggml/src/ggml-cpu/ops.cpp): consecutive dimensions in NORM models, dimensions ``n_rot / 2`` apart in NEOX models, the
+convention of Hugging Face. The dimensions from ``n_rot`` on are not rotated (partial rotary); any two of them form a
+plane of frequency 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fasa_edge.errors import ConvertError
+
+# enum llama_rope_type of llama.cpp's include/llama.h
+ROPE_NONE = -1
+ROPE_NORM = 0
+ROPE_NEOX = 2
+ROPE_MROPE = 8
+ROPE_VISION = 24
+ROPE_IMROPE = 40
+
+_REFUSED = {
+    ROPE_NONE: "the model has no rotary embedding (RoPE), so its heads have no frequency chunks",
+    ROPE_MROPE: "multimodal RoPE (M-RoPE) turns its planes by several positions at once, which is not supported yet",
+    ROPE_VISION: "vision RoPE belongs to an image encoder, not to a language model",
+    ROPE_IMROPE: "interleaved M-RoPE turns its planes by several positions at once, which is not supported yet",
+}
+
+
+def chunk_dims(n_embd_head: int, n_rot: int, rope_type: int) -> np.ndarray:
+    """The two dimensions of every frequency chunk of a head.
+
+    Args:
+        n_embd_head: dimensions of a key head.
+        n_rot: rotated ones, the leading dimensions of the head.
+        rope_type: of ``enum llama_rope_type``.
+
+    Returns:
+        int32 ``[n_embd_head / 2, 2]``: rotated planes by falling frequency, then the unrotated ones.
+
+    Raises:
+        ConvertError: a RoPE type without such planes, or sizes that are odd or out of range.
+    """
+    if rope_type not in (ROPE_NORM, ROPE_NEOX):
+        reason = _REFUSED.get(rope_type, "its layout is unknown")
+        raise ConvertError(f"RoPE type {rope_type} cannot be converted, only {ROPE_NORM} and {ROPE_NEOX}: {reason}")
+    if n_embd_head < 2 or n_embd_head % 2:
+        raise ConvertError(f"head size {n_embd_head} cannot be split into planes: it must be even and at least 2")
+    if not 0 <= n_rot <= n_embd_head or n_rot % 2:
+        raise ConvertError(f"n_rot = {n_rot} does not fit a head of {n_embd_head}: it must be even and not larger")
+    dims = np.arange(n_embd_head, dtype=np.int32).reshape(-1, 2)
+    if rope_type == ROPE_NEOX:
+        dims[: n_rot // 2] = np.arange(n_rot, dtype=np.int32).reshape(2, -1).T
+    return dims

@@ -1,0 +1,189 @@
+"""ctypes mirror of ``llama-fasa.h``: the C API of the patched library, one Python function for each of its own."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from itertools import count, takewhile
+
+import numpy as np
+
+from fasa_edge._lib import llama_cpp
+from fasa_edge.errors import FasaError
+
+_lib = llama_cpp.llama_cpp._lib
+
+
+class Params(ctypes.Structure):
+    """``struct llama_fasa_params``: settings of a context."""
+
+    _fields_ = [
+        ("enabled", ctypes.c_bool),
+        ("budget", ctypes.c_uint32),
+        ("n_sink", ctypes.c_uint32),
+        ("n_recent", ctypes.c_uint32),
+        ("min_ctx", ctypes.c_uint32),
+        ("max_batch", ctypes.c_uint32),
+        ("n_tip", ctypes.c_uint32),
+        ("n_dense_layers", ctypes.c_uint32),
+    ]
+
+    def as_dict(self) -> dict[str, int | bool]:
+        """The fields by name."""
+        return {name: getattr(self, name) for name, *_ in self._fields_}
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("n_head", ctypes.c_int32),
+        ("n_head_kv", ctypes.c_int32),
+        ("n_embd_head", ctypes.c_int32),
+        ("n_rot", ctypes.c_int32),
+        ("rope_type", ctypes.c_int32),
+        ("is_swa", ctypes.c_bool),
+    ]
+
+
+def _function(name: str, restype, *argtypes):
+    function = getattr(_lib, name)
+    function.restype = restype
+    function.argtypes = argtypes
+    return function
+
+
+_ptr = ctypes.c_void_p
+_model_has_profile = _function("llama_fasa_model_has_profile", ctypes.c_bool, _ptr)
+_model_override_report = _function("llama_fasa_model_override_report", ctypes.c_char_p, _ptr)
+_get_params = _function("llama_fasa_get_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
+_set_params = _function("llama_fasa_set_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
+_reason_name = _function("llama_fasa_reason_name", ctypes.c_char_p, ctypes.c_int)
+_reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p, ctypes.c_int)
+_tips_size = _function("llama_fasa_tips_size", ctypes.c_size_t, _ptr)
+_get_layer = _function("llama_fasa_get_layer", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.POINTER(_Layer))
+_chunk_dims = _function(
+    "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
+)
+_fingerprint = _function("llama_fasa_fingerprint", ctypes.c_char_p, _ptr)
+_set_capture = _function("llama_fasa_set_capture", None, _ptr, ctypes.c_bool)
+_get_capture = _function(
+    "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_char, ctypes.POINTER(ctypes.c_int64), _ptr
+)
+
+_reason_names = takewhile(lambda name: name is not None, map(_reason_name, count()))
+REASONS = tuple((name.decode(), _reason_description(i).decode()) for i, name in enumerate(_reason_names))
+"""``enum llama_fasa_reason``: (name, description) of why a layer ran dense; the first, "none", ran sparse."""
+
+
+class Stats(ctypes.Structure):
+    """``struct llama_fasa_stats``: counters of a context."""
+
+    _fields_ = [
+        ("n_steps_prompt", ctypes.c_uint64),
+        ("n_steps_decode", ctypes.c_uint64),
+        ("n_layers", ctypes.c_uint64 * len(REASONS)),
+        ("bytes_kv", ctypes.c_uint64),
+        ("bytes_tips", ctypes.c_uint64),
+        ("bytes_kv_dense", ctypes.c_uint64),
+    ]
+
+
+_get_stats = _function("llama_fasa_get_stats", None, _ptr, ctypes.POINTER(Stats))
+_reset_stats = _function("llama_fasa_reset_stats", None, _ptr)
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One layer as FASA sees it (``struct llama_fasa_layer``); ``n_head_kv`` is 0 without a K cache of its own."""
+
+    n_head: int
+    n_head_kv: int
+    n_embd_head: int
+    n_rot: int
+    rope_type: int
+    is_swa: bool
+
+
+def has_profile(model: int) -> bool:
+    """Whether the model (``llama_model *``) carries ``fasa.*`` metadata."""
+    return _model_has_profile(model)
+
+
+def override_report(model: int) -> list[str]:
+    """The ``fasa.*`` overrides that had no effect on the model, one line each."""
+    return _model_override_report(model).decode().splitlines()
+
+
+def get_params(ctx: int) -> Params | None:
+    """Settings in force in a context (``llama_context *``); ``None`` without a profile."""
+    params = Params()
+    return params if _get_params(ctx, ctypes.byref(params)) else None
+
+
+def set_params(ctx: int, params: Params) -> None:
+    """Change the settings from the next decode on.
+
+    Raises:
+        FasaError: refused; llama.cpp's log says why.
+    """
+    if not _set_params(ctx, ctypes.byref(params)):
+        raise FasaError(f"the library refused the settings {params.as_dict()}: its log names the field and the limit")
+
+
+def get_stats(ctx: int) -> Stats:
+    """Counters since the context was made, or since the last :func:`reset_stats`."""
+    stats = Stats()
+    _get_stats(ctx, ctypes.byref(stats))
+    return stats
+
+
+def reset_stats(ctx: int) -> None:
+    """Set the counters to zero."""
+    _reset_stats(ctx)
+
+
+def tips_size(ctx: int) -> int:
+    """Bytes of the tip cache."""
+    return _tips_size(ctx)
+
+
+def layer_geometry(model: int) -> list[LayerGeometry]:
+    """All layers of a model (``llama_model *``)."""
+    layers: list[LayerGeometry] = []
+    layer = _Layer()
+    while _get_layer(model, len(layers), ctypes.byref(layer)):
+        layers.append(LayerGeometry(*(getattr(layer, name) for name, _ in _Layer._fields_)))
+    return layers
+
+
+def chunk_dims(layer: LayerGeometry) -> np.ndarray:
+    """The two dims of each chunk of a head as the runtime pairs them, int32 [n_chunk, 2]; empty: it knows no planes."""
+    c_layer = _Layer(*(getattr(layer, name) for name, _ in _Layer._fields_))
+    dims = (ctypes.c_int32 * 2)()
+    rows = []
+    while _chunk_dims(ctypes.byref(c_layer), len(rows), dims):
+        rows.append(tuple(dims))
+    return np.array(rows, dtype=np.int32).reshape(-1, 2)
+
+
+def fingerprint(model: int) -> str:
+    """Architecture and head geometry of a model in one line."""
+    return _fingerprint(model).decode()
+
+
+def set_capture(ctx: int, capture: bool) -> None:
+    """Keep Q and K of every attention layer for :func:`captured`."""
+    _set_capture(ctx, capture)
+
+
+def captured(ctx: int, il: int, which: str) -> np.ndarray | None:
+    """Q ("q") or K ("k") of layer ``il`` in the last micro-batch, after RoPE and before any Hadamard rotation.
+
+    Returns:
+        float32 [n_tokens, n_head or n_head_kv, n_embd_head], or ``None`` if the layer was not captured.
+    """
+    ne = (ctypes.c_int64 * 3)()
+    if not _get_capture(ctx, il, which.encode(), ne, None):
+        return None
+    res = np.empty(tuple(reversed(ne)), dtype=np.float32)
+    _get_capture(ctx, il, which.encode(), ne, res.ctypes.data)
+    return res

@@ -1,0 +1,114 @@
+"""Puts the patched llama.cpp under the stock ``llama_cpp`` bindings, and checks that it is really there.
+
+``import fasa_edge`` before ``import llama_cpp`` is enough: the bindings load what ``LLAMA_CPP_LIB_PATH`` names. Whoever
+was first decides, also for ggml, whose soname a foreign copy may hold already; so the mapped files are checked, not the
+intention.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from fasa_edge.errors import LibraryError
+
+LLAMA_COMMIT = "0c1e57098"
+"""The llama.cpp commit that ``patches/`` applies to and whose structs the bindings mirror."""
+
+
+_REMEDY = "import fasa_edge before llama_cpp, and before anything else that loads llama.cpp or ggml, in this process"
+
+
+class Build(ctypes.Structure):
+    """Mirror of ``struct llama_fasa_build`` (llama-fasa.h)."""
+
+    _fields_ = [
+        ("llama_commit", ctypes.c_char_p),
+        ("ggml_base_path", ctypes.c_char_p),
+        ("llama_path", ctypes.c_char_p),
+        ("sizeof_model_params", ctypes.c_size_t),
+        ("sizeof_context_params", ctypes.c_size_t),
+        ("sizeof_batch", ctypes.c_size_t),
+        ("sizeof_kv_override", ctypes.c_size_t),
+    ]
+
+
+def lib_dir() -> Path:
+    """Directory of the patched libraries: filled by the build, or named by ``FASA_LIB_PATH`` for work on them."""
+    return Path(os.environ.get("FASA_LIB_PATH", Path(__file__).parent / "lib")).resolve()
+
+
+def load() -> ModuleType:
+    """Import ``llama_cpp`` over the patched library and return it.
+
+    Raises:
+        LibraryError: another library is mapped, or it does not fit the installed bindings.
+    """
+    if "llama_cpp" not in sys.modules:
+        if not lib_dir().is_dir():
+            raise LibraryError(
+                f"the patched llama.cpp libraries are not at {lib_dir()}: install fasa-edge with `pip install .` "
+                "(a source tree on sys.path has none), or set FASA_LIB_PATH to a directory that holds them"
+            )
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
+        # vision models load a library of their own, which must be of the same build
+        os.environ["MTMD_CPP_LIB"] = str(lib_dir())
+    try:
+        import llama_cpp
+    except (OSError, RuntimeError) as error:
+        raise LibraryError(
+            f"the libraries in {lib_dir()} do not load: {error}; either another ggml came first (then {_REMEDY}), "
+            "or the installation is damaged (then reinstall fasa-edge)"
+        ) from error
+
+    check(llama_cpp, lib_dir())
+    return llama_cpp
+
+
+def check(llama_cpp: ModuleType, lib_dir: Path) -> Build:
+    """Verify which libllama and libggml-base are mapped, their commit, and the sizes of the structs they share.
+
+    Args:
+        llama_cpp: the imported bindings.
+        lib_dir: where both libraries must come from.
+
+    Raises:
+        LibraryError: names what is mapped instead, and the remedy.
+    """
+    lib = llama_cpp.llama_cpp._lib
+    try:
+        lib.llama_fasa_get_build.restype = Build
+        build = lib.llama_fasa_get_build()
+    except AttributeError:
+        raise LibraryError(f"llama_cpp runs on {lib._name}, which is not the patched library: {_REMEDY}") from None
+
+    for name, path in (("libllama", build.llama_path), ("libggml-base", build.ggml_base_path)):
+        mapped = Path(os.fsdecode(path)).resolve()
+        if mapped.parent != lib_dir.resolve():
+            raise LibraryError(f"{name} is mapped from {mapped}, expected it from {lib_dir}: {_REMEDY}")
+
+    commit = build.llama_commit.decode()
+    if commit != LLAMA_COMMIT:
+        raise LibraryError(
+            f"the library in {lib_dir} was built from llama.cpp {commit}, expected {LLAMA_COMMIT}: reinstall fasa-edge"
+        )
+
+    for struct, size in (
+        ("llama_model_params", build.sizeof_model_params),
+        ("llama_context_params", build.sizeof_context_params),
+        ("llama_batch", build.sizeof_batch),
+        ("llama_model_kv_override", build.sizeof_kv_override),
+    ):
+        bound = ctypes.sizeof(getattr(llama_cpp, struct))
+        if bound != size:
+            raise LibraryError(
+                f"{struct} has {bound} bytes in llama-cpp-python {llama_cpp.__version__} and {size} in the library: "
+                "install the version of llama-cpp-python that fasa-edge requires"
+            )
+    return build
+
+
+llama_cpp = load()

@@ -1,0 +1,349 @@
+"""The ``fasa-edge`` command. Results go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tabulate import tabulate
+
+import fasa_edge
+from fasa_edge import _lib, bench, convert
+from fasa_edge.config import FasaConfig
+from fasa_edge.errors import FasaError
+
+_stderr = Console(stderr=True)
+
+
+class _Group(click.Group):
+    """Turns the library's errors into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FasaError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage: call with its name, what is done and what there is to do."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr, transient=True, disable=quiet) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(fasa_edge.__version__, prog_name="fasa-edge")
+def main() -> None:
+    """Sparse attention for llama.cpp: decode long contexts nearly as fast as short ones."""
+    warnings.showwarning = lambda message, *_: _stderr.print(f"warning: {message}", highlight=False)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def _model_options(command: Callable) -> Callable:
+    """What every command that loads a model understands."""
+    for option in (
+        click.argument("model", type=click.Path(exists=True, dir_okay=False)),
+        click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Cells of the KV cache."),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="Threads.  [default: half of them]"),
+        click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
+        click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
+        click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
+        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _parse_override(text: str) -> tuple[str, bool | int | float | str]:
+    """``KEY=TYPE:VALUE`` with TYPE one of int, float, bool, str (common/common.cpp, string_parse_kv_override)."""
+    key, _, typed = text.partition("=")
+    kind, _, value = typed.partition(":")
+    try:
+        if kind == "bool":
+            return key, {"true": True, "false": False}[value]
+        return key, {"int": int, "float": float, "str": str}[kind](value)
+    except (KeyError, ValueError):
+        raise FasaError(
+            f"--override-kv {text}: expected KEY=TYPE:VALUE with TYPE int, float, bool or str, e.g. fasa.budget=int:256"
+        ) from None
+
+
+def _load(
+    model: str,
+    n_ctx: int,
+    n_threads: int | None,
+    n_gpu_layers: int,
+    budget: int | None,
+    overrides: tuple[str, ...],
+    verbose: bool,
+    **fasa: Any,
+) -> fasa_edge.Llama:
+    return fasa_edge.Llama(
+        model,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        kv_overrides=dict(map(_parse_override, overrides)),
+        fasa_budget=budget,
+        verbose=verbose,
+        **fasa,
+    )
+
+
+@main.command(name="convert")
+@click.argument("src", type=click.Path(dir_okay=False))
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="The copy.  [default: SRC, -fasa before .gguf]")
+@click.option(
+    "--text", type=click.Path(dir_okay=False), help="UTF-8 text to calibrate on.  [default: pydoc_data.topics]"
+)
+@click.option("--tokens", type=int, default=convert.DEFAULT_TOKENS, help="Tokens of the text to use.")
+@click.option("--objective", type=click.Choice(sorted(convert.OBJECTIVES)), default="lsq", help="Chooses the chunks.")
+@click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objective `agreement`.")
+@click.option("--n-tip", type=int, help="Chunks scored per KV head.  [default: 8 + head size / 16]")
+@click.option("--budget", type=int, default=FasaConfig.budget, help="Cells that a decoded token attends to.")
+@click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
+@click.option("--n-recent", type=int, default=FasaConfig.n_recent, help="Last tokens always attended to.")
+@click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
+@click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
+@click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
+@_json_option
+def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
+    """Find the dominant frequency chunks of the GGUF model SRC and write a copy that carries them.
+
+    The settings from --budget on are defaults stored in the copy; each can be changed when it is loaded.
+    """
+    settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
+    start = time.perf_counter()
+    with _progress(as_json) as progress:
+        result = convert.convert(src, output, config=FasaConfig(**settings), progress=progress, **options)
+    profile = result.profile
+    report = {
+        "path": str(result.path),
+        "n_bytes": result.n_bytes,
+        "seconds": round(time.perf_counter() - start, 1),
+        "n_tip": profile.n_tip,
+        "calibration": asdict(profile.calibration),
+        "fingerprint": profile.fingerprint,
+    }
+    if as_json:
+        return _print_json(report)
+    calibration = profile.calibration
+    click.echo(
+        f"{result.path}: {_bytes(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
+        f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
+    )
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@_json_option
+def inspect(file: str, as_json: bool) -> None:
+    """Show what FASA metadata FILE holds."""
+    report = convert.inspect(file)
+    if as_json:
+        return _print_json(report.to_dict())
+    click.echo(
+        f"{report.path}: {report.architecture}, {report.name or 'no name'}, {report.n_tensors} tensors, "
+        f"{_bytes(report.n_bytes)}"
+    )
+    profile = report.profile
+    if profile is None:
+        return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
+    settings = asdict(profile.config) | {"n_tip": profile.n_tip}
+    click.echo(
+        tabulate([*settings.items(), *asdict(profile.calibration).items(), ("fingerprint", profile.fingerprint)])
+    )
+    rows = [
+        (il, ih, " ".join(map(str, chunks[: profile.n_tip])), f"{agreement[: profile.n_tip].sum():.3f}")
+        for il, layer in enumerate(profile.chunks)
+        for ih, (chunks, agreement) in enumerate(zip(layer, profile.agreement[il], strict=True))
+    ]
+    click.echo(
+        tabulate(rows, headers=("layer", "KV head", "chunks, best first", f"sum of {profile.calibration.objective}"))
+    )
+
+
+def _reasons(layers_dense: dict[str, int]) -> str:
+    return ", ".join(f"{n} ({reason})" for reason, n in layers_dense.items()) or "0"
+
+
+def _report_run(llm: fasa_edge.Llama, n_tokens: int, seconds: float) -> dict[str, Any]:
+    stats = llm.fasa.stats()
+    return {
+        "n_tokens": n_tokens,
+        "tokens_per_second": n_tokens / seconds if seconds > 0 else 0.0,
+        "layers_sparse": stats.n_layers_sparse,
+        "layers_dense": stats.n_layers_dense,
+        "bytes_kv": stats.bytes_kv,
+        "bytes_tips": stats.bytes_tips,
+        "bytes_kv_dense": stats.bytes_kv_dense,
+        "settings": stats.settings,
+    }
+
+
+@main.command()
+@_model_options
+@click.option("-p", "--prompt", help="The prompt.")
+@click.option(
+    "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="File with the prompt; - for standard input."
+)
+@click.option("-n", "--n-predict", type=click.IntRange(1), default=128, help="Tokens to generate.")
+@click.option("--temp", "temperature", type=click.FloatRange(0), default=0.0, help="Temperature; 0: greedy.")
+@click.option("--seed", type=int, default=0, help="Of the sampling.")
+@click.option("--dense", is_flag=True, help="Switch FASA off.")
+@_json_option
+def run(
+    prompt: str | None,
+    prompt_file: Any,
+    n_predict: int,
+    temperature: float,
+    seed: int,
+    dense: bool,
+    as_json: bool,
+    **model: Any,
+) -> None:
+    """Generate text after a prompt with MODEL."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
+    llm = _load(**model, fasa_enabled=False if dense else None)
+    tokens = llm.tokenize((prompt if prompt is not None else prompt_file.read()).encode())
+    if len(tokens) + n_predict > llm.n_ctx():
+        raise FasaError(
+            f"{len(tokens)} tokens of prompt and {n_predict} to generate exceed the context of {llm.n_ctx()}: "
+            "shorten the prompt or raise -c"
+        )
+    pieces: list[str] = []
+    first = start = time.perf_counter()
+    for chunk in llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True):
+        if not pieces:
+            first = time.perf_counter()  # the prompt and the first token
+            llm.fasa.reset_stats()
+        pieces.append(chunk["choices"][0]["text"])
+        if not as_json:
+            click.echo(pieces[-1], nl=False)
+    n_tokens = llm.n_tokens - len(tokens)
+    report = {
+        "prompt_tokens": len(tokens),
+        "prompt_seconds": first - start,
+        **_report_run(llm, n_tokens, time.perf_counter() - first),
+    }
+    if as_json:
+        return _print_json({"text": "".join(pieces)} | report)
+    click.echo()
+    _stderr.print(
+        f"\nprompt {len(tokens)} tokens in {report['prompt_seconds']:.1f} s, "
+        f"then {n_tokens} tokens at {report['tokens_per_second']:.1f} tokens/s",
+        highlight=False,
+    )
+    if not report["settings"]:
+        return _stderr.print(
+            f"dense: {model['model']} has no FASA profile, make one with `fasa-edge convert`", highlight=False
+        )
+    read = report["bytes_kv"] + report["bytes_tips"]
+    _stderr.print(
+        f"KV read {_bytes(read)} (tips {_bytes(report['bytes_tips'])}), "
+        f"dense reads {_bytes(report['bytes_kv_dense'])}; "
+        f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}",
+        highlight=False,
+    )
+
+
+@main.command(name="bench")
+@_model_options
+@click.option("-d", "--n-depth", "depths", default="0,2048,7168", help="Tokens in the cache, comma-separated.")
+@click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Pairs of dense and FASA at each depth.")
+@click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
+@_json_option
+def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: bool, **model: Any) -> None:
+    """Measure decoding speed of MODEL at several depths, dense and FASA interleaved."""
+    try:
+        depth_list = [int(depth) for depth in depths.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{depths!r}: expected numbers separated by commas", param_hint="-d") from None
+    model["n_ctx"] = model["n_ctx"] or max(depth_list) + n_gen
+    llm = _load(**model)
+    with _progress() as progress:
+        rows = list(bench.run(llm, depth_list, n_gen, repetitions, lambda done, total: progress("bench", done, total)))
+    if as_json or fmt == "json":
+        return _print_json([row.as_dict() for row in rows])
+    table = [
+        (
+            row.model_filename, _bytes(row.model_size), row.n_threads, row.method, row.budget or "", row.test,
+            f"{row.as_dict()['avg_ts']:.2f} ± {row.as_dict()['stddev_ts']:.2f}", f"{row.median_ts:.2f}",
+            f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})", f"{row.read_ratio:.2f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    headers = (
+        "model",
+        "size",
+        "threads",
+        "method",
+        "budget",
+        "test",
+        "t/s",
+        "median t/s",
+        "x dense (range)",
+        "KV read",
+    )
+    click.echo(tabulate(table, headers, tablefmt="github", disable_numparse=True))
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Check the installation: library, commit, CPU features, backends, FASA."""
+    llama_cpp = _lib.llama_cpp
+    build = _lib.check(llama_cpp, _lib.lib_dir())
+    llama_cpp.llama_backend_init()
+    report = {
+        "fasa_edge": fasa_edge.__version__,
+        "llama_cpp_python": llama_cpp.__version__,
+        "libllama": build.llama_path.decode(),
+        "libggml_base": build.ggml_base_path.decode(),
+        "llama_commit": build.llama_commit.decode(),
+        "struct_sizes": "as the bindings expect",
+        "system_info": llama_cpp.llama_print_system_info().decode().strip(),
+        "gpu_offload": llama_cpp.llama_supports_gpu_offload(),
+        "fasa": "compiled in",
+        "python": sys.version.split()[0],
+        "package": str(Path(fasa_edge.__file__).parent),
+    }
+    if as_json:
+        return _print_json(report)
+    click.echo(tabulate(report.items()))

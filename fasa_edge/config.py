@@ -1,0 +1,76 @@
+"""The defaults of the runtime: how many tokens a sparse decode step keeps, and when it runs at all.
+
+Every field is stored in a GGUF under the key ``fasa.<field>`` (see :mod:`fasa_edge.schema`). The budget is ``N_fac`` of
+arXiv 2602.03152, and its first layer is dense too; sinks and recent tokens inside the budget are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fasa_edge.errors import SchemaError
+
+INT32_MAX = 2**31 - 1  # cell ids and counts are int32 in the runtime
+
+LIMITS = {  # inclusive range of each number, in the unit of its field
+    "budget": (1, INT32_MAX),
+    "n_sink": (0, INT32_MAX),
+    "n_recent": (0, INT32_MAX),
+    "n_dense_layers": (0, INT32_MAX),
+    "min_ctx": (0, INT32_MAX),
+    "max_batch": (1, 64),
+}
+
+
+@dataclass(frozen=True)
+class FasaConfig:
+    """Settings of sparse decoding; every one of them can be overridden when a model is loaded.
+
+    Attributes:
+        enabled: False runs llama.cpp's own dense attention everywhere.
+        budget: tokens attended per KV head and step, sinks and recent tokens included.
+        n_sink: first tokens of the context that are always attended.
+        n_recent: latest tokens that are always attended.
+        n_dense_layers: leading layers that stay dense.
+        min_ctx: cached tokens below which a step stays dense; 0 means twice the budget.
+        max_batch: tokens per sequence up to which a batch counts as decoding; larger ones are prompts and stay dense.
+
+    Raises:
+        SchemaError: a value of the wrong type, out of range, or ``n_sink + n_recent > budget``.
+    """
+
+    enabled: bool = True
+    budget: int = 512
+    n_sink: int = 4
+    n_recent: int = 32
+    n_dense_layers: int = 1
+    min_ctx: int = 0
+    max_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise SchemaError(f"enabled = {self.enabled!r}: expected True or False")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SchemaError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
+            if not low <= value <= high:
+                raise SchemaError(f"{name} = {value} is out of range: choose {low} to {high}")
+        if self.n_sink + self.n_recent > self.budget:
+            raise SchemaError(
+                f"n_sink + n_recent = {self.n_sink} + {self.n_recent} = {self.n_sink + self.n_recent} exceeds "
+                f"budget = {self.budget}: raise the budget or keep fewer sinks and recent tokens"
+            )
+
+    @property
+    def effective_min_ctx(self) -> int:
+        """Cached tokens below which a step stays dense, with the automatic value (twice the budget) resolved."""
+        return self.min_ctx or 2 * self.budget
+
+
+def default_n_tip(n_embd_head: int) -> int:
+    """Chunks per KV head for a head of ``n_embd_head`` dimensions: ``8 + n_embd_head / 16``, at most all of them.
+
+    12 of 32 at head size 64 (our measurement), 16 of 64 at 128 (``N_tip`` of arXiv 2602.03152).
+    """
+    return min(8 + n_embd_head // 16, n_embd_head // 2)

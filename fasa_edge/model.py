@@ -1,0 +1,202 @@
+"""``fasa_edge.Llama``: the class of llama-cpp-python, decoding sparsely where the model carries a FASA profile."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from fasa_edge import _capi
+from fasa_edge._lib import llama_cpp
+from fasa_edge._log import error_log
+from fasa_edge.config import FasaConfig
+from fasa_edge.errors import FasaError, ModelError
+
+_SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
+_FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
+
+_KV_MEMORY_SHARE = 0.5
+"""Of the memory that is free, what the KV cache of an automatic ``n_ctx`` may take: the model needs the rest."""
+
+
+@dataclass(frozen=True)
+class FasaStats:
+    """Counters of a context since it was made or since :meth:`Fasa.reset_stats`.
+
+    Attributes:
+        n_steps_prompt: micro-batches that were prompts, and ran dense.
+        n_steps_decode: micro-batches of at most ``max_batch`` tokens per sequence.
+        n_layers_sparse: attention layers that ran sparse, summed over the steps.
+        n_layers_dense: the same for those that ran dense, by reason (:data:`fasa_edge._capi.REASONS`).
+        bytes_kv: bytes of K and V that the attention of decoded tokens read, in sparse and dense layers.
+        bytes_tips: bytes of the tip cache that they read.
+        bytes_kv_dense: bytes of K and V that they would have read, had every layer run dense.
+        tips_size: bytes of memory that the tip cache takes.
+        settings: settings in force; empty without a profile.
+        ineffective_overrides: ``fasa.*`` overrides that no setting took, and why.
+    """
+
+    n_steps_prompt: int
+    n_steps_decode: int
+    n_layers_sparse: int
+    n_layers_dense: dict[str, int]
+    bytes_kv: int
+    bytes_tips: int
+    bytes_kv_dense: int
+    tips_size: int
+    settings: dict[str, int | bool]
+    ineffective_overrides: list[str]
+
+    @property
+    def read_ratio(self) -> float:
+        """Bytes read by attention over the bytes that dense attention would have read; 1 before any decode step."""
+        return (self.bytes_kv + self.bytes_tips) / self.bytes_kv_dense if self.bytes_kv_dense else 1.0
+
+
+class Fasa:
+    """The FASA side of one loaded model: settings that can change between steps, and counters."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+
+    @property
+    def available(self) -> bool:
+        """Whether the model carries a profile; without one everything runs dense."""
+        return _capi.has_profile(self._llm.model)
+
+    @property
+    def settings(self) -> dict[str, int | bool]:
+        """Settings in force, by name; empty without a profile."""
+        params = _capi.get_params(self._llm.ctx)
+        return params.as_dict() if params else {}
+
+    def configure(self, **settings: int | bool) -> None:
+        """Change settings from the next step on: ``llm.fasa.configure(budget=1024)``, ``configure(enabled=False)``.
+
+        Args:
+            settings: fields of :class:`fasa_edge.config.FasaConfig`, but for ``n_dense_layers``, which like ``n_tip``
+                is fixed when the model is loaded.
+
+        Raises:
+            FasaError: the model has no profile, or a field is unknown or fixed.
+            SchemaError: a value is out of range.
+        """
+        params = _capi.get_params(self._llm.ctx)
+        if params is None:
+            raise FasaError(f"{self._llm.model_path} has no FASA profile: make one with `fasa-edge convert`")
+        for name in settings:
+            if name in _FIXED_AT_LOAD:
+                raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
+            if name not in _SETTINGS:
+                raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_SETTINGS)}")
+        wanted = {**params.as_dict(), **settings}
+        FasaConfig(**{name: value for name, value in wanted.items() if name != "n_tip"})
+        _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
+
+    def stats(self) -> FasaStats:
+        """Counters and effective settings."""
+        stats = _capi.get_stats(self._llm.ctx)
+        n_layers = dict(zip((name for name, _ in _capi.REASONS), stats.n_layers, strict=True))
+        return FasaStats(
+            n_steps_prompt=stats.n_steps_prompt,
+            n_steps_decode=stats.n_steps_decode,
+            n_layers_sparse=n_layers.pop("none"),
+            n_layers_dense={name: n for name, n in n_layers.items() if n},
+            bytes_kv=stats.bytes_kv,
+            bytes_tips=stats.bytes_tips,
+            bytes_kv_dense=stats.bytes_kv_dense,
+            tips_size=_capi.tips_size(self._llm.ctx),
+            settings=self.settings,
+            ineffective_overrides=_capi.override_report(self._llm.model),
+        )
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+        _capi.reset_stats(self._llm.ctx)
+
+
+class Llama(llama_cpp.Llama):
+    """``llama_cpp.Llama`` with FASA: the same constructor and methods, plus ``fasa_*`` settings and :attr:`fasa`.
+
+    Two defaults differ: flash attention is on, because FASA needs it, and ``n_ctx`` is the model's own.
+
+    Args:
+        model_path: a GGUF file; one without a FASA profile runs dense.
+        n_ctx: cells of the KV cache; 0: what the model was trained for, or less where half of the free memory does not
+            hold its KV cache.
+        flash_attn: must stay on.
+        kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
+        fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
+            ``fasa_min_ctx``, ``fasa_max_batch``, ``fasa_n_tip``; each replaces the default stored in the model.
+        kwargs: every other argument of ``llama_cpp.Llama``.
+
+    Raises:
+        FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
+        ModelError: llama.cpp cannot load the model; the message holds what it logged.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        n_ctx: int = 0,
+        flash_attn: bool = True,
+        kv_overrides: dict[str, bool | int | float | str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._stack = contextlib.ExitStack()  # the parent's __del__ closes it, also if construction ends here
+        if not flash_attn:
+            raise FasaError(
+                "flash_attn=False: FASA reads V row by row, which only the flash attention layout allows; leave "
+                "flash_attn on (fasa_enabled=False switches FASA off), or use llama_cpp.Llama"
+            )
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("fasa_")}
+        for name in settings:
+            if name.removeprefix("fasa_") not in _SETTINGS:
+                raise FasaError(
+                    f"{name} is no argument of fasa_edge.Llama: choose from {', '.join('fasa_' + s for s in _SETTINGS)}"
+                )
+        overrides = dict(kv_overrides or {})
+        overrides |= {
+            f"fasa.{name.removeprefix('fasa_')}": value for name, value in settings.items() if value is not None
+        }
+
+        with error_log() as errors:
+            try:
+                super().__init__(
+                    model_path,
+                    n_ctx=n_ctx or _automatic_n_ctx(model_path),
+                    flash_attn=True,
+                    kv_overrides=overrides or None,
+                    **kwargs,
+                )
+            except ValueError as error:
+                raise ModelError("; ".join([str(error), *dict.fromkeys(errors)])) from error
+        self.fasa = Fasa(self)
+
+        if not self.fasa.available and (ignored := [key for key in overrides if key.startswith("fasa.")]):
+            warnings.warn(f"{model_path} has no FASA profile, so {', '.join(ignored)} has no effect", stacklevel=2)
+        for line in _capi.override_report(self.model):
+            warnings.warn(f"override without effect: {line}", stacklevel=2)
+
+
+def _automatic_n_ctx(model_path: str) -> int:
+    """The context that the model was trained for, as far as memory allows; 0 where the file does not load."""
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True  # reads the metadata, none of the weights
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    with llama_cpp._utils.suppress_stdout_stderr(disable=False):
+        model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), params)
+    if not model:
+        return 0
+    try:
+        n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
+        # K and V in f16
+        bytes_per_cell = sum(4 * layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model))
+    finally:
+        llama_cpp.llama_model_free(model)
+    fits = int(_KV_MEMORY_SHARE * psutil.virtual_memory().available / max(bytes_per_cell, 1))
+    return min(n_ctx_train, max(fits // 256 * 256, 256))

@@ -1,0 +1,125 @@
+"""FASA stated in numpy: what the three ops compute, one function for each (``ggml_kernels/README.md`` is the contract).
+
+Shapes follow numpy, outermost first: queries ``[n_tokens, n_head, n_embd_head]``, keys and values
+``[n_kv, n_head_kv, n_embd_head]``. Query head ``h`` reads KV head ``h // (n_head / n_head_kv)``. Everything is one
+stream; arithmetic is float64 except where a stored type rounds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MASKED = -np.inf
+
+
+def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> np.ndarray:
+    """The tips of keys: the dominant dims of each key in 8 bits, one float16 scale per cell and KV head.
+
+    Args:
+        k: float32 [n_kv, n_head_kv, n_embd_head], after RoPE.
+        dims: int32 [n_head_kv, n_dim], the dims of each head that are kept (two for every chunk).
+        k_type: type of the K cache, to which the key is rounded first; ``None``: not at all.
+
+    Returns:
+        float32 [n_kv, n_head_kv, n_dim], dequantized.
+    """
+    dom = np.take_along_axis(np.asarray(k, np.float32), dims[None, :, :], axis=2)
+    if k_type is not None:
+        dom = dom.astype(k_type).astype(np.float32)
+    scale = (np.abs(dom).max(axis=2, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.clip(np.rint(dom * inverse), -127, 127).astype(np.float32) * scale
+
+
+def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+    """Token importance of every cell for each KV head (TIP, arXiv 2602.03152 section 4.2).
+
+    A query head's scores are its logits on the dominant chunks alone. The heads of a group are made comparable by
+    log-softmax over the visible cells, and the greatest counts; one head alone keeps its raw scores, the paper's rule.
+
+    Args:
+        q: float32 [n_tokens, n_head, n_embd_head].
+        tips: float32 [n_kv, n_head_kv, n_dim] from :func:`store`.
+        dims: int32 [n_head_kv, n_dim].
+        mask: float [n_tokens, n_kv], 0 visible, -inf not.
+        scale: of the logits.
+
+    Returns:
+        float64 [n_tokens, n_head_kv, n_kv].
+    """
+    n_tokens, n_head, n_embd_head = q.shape
+    n_head_kv, n_dim = dims.shape
+    grouped = q.reshape(n_tokens, n_head_kv, n_head // n_head_kv, n_embd_head)
+    dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
+    heads = (
+        scale * np.einsum("thgd,chd->thgc", dom.astype(np.float64), tips.astype(np.float64)) + mask[:, None, None, :]
+    )
+    if heads.shape[2] > 1:
+        with np.errstate(invalid="ignore"):
+            heads = heads - np.logaddexp.reduce(heads, axis=3, keepdims=True)
+    return np.where(np.isnan(heads), MASKED, heads).max(axis=2)
+
+
+def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> np.ndarray:
+    """The cells that each KV head attends to: the ``n_fac`` best, equal scores by the lower id.
+
+    Args:
+        scores: float64 [n_tokens, n_head_kv, n_kv] from :func:`score`; -inf: not visible.
+        n_fac: budget, forced cells included.
+        forced: int32 [n_tokens, n_forced], cells chosen whatever their score if they are visible; -1: none.
+
+    Returns:
+        int32 [n_tokens, n_head_kv, n_fac], ascending, then -1.
+    """
+    scores = scores.copy()
+    for it, cells in enumerate(forced if forced is not None else ()):
+        cells = cells[cells >= 0]
+        scores[it][:, cells] = np.where(scores[it][:, cells] > MASKED, np.inf, MASKED)
+
+    res = np.full((*scores.shape[:2], n_fac), -1, np.int32)
+    for index in np.ndindex(scores.shape[:2]):
+        order = np.argsort(-scores[index], kind="stable")[:n_fac]
+        cells = np.sort(order[scores[index][order] > MASKED])
+        res[index][: len(cells)] = cells
+    return res
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    idx: np.ndarray,
+    scale: float,
+    logit_softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
+    """Exact softmax attention over the listed cells (FAC, arXiv 2602.03152 section 4.3).
+
+    Args:
+        q: float32 [n_tokens, n_head, n_embd_head_k].
+        k: [n_kv, n_head_kv, n_embd_head_k] as cached.
+        v: [n_kv, n_head_kv, n_embd_head_v] as cached.
+        idx: int32 [n_tokens, n_head_kv, n_fac] from :func:`select`.
+        scale: of the logits.
+        logit_softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
+        sinks: float [n_head], logits that take a share of the softmax and give nothing.
+
+    Returns:
+        float64 [n_tokens, n_head, n_embd_head_v]; zeros where no cell is listed.
+    """
+    n_tokens, n_head, _ = q.shape
+    n_group = n_head // k.shape[1]
+    res = np.zeros((n_tokens, n_head, v.shape[2]))
+    for it, ih in np.ndindex(n_tokens, n_head):
+        cells = idx[it, ih // n_group]
+        cells = cells[cells >= 0]
+        if len(cells) == 0:
+            continue
+        logits = scale * (k[cells, ih // n_group].astype(np.float64) @ q[it, ih].astype(np.float64))
+        if logit_softcap:
+            logits = logit_softcap * np.tanh(logits / logit_softcap)
+        top = logits.max() if sinks is None else max(logits.max(), sinks[ih])
+        weights = np.exp(logits - top)
+        total = weights.sum() + (0.0 if sinks is None else np.exp(sinks[ih] - top))
+        res[it, ih] = (weights / total) @ v[cells, ih // n_group].astype(np.float64)
+    return res

@@ -1,0 +1,264 @@
+"""The ``fasa.*`` metadata of a GGUF: key names, value types and the rules that a valid profile keeps.
+
+A profile says, for every layer and KV head, which RoPE frequency chunks (FCs of arXiv 2602.03152) rank the cached
+tokens best. ``fasa.chunks`` and ``fasa.agreement`` are ragged, so they are stored flat: layer after layer, in each its
+KV heads, in each all its chunks, best first. ``fasa.head_count_kv`` and ``fasa.chunk_count`` hold one entry a layer and
+make the file describe itself. Any prefix of a ranking is a valid set, so ``n_tip`` can be changed at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+
+import numpy as np
+
+from fasa_edge.config import FasaConfig
+from fasa_edge.errors import SchemaError
+
+VERSION = 1
+PREFIX = "fasa."
+
+
+class GGUFValueType(IntEnum):
+    """Value types of GGUF metadata, numbered as ``enum gguf_type`` of ggml/include/gguf.h."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+NUMPY_TYPES = {  # element types of GGUF, little endian as in the file; strings have no fixed width
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.BOOL: np.dtype("?"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+}
+
+SCALARS = {  # every scalar key and its GGUF type
+    "fasa.version": GGUFValueType.UINT32,
+    "fasa.n_tip": GGUFValueType.UINT32,
+    "fasa.enabled": GGUFValueType.BOOL,
+    "fasa.budget": GGUFValueType.UINT32,
+    "fasa.n_sink": GGUFValueType.UINT32,
+    "fasa.n_recent": GGUFValueType.UINT32,
+    "fasa.n_dense_layers": GGUFValueType.UINT32,
+    "fasa.min_ctx": GGUFValueType.UINT32,
+    "fasa.max_batch": GGUFValueType.UINT32,
+    "fasa.calibration.text": GGUFValueType.STRING,
+    "fasa.calibration.tokens": GGUFValueType.UINT32,
+    "fasa.calibration.top_k": GGUFValueType.UINT32,
+    "fasa.calibration.objective": GGUFValueType.STRING,
+    "fasa.calibration.tool": GGUFValueType.STRING,
+    "fasa.fingerprint": GGUFValueType.STRING,
+}
+
+ARRAYS = {  # every array key and its element type
+    "fasa.head_count_kv": GGUFValueType.INT32,
+    "fasa.chunk_count": GGUFValueType.INT32,
+    "fasa.chunks": GGUFValueType.INT32,
+    "fasa.agreement": GGUFValueType.FLOAT32,
+}
+
+OVERRIDABLE = frozenset(["fasa.n_tip", *(PREFIX + field.name for field in fields(FasaConfig))])
+"""The keys that may be overridden when a model is loaded (llama.cpp's ``kv_overrides``)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a profile was made.
+
+    Attributes:
+        text: name of the calibration text.
+        tokens: number of its tokens that were run.
+        top_k: K of the contextual agreement, in tokens; 0 for an objective without one.
+        objective: name in ``fasa_edge.convert.objectives.OBJECTIVES``.
+        tool: program and version that wrote the profile.
+    """
+
+    text: str
+    tokens: int
+    top_k: int
+    objective: str
+    tool: str
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The ranked chunks of every KV head of one model, with the runtime's defaults.
+
+    Attributes:
+        n_tip: chunks used per KV head unless overridden.
+        chunks: one int32 array ``[n_head_kv, n_chunk]`` a layer, each row a permutation of ``0 .. n_chunk - 1``, best
+            first; ``[0, 0]`` for a layer without KV heads.
+        agreement: one float32 array a layer, shaped like ``chunks``: what the objective gave each chunk.
+        config: defaults of the runtime.
+        calibration: how the ranking was made.
+        fingerprint: of architecture and layer, head and RoPE geometry; a profile fits only the model that has it.
+    """
+
+    n_tip: int
+    chunks: list[np.ndarray]
+    agreement: list[np.ndarray]
+    config: FasaConfig
+    calibration: Calibration
+    fingerprint: str
+
+
+def to_metadata(profile: Profile) -> list[tuple[str, GGUFValueType, object]]:
+    """Lists the GGUF key-value pairs of a profile, in the order in which they are written.
+
+    Returns:
+        ``(key, type, value)``; for an array the type is ARRAY and the value a numpy array of the element type.
+
+    Raises:
+        SchemaError: the profile is not valid; the message names key, value and limit.
+    """
+    for il, (chunks, agreement) in enumerate(zip(profile.chunks, profile.agreement, strict=True)):
+        if chunks.ndim != 2 or chunks.shape != agreement.shape:
+            raise SchemaError(
+                f"layer {il}: chunks have shape {list(chunks.shape)} and agreement {list(agreement.shape)}: "
+                "both must be [n_head_kv, n_chunk]"
+            )
+    values: dict[str, object] = {
+        "fasa.version": VERSION,
+        "fasa.n_tip": profile.n_tip,
+        "fasa.head_count_kv": _array_of([chunks.shape[0] for chunks in profile.chunks], "fasa.head_count_kv"),
+        "fasa.chunk_count": _array_of([chunks.shape[1] for chunks in profile.chunks], "fasa.chunk_count"),
+        "fasa.chunks": _array_of([x for chunks in profile.chunks for x in chunks.flat], "fasa.chunks"),
+        "fasa.agreement": _array_of([x for agreement in profile.agreement for x in agreement.flat], "fasa.agreement"),
+        **{PREFIX + name: value for name, value in asdict(profile.config).items()},
+        **{PREFIX + "calibration." + name: value for name, value in asdict(profile.calibration).items()},
+        "fasa.fingerprint": profile.fingerprint,
+    }
+    from_metadata(values)  # what is written must be readable
+    return [(key, SCALARS.get(key, GGUFValueType.ARRAY), value) for key, value in values.items()]
+
+
+def from_metadata(metadata: Mapping[str, object]) -> Profile:
+    """Reads and validates a profile.
+
+    Args:
+        metadata: key to value; keys that are not in the schema are ignored. Arrays are numpy arrays of the key's
+            element type. Scalars are plain Python values, or numpy scalars of exactly the key's type.
+
+    Raises:
+        SchemaError: a key is missing, or a value has the wrong type, length or range.
+    """
+    version = _scalar(metadata, "fasa.version")
+    if version != VERSION:
+        raise SchemaError(f"fasa.version = {version}: only {VERSION} can be read, update fasa-edge or convert again")
+
+    scalars = {key: _scalar(metadata, key) for key in SCALARS}
+    arrays = {key: _array(metadata, key) for key in ARRAYS}
+    shapes = _shapes(arrays["fasa.head_count_kv"], arrays["fasa.chunk_count"])
+    chunks = _split("fasa.chunks", arrays["fasa.chunks"], shapes)
+    agreement = _split("fasa.agreement", arrays["fasa.agreement"], shapes)
+    _check_rankings(chunks)
+    if not np.isfinite(arrays["fasa.agreement"]).all():
+        raise SchemaError("fasa.agreement holds a value that is not finite: convert the model again")
+
+    n_chunk = min(n_chunk for n_head_kv, n_chunk in shapes if n_head_kv > 0)
+    n_tip = scalars["fasa.n_tip"]
+    if not 1 <= n_tip <= n_chunk:
+        raise SchemaError(f"fasa.n_tip = {n_tip} is out of range: choose 1 to {n_chunk}, the chunks of a head")
+
+    return Profile(
+        n_tip=n_tip,
+        chunks=chunks,
+        agreement=agreement,
+        config=FasaConfig(**{field.name: scalars[PREFIX + field.name] for field in fields(FasaConfig)}),
+        calibration=Calibration(
+            **{field.name: scalars[PREFIX + "calibration." + field.name] for field in fields(Calibration)}
+        ),
+        fingerprint=scalars["fasa.fingerprint"],
+    )
+
+
+def _array_of(values: list, key: str) -> np.ndarray:
+    return np.array(values, NUMPY_TYPES[ARRAYS[key]])
+
+
+def _split(key: str, flat: np.ndarray, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    sizes = [n_head_kv * n_chunk for n_head_kv, n_chunk in shapes]
+    if len(flat) != sum(sizes):
+        raise SchemaError(
+            f"{key} has {len(flat)} entries: fasa.head_count_kv and fasa.chunk_count call for {sum(sizes)}"
+        )
+    parts = np.split(flat, np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _shapes(head_count_kv: np.ndarray, chunk_count: np.ndarray) -> list[tuple[int, int]]:
+    if len(head_count_kv) != len(chunk_count):
+        raise SchemaError(
+            f"fasa.head_count_kv has {len(head_count_kv)} entries and fasa.chunk_count has {len(chunk_count)}: "
+            "both need one a layer"
+        )
+    shapes = list(zip(head_count_kv.tolist(), chunk_count.tolist(), strict=True))
+    for il, (n_head_kv, n_chunk) in enumerate(shapes):
+        if n_head_kv < 0 or n_chunk < 0 or (n_head_kv == 0) != (n_chunk == 0):
+            raise SchemaError(
+                f"layer {il}: fasa.head_count_kv = {n_head_kv} with fasa.chunk_count = {n_chunk}: "
+                "both must be positive, or both 0 for a layer without KV heads"
+            )
+    if not any(n_head_kv for n_head_kv, _ in shapes):
+        raise SchemaError("fasa.head_count_kv names no layer with KV heads: at least 1 is needed")
+    return shapes
+
+
+def _check_rankings(layers: list[np.ndarray]) -> None:
+    for il, chunks in enumerate(layers):
+        n_chunk = chunks.shape[1]
+        for head, ranking in enumerate(chunks):
+            if not np.array_equal(np.sort(ranking), np.arange(n_chunk)):
+                raise SchemaError(
+                    f"fasa.chunks of layer {il}, KV head {head} = {ranking.tolist()}: "
+                    f"not a permutation of 0 to {n_chunk - 1}"
+                )
+
+
+def _require(metadata: Mapping[str, object], key: str) -> object:
+    if key not in metadata:
+        raise SchemaError(f"{key} is missing: convert the model again")
+    return metadata[key]
+
+
+def _scalar(metadata: Mapping[str, object], key: str) -> bool | int | str:
+    value, type_ = _require(metadata, key), SCALARS[key]
+    if isinstance(value, np.generic):
+        if value.dtype != NUMPY_TYPES.get(type_):
+            raise SchemaError(f"{key} has type {value.dtype}: expected {type_.name.lower()}")
+        value = value.item()
+    expected = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str}.get(type_, int)
+    if type(value) is not expected:
+        raise SchemaError(f"{key} = {value!r} has type {type(value).__name__}: expected {type_.name.lower()}")
+    if expected is int and not 0 <= value < 2**32:
+        raise SchemaError(f"{key} = {value} is out of range: choose 0 to {2**32 - 1}")
+    return value
+
+
+def _array(metadata: Mapping[str, object], key: str) -> np.ndarray:
+    value, dtype = _require(metadata, key), NUMPY_TYPES[ARRAYS[key]]
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype != dtype:
+        held = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise SchemaError(f"{key} is {held}: expected an array of {ARRAYS[key].name.lower()}")
+    return value

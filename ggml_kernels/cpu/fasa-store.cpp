@@ -1,0 +1,75 @@
+#include "fasa-cpu.h"
+
+#include "../fasa-tips.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "simd-mappings.h"
+
+#include <algorithm>
+#include <cmath>
+
+// the element as the K cache will hold it
+static float round_to_type(float x, ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16:  return GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(x));
+        case GGML_TYPE_BF16: return GGML_BF16_TO_FP32(GGML_FP32_TO_BF16(x));
+        default:             return x;
+    }
+}
+
+void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * tips = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * dims = dst->src[2];
+    const ggml_tensor * idxs = dst->src[3];
+
+    const ggml_type type_k = (ggml_type) ggml_get_op_params_i32(dst, 0);
+
+    const int64_t n_dim     = dims->ne[0];
+    const int64_t n_head_kv = dims->ne[1];
+    const int64_t n_tokens  = k->ne[2];
+    const int64_t n_cells   = tips->ne[1]*FASA_TIPS_CELLS;
+
+    // rows are (token, KV head) pairs: no two of them share a byte of the tips
+    for (int64_t ir = params->ith; ir < n_tokens*n_head_kv; ir += params->nth) {
+        const int64_t it = ir / n_head_kv;
+        const int64_t ih = ir % n_head_kv;
+
+        const int64_t id = ((const int64_t *) idxs->data)[it];
+        GGML_ASSERT(id >= 0 && id < n_cells*tips->ne[3]);
+
+        const int64_t is   = id / n_cells;
+        const int64_t cell = id % n_cells;
+        const int64_t lane = cell % FASA_TIPS_CELLS;
+
+        const char    * k_row    = (const char *) k->data + it*k->nb[2] + ih*k->nb[1];
+        const int32_t * dims_row = (const int32_t *) dims->data + ih*n_dim;
+
+        char * block = (char *) tips->data + (cell/FASA_TIPS_CELLS)*tips->nb[1] + ih*tips->nb[2] + is*tips->nb[3];
+
+        const auto key = [&](int64_t i) {
+            const float x = k->type == GGML_TYPE_F16
+                ? GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) k_row)[dims_row[i]])
+                : ((const float *) k_row)[dims_row[i]];
+            return round_to_type(x, type_k);
+        };
+
+        float amax = 0.0f;
+        for (int64_t i = 0; i < n_dim; ++i) {
+            amax = std::max(amax, std::fabs(key(i)));
+        }
+
+        // the f16 scale is what select multiplies by: quantize against the rounded one
+        const ggml_fp16_t scale = GGML_CPU_FP32_TO_FP16(amax/127.0f);
+        const float       d     = GGML_CPU_FP16_TO_FP32(scale);
+        const float       id_d  = d > 0.0f ? 1.0f/d : 0.0f;
+
+        fasa_tips_scales(block)[lane] = scale;
+
+        int8_t * values = fasa_tips_values(block) + lane;
+        for (int64_t i = 0; i < n_dim; ++i) {
+            const float x = std::nearbyint(key(i)*id_d);
+            values[i*FASA_TIPS_CELLS] = (int8_t) std::min(127.0f, std::max(-127.0f, x));
+        }
+    }
+}

@@ -1,0 +1,149 @@
+#include "ggml-fasa.h"
+
+#include "fasa-tips.h"
+#include "ggml-impl.h"
+
+int64_t ggml_fasa_cells_per_block(void) {
+    return FASA_TIPS_CELLS;
+}
+
+ggml_tensor * ggml_fasa_new_tips(
+        ggml_context * ctx,
+        int64_t        n_cells,
+        int64_t        n_dim,
+        int64_t        n_head_kv,
+        int64_t        n_stream) {
+    GGML_ASSERT(n_cells % FASA_TIPS_CELLS == 0);
+    GGML_ASSERT(n_dim > 0 && n_dim % 2 == 0);
+
+    return ggml_new_tensor_4d(ctx, GGML_TYPE_I8, fasa_tips_block_size(n_dim), n_cells/FASA_TIPS_CELLS, n_head_kv, n_stream);
+}
+
+// what store and select both ask of the tip cache and of the dims kept in it
+static void fasa_check_tips(const ggml_tensor * tips, const ggml_tensor * dims) {
+    GGML_ASSERT(tips->type == GGML_TYPE_I8);
+    GGML_ASSERT(dims->type == GGML_TYPE_I32);
+    GGML_ASSERT(ggml_is_contiguous(dims));
+    GGML_ASSERT(dims->ne[2] == 1 && dims->ne[3] == 1);
+    GGML_ASSERT(tips->ne[0] == (int64_t) fasa_tips_block_size(dims->ne[0]));
+    GGML_ASSERT(tips->ne[2] == dims->ne[1]);
+    GGML_ASSERT(tips->nb[0] == 1 && tips->nb[1] == (size_t) tips->ne[0]);
+}
+
+ggml_tensor * ggml_fasa_store(
+        ggml_context * ctx,
+        ggml_tensor  * tips,
+        ggml_tensor  * k,
+        ggml_tensor  * dims,
+        ggml_tensor  * idxs,
+        ggml_type      type_k) {
+    fasa_check_tips(tips, dims);
+
+    GGML_ASSERT(k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16);
+    GGML_ASSERT(k->nb[0] == ggml_type_size(k->type));
+    GGML_ASSERT(k->ne[1] == dims->ne[1]);
+    GGML_ASSERT(k->ne[3] == 1);
+    GGML_ASSERT(idxs->type == GGML_TYPE_I64);
+    GGML_ASSERT(idxs->ne[0] == k->ne[2]);
+    GGML_ASSERT(ggml_is_vector(idxs) && ggml_is_contiguous(idxs));
+
+    ggml_tensor * result = ggml_view_tensor(ctx, tips);
+
+    ggml_set_op_params_i32(result, 0, type_k);
+
+    result->op     = GGML_OP_FASA_STORE;
+    result->src[0] = tips;
+    result->src[1] = k;
+    result->src[2] = dims;
+    result->src[3] = idxs;
+
+    return result;
+}
+
+ggml_tensor * ggml_fasa_select(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * tips,
+        ggml_tensor  * dims,
+        ggml_tensor  * mask,
+        ggml_tensor  * forced,
+        int64_t        n_fac,
+        float          scale) {
+    fasa_check_tips(tips, dims);
+
+    const int64_t n_tokens = q->ne[2];
+    const int64_t n_stream = q->ne[3];
+    const int64_t n_kv     = tips->ne[1]*FASA_TIPS_CELLS;
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32);
+    GGML_ASSERT(q->nb[0] == sizeof(float));
+    GGML_ASSERT(q->ne[1] % dims->ne[1] == 0);
+    GGML_ASSERT(tips->ne[3] == n_stream);
+    GGML_ASSERT(mask->type == GGML_TYPE_F16);
+    GGML_ASSERT(mask->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(mask->ne[0] == n_kv);
+    GGML_ASSERT(mask->ne[1] >= n_tokens);
+    GGML_ASSERT(mask->ne[2] == 1 && mask->ne[3] == n_stream);
+    GGML_ASSERT(n_fac > 0 && n_fac <= n_kv);
+
+    if (forced) {
+        GGML_ASSERT(forced->type == GGML_TYPE_I32);
+        GGML_ASSERT(ggml_is_contiguous(forced));
+        GGML_ASSERT(forced->ne[0] <= n_fac);
+        GGML_ASSERT(forced->ne[1] == n_tokens && forced->ne[2] == n_stream && forced->ne[3] == 1);
+    }
+
+    ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, dims->ne[1], n_tokens, n_stream);
+
+    ggml_set_op_params_f32(result, 0, scale);
+
+    result->op     = GGML_OP_FASA_SELECT;
+    result->src[0] = q;
+    result->src[1] = tips;
+    result->src[2] = dims;
+    result->src[3] = mask;
+    result->src[4] = forced;
+
+    return result;
+}
+
+ggml_tensor * ggml_fasa_attend(
+        ggml_context * ctx,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * idx,
+        ggml_tensor  * sinks,
+        float          scale,
+        float          logit_softcap) {
+    GGML_ASSERT(q->type == GGML_TYPE_F32);
+    GGML_ASSERT(q->nb[0] == sizeof(float));
+    GGML_ASSERT(q->ne[0] == k->ne[0]);
+    GGML_ASSERT(q->ne[1] % k->ne[1] == 0);
+    GGML_ASSERT(q->ne[3] == k->ne[3]);
+    GGML_ASSERT(k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type));
+    GGML_ASSERT(v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3]);
+    GGML_ASSERT(idx->type == GGML_TYPE_I32);
+    GGML_ASSERT(ggml_is_contiguous(idx));
+    GGML_ASSERT(idx->ne[1] == k->ne[1] && idx->ne[2] == q->ne[2] && idx->ne[3] == q->ne[3]);
+
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32);
+        GGML_ASSERT(ggml_is_vector(sinks) && ggml_is_contiguous(sinks));
+        GGML_ASSERT(sinks->ne[0] == q->ne[1]);
+    }
+
+    ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2], q->ne[3]);
+
+    ggml_set_op_params_f32(result, 0, scale);
+    ggml_set_op_params_f32(result, 1, logit_softcap);
+
+    result->op     = GGML_OP_FASA_ATTEND;
+    result->src[0] = q;
+    result->src[1] = k;
+    result->src[2] = v;
+    result->src[3] = idx;
+    result->src[4] = sinks;
+
+    return result;
+}

@@ -1,0 +1,96 @@
+// FASA (Frequency-Aware Sparse Attention, arXiv 2602.03152) as three ggml ops: store, select, attend.
+//
+// Terms: a frequency chunk is one RoPE plane (two dims of a head); the dominant chunks of a KV head rank the
+// cached tokens nearly as the whole head does. Their dims of every key are kept in a packed *tip cache*:
+//
+//   store   writes the tips of new keys                                   (beside the write of K itself)
+//   select  scores all cells on their tips, lists the few that matter     (TIP, paper section 4.2)
+//   attend  exact softmax attention over the listed cells                 (FAC, paper section 4.3)
+//
+// Only store and select know the layout of the tips; everybody else sees an opaque I8 tensor.
+// README.md beside this file states the contract that every backend has to meet.
+
+#pragma once
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    // the tip cache of one layer: I8 [n_bytes_block, n_cells/n_cells_block, n_head_kv, n_stream]
+    //   n_cells:  cells of one stream, a multiple of ggml_fasa_cells_per_block()
+    //   n_dim:    dims kept of each key, two for every chunk
+    GGML_API struct ggml_tensor * ggml_fasa_new_tips(
+            struct ggml_context * ctx,
+            int64_t               n_cells,
+            int64_t               n_dim,
+            int64_t               n_head_kv,
+            int64_t               n_stream);
+
+    GGML_API int64_t ggml_fasa_cells_per_block(void);
+
+    // pack the listed dims of each key into the tip cache
+    //
+    //   tips: I8      as made by ggml_fasa_new_tips
+    //   k:    F32/F16 [n_embd_head, n_head_kv, n_tokens] !! after RoPE, before any Hadamard rotation !!
+    //   dims: I32     [n_dim, n_head_kv]                 the dims of each head that are kept
+    //   idxs: I64     [n_tokens]                         stream*n_cells + cell, as for ggml_set_rows in a KV cache
+    //   type_k: type of the K cache. F16 and BF16 round the key first, so that tips made again from the cache
+    //           are equal to the bit
+    //
+    // returns a view of tips
+    GGML_API struct ggml_tensor * ggml_fasa_store(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * tips,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * dims,
+            struct ggml_tensor  * idxs,
+            enum   ggml_type      type_k);
+
+    // list the cells that each KV head attends to
+    //
+    //   q:      F32 [n_embd_head, n_head, n_tokens, n_stream]
+    //   tips:   I8  the first n_kv cells of the tip cache (a view in dimension 1)
+    //   dims:   I32 [n_dim, n_head_kv]
+    //   mask:   F16 [n_kv, n_tokens, 1, n_stream] 0: visible, -INFINITY: not
+    //   forced: I32 [n_forced, n_tokens, n_stream] or NULL: visible cells chosen whatever their score, -1: none
+    //   scale:  of the logits
+    //
+    //   res:    I32 [n_fac, n_head_kv, n_tokens, n_stream] ids within the stream, ascending, each once, then -1
+    //
+    // the query heads of a group share one choice: a cell's score is the greatest of its heads' log-softmax over
+    // the tip scores of all visible cells; equal scores go to the lower id; forced cells count in n_fac
+    GGML_API struct ggml_tensor * ggml_fasa_select(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * q,
+            struct ggml_tensor  * tips,
+            struct ggml_tensor  * dims,
+            struct ggml_tensor  * mask,
+            struct ggml_tensor  * forced,
+            int64_t               n_fac,
+            float                 scale);
+
+    // softmax attention over the listed cells only
+    //
+    //   q:     F32 [n_embd_head_k, n_head,    n_tokens, n_stream]
+    //   k:         [n_embd_head_k, n_head_kv, n_kv,     n_stream]
+    //   v:         [n_embd_head_v, n_head_kv, n_kv,     n_stream] !! not transposed !!
+    //   idx:   I32 [n_fac, n_head_kv, n_tokens, n_stream] from ggml_fasa_select: visible cells, -1 is skipped
+    //   sinks: F32 [n_head] or NULL, as in ggml_flash_attn_ext_add_sinks
+    //   scale, logit_softcap: as in ggml_flash_attn_ext
+    //
+    //   res:   F32 [n_embd_head_v, n_head, n_tokens, n_stream] a head with no listed cell gets zeros
+    GGML_API struct ggml_tensor * ggml_fasa_attend(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * q,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * v,
+            struct ggml_tensor  * idx,
+            struct ggml_tensor  * sinks,
+            float                 scale,
+            float                 logit_softcap);
+
+#ifdef __cplusplus
+}
+#endif

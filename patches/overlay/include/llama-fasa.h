@@ -1,0 +1,133 @@
+// FASA (Frequency-Aware Sparse Attention, arXiv 2602.03152) in llama.cpp: settings, counters and calibration.
+//
+// A model whose GGUF carries `fasa.*` metadata decodes sparsely without any call from here; without that metadata
+// the library is stock llama.cpp.
+
+#pragma once
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    //
+    // settings
+    //
+
+    // defaults come from the metadata `fasa.<field>`, which --override-kv can replace at load
+    struct llama_fasa_params {
+        bool     enabled;
+        uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
+        uint32_t n_sink;         // first tokens of the sequence, always attended to
+        uint32_t n_recent;       // last tokens of the sequence, always attended to
+        uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget
+        uint32_t max_batch;      // a batch with more tokens per sequence is a prompt and runs dense
+        uint32_t n_tip;          // chunks scored per KV head (N_tip)                  fixed when the model is loaded
+        uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded
+    };
+
+    LLAMA_API bool llama_fasa_model_has_profile(const struct llama_model * model);
+
+    // `fasa.*` overrides that had no effect, one line each; "" when all had one
+    LLAMA_API const char * llama_fasa_model_override_report(const struct llama_model * model);
+
+    // false: the model has no profile
+    LLAMA_API bool llama_fasa_get_params(const struct llama_context * ctx, struct llama_fasa_params * params);
+
+    // takes effect with the next llama_decode
+    // false: no profile, a value out of range, or a field that is fixed when the model is loaded (the log says which)
+    LLAMA_API bool llama_fasa_set_params(struct llama_context * ctx, const struct llama_fasa_params * params);
+
+    //
+    // counters
+    //
+
+    // why an attention layer ran dense
+    enum llama_fasa_reason {
+        LLAMA_FASA_REASON_NONE, // it ran sparse
+        LLAMA_FASA_REASON_DISABLED,
+        LLAMA_FASA_REASON_PROMPT,
+        LLAMA_FASA_REASON_SHORT_CONTEXT,
+        LLAMA_FASA_REASON_DENSE_LAYER,
+        LLAMA_FASA_REASON_NO_CHUNKS,
+        LLAMA_FASA_REASON_SLIDING_WINDOW,
+        LLAMA_FASA_REASON_FLASH_ATTN_OFF,
+        LLAMA_FASA_REASON_KV_TYPE,
+        LLAMA_FASA_REASON_BACKEND,
+        LLAMA_FASA_REASON_NON_CAUSAL,
+        LLAMA_FASA_REASON_ATTN_BIAS,
+        LLAMA_FASA_REASON_COUNT,
+    };
+
+    // NULL: no such reason
+    LLAMA_API const char * llama_fasa_reason_name       (enum llama_fasa_reason reason);
+    LLAMA_API const char * llama_fasa_reason_description(enum llama_fasa_reason reason);
+
+    // sums since the context was made or reset
+    // a step is one micro-batch; bytes are counted for decode steps only: every K and V row that the attention of
+    // a token touches, for each token
+    struct llama_fasa_stats {
+        uint64_t n_steps_prompt;
+        uint64_t n_steps_decode;
+        uint64_t n_layers[LLAMA_FASA_REASON_COUNT]; // attention layers run, by reason; [NONE]: sparse
+
+        uint64_t bytes_kv;       // of K and V, sparse and dense layers together
+        uint64_t bytes_tips;     // of the tip cache
+        uint64_t bytes_kv_dense; // of K and V, had all layers run dense
+    };
+
+    LLAMA_API void   llama_fasa_get_stats  (const struct llama_context * ctx, struct llama_fasa_stats * stats);
+    LLAMA_API void   llama_fasa_reset_stats(struct llama_context * ctx);
+    LLAMA_API size_t llama_fasa_tips_size  (const struct llama_context * ctx); // bytes
+
+    //
+    // calibration
+    //
+
+    // one layer as FASA sees it
+    struct llama_fasa_layer {
+        int32_t n_head;      // query heads
+        int32_t n_head_kv;   // KV heads with a K cache of their own; 0: none (recurrent, MLA, or the cache of another layer)
+        int32_t n_embd_head; // dims of a K head
+        int32_t n_rot;       // dims that RoPE turns; 0: none
+        int32_t rope_type;   // enum llama_rope_type
+        bool    is_swa;
+    };
+
+    // false: no such layer
+    LLAMA_API bool llama_fasa_get_layer(const struct llama_model * model, int32_t il, struct llama_fasa_layer * layer);
+
+    // the two dims that chunk i of a head turns, RoPE planes first, then pairs of the dims that it leaves alone
+    // false: no such chunk, or a RoPE type whose planes FASA does not know
+    LLAMA_API bool llama_fasa_chunk_dims(const struct llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]);
+
+    // architecture and head geometry in one line: a profile belongs to the models that share it
+    LLAMA_API const char * llama_fasa_fingerprint(const struct llama_model * model);
+
+    // keep Q and K of each attention layer, as they enter the attention: after RoPE, before any Hadamard rotation
+    LLAMA_API void llama_fasa_set_capture(struct llama_context * ctx, bool capture);
+
+    // of the last micro-batch: F32 ne[3] = [n_embd_head, n_head or n_head_kv, n_tokens], which: 'q' or 'k'
+    // dst may be NULL; false: not captured
+    LLAMA_API bool llama_fasa_get_capture(struct llama_context * ctx, int32_t il, char which, int64_t ne[3], float * dst);
+
+    //
+    // build
+    //
+
+    struct llama_fasa_build {
+        const char * llama_commit;     // of the llama.cpp that was patched
+        const char * ggml_base_path;   // the library that libllama's calls to ggml really reach
+        const char * llama_path;       // this library
+        size_t sizeof_model_params;    // sizes of the structs that bindings mirror
+        size_t sizeof_context_params;
+        size_t sizeof_batch;
+        size_t sizeof_kv_override;
+    };
+
+    LLAMA_API struct llama_fasa_build llama_fasa_get_build(void);
+
+#ifdef __cplusplus
+}
+#endif

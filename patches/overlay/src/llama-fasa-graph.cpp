@@ -1,0 +1,266 @@
+#include "llama-fasa-graph.h"
+
+#include "llama-cparams.h"
+#include "llama-fasa-profile.h"
+#include "llama-fasa-tips.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include "ggml-fasa.h"
+
+#include <algorithm>
+#include <limits>
+
+llama_fasa_context::llama_fasa_context(const llama_fasa_profile * profile) : profile(profile) {
+    if (profile) {
+        params = profile->params;
+    }
+}
+
+static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
+    return ubatch.n_tokens > params.max_batch*ubatch.n_seqs_unq;
+}
+
+//
+// llama_fasa_attn
+//
+
+llama_fasa_attn::llama_fasa_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, int il) :
+    graph(graph), fasa(graph.cparams.fasa), q_cur(q_cur), k_cur(k_cur), il(il) {
+}
+
+llama_fasa_graph_input * llama_fasa_attn::get_input(get_mctx_fn get_mctx) const {
+    for (auto & inp : graph.res->inputs) {
+        if (auto * res = dynamic_cast<llama_fasa_graph_input *>(inp.get())) {
+            return res;
+        }
+    }
+    return (llama_fasa_graph_input *) graph.res->add_input(std::make_unique<llama_fasa_graph_input>(*fasa, std::move(get_mctx)));
+}
+
+llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+    const auto & params = fasa->params;
+
+    const uint32_t min_ctx = params.min_ctx > 0 ? params.min_ctx : 2*params.budget;
+
+    if (!params.enabled) {
+        return LLAMA_FASA_REASON_DISABLED;
+    }
+    if (graph.hparams.is_swa(il)) {
+        return LLAMA_FASA_REASON_SLIDING_WINDOW; // its cache is another one
+    }
+    if (const auto reason = mctx.get_fasa_tips()->get_layer(il).reason; reason != LLAMA_FASA_REASON_NONE) {
+        return reason;
+    }
+    if (v->nb[1] > v->nb[2] || !graph.cparams.flash_attn || graph.cparams.auto_fa) {
+        return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
+    }
+    if (v->type != GGML_TYPE_F16) {
+        return LLAMA_FASA_REASON_KV_TYPE;
+    }
+    if (kq_b || graph.hparams.use_alibi) {
+        return LLAMA_FASA_REASON_ATTN_BIAS;
+    }
+    if (!graph.cparams.causal_attn) {
+        return LLAMA_FASA_REASON_NON_CAUSAL;
+    }
+    if (fasa_is_prompt(params, graph.ubatch)) {
+        return LLAMA_FASA_REASON_PROMPT;
+    }
+    if (mctx.get_n_kv() < min_ctx) {
+        return LLAMA_FASA_REASON_SHORT_CONTEXT;
+    }
+    return LLAMA_FASA_REASON_NONE;
+}
+
+ggml_tensor * llama_fasa_attn::build(
+        get_mctx_fn   get_mctx,
+        ggml_tensor * k_idxs,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * kq_b,
+        ggml_tensor * kq_mask,
+        ggml_tensor * sinks,
+        float         kq_scale) const {
+    if (!fasa || graph.cparams.training) {
+        return nullptr;
+    }
+
+    auto * ctx0 = graph.ctx0;
+    auto * gf   = graph.gf;
+
+    auto * inp = get_input(get_mctx);
+
+    if (fasa->capture) {
+        const auto capture = [&](std::vector<ggml_tensor *> & captured, ggml_tensor * cur) {
+            captured.resize(std::max<size_t>(captured.size(), il + 1));
+            captured[il] = ggml_cont(ctx0, cur);
+            ggml_set_output(captured[il]);
+            ggml_build_forward_expand(gf, captured[il]);
+        };
+        capture(inp->captured_q, q_cur);
+        if (k_cur) { // null: the layer reads the cache of another one
+            capture(inp->captured_k, k_cur);
+        }
+    }
+
+    const auto & mctx = *get_mctx();
+
+    if (!mctx.get_fasa_tips()) {
+        return nullptr;
+    }
+
+    const auto & layer = mctx.get_fasa_tips()->get_layer(il);
+
+    if (layer.tips) {
+        ggml_tensor * tips = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
+        graph.cb(tips, "fasa_store", il);
+        ggml_build_forward_expand(gf, tips);
+    }
+
+    const auto   reason    = reason_dense(mctx, v, kq_b);
+    const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
+
+    if (reason != LLAMA_FASA_REASON_NONE) {
+        inp->add_layer(reason, row_bytes, 0);
+        return nullptr;
+    }
+
+    const int64_t n_kv     = mctx.get_n_kv();
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+
+    inp->add_layer(reason, row_bytes, layer.tips->ne[0]*layer.tips->ne[2]/ggml_fasa_cells_per_block());
+    inp->n_fac = std::min<int64_t>(fasa->params.budget, n_kv);
+
+    const auto split_streams = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx0, t, t->ne[0], t->ne[1], n_tokens, n_stream, t->nb[1], t->nb[2], t->nb[2]*n_tokens, 0);
+    };
+
+    ggml_tensor * idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx.get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
+            inp->build_forced(ctx0, n_tokens, n_stream), inp->n_fac, kq_scale);
+    graph.cb(idx, "fasa_select", il);
+
+    const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+
+    ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, sinks, kq_scale, softcap);
+    graph.cb(cur, "fasa_attend", il);
+
+    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(gf, cur);
+
+    return cur;
+}
+
+//
+// llama_fasa_graph_input
+//
+
+llama_fasa_graph_input::~llama_fasa_graph_input() {
+    if (fasa.last_run == this) {
+        fasa.last_run = nullptr;
+    }
+}
+
+void llama_fasa_graph_input::add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes) {
+    n_layers[reason]++;
+
+    if (reason == LLAMA_FASA_REASON_NONE) {
+        row_bytes_sparse += row_bytes;
+        this->tip_bytes  += tip_bytes;
+    } else if (reason != LLAMA_FASA_REASON_SLIDING_WINDOW) {
+        row_bytes_dense  += row_bytes;
+    }
+}
+
+ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n_tokens, int64_t n_stream) {
+    const int64_t n_forced = fasa.params.n_sink + fasa.params.n_recent;
+
+    if (!forced && n_forced > 0) {
+        forced = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, std::min(n_forced, n_fac), n_tokens, n_stream);
+        ggml_set_input(forced);
+        ggml_set_name(forced, "fasa_inp_forced");
+    }
+    return forced;
+}
+
+bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
+    // the number of tokens and the settings are compared by llm_graph_params, n_kv by the attention input
+    GGML_UNUSED(params);
+    return true;
+}
+
+void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
+    fasa.last_run = this;
+
+    if (forced && forced->buffer) {
+        set_forced(ubatch);
+    }
+    count(ubatch);
+}
+
+void llama_fasa_graph_input::set_forced(const llama_ubatch * ubatch) const {
+    const auto * mctx = get_mctx();
+
+    const size_t n_forced = forced->ne[0];
+    const size_t n_sink   = std::min<size_t>(fasa.params.n_sink, n_forced);
+
+    std::vector<int32_t> ids(ggml_nelements(forced), -1);
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        const auto   seq_id = ubatch->seq_id[i][0];
+        const auto & cells  = mctx->get_fasa_cells(seq_id); // (position, cell), ascending
+        const auto   end    = cells.upper_bound({ ubatch->pos[i], std::numeric_limits<uint32_t>::max() });
+
+        int32_t * res = ids.data() + i*n_forced;
+        size_t    n   = 0;
+
+        for (auto it = cells.begin(); it != end && n < n_sink; ++it) {
+            res[n++] = it->second;
+        }
+        for (auto it = end; it != cells.begin() && n < n_forced; ) {
+            res[n++] = (--it)->second;
+        }
+    }
+
+    ggml_backend_tensor_set(forced, ids.data(), 0, ggml_nbytes(forced));
+}
+
+void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
+    auto & stats = fasa.stats;
+
+    for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
+        const auto reason = (llama_fasa_reason) i;
+
+        stats.n_layers[i] += n_layers[i];
+
+        if (n_layers[i] > 0 && reason != LLAMA_FASA_REASON_NONE && !fasa.logged[i]) {
+            LLAMA_LOG_INFO("fasa: %u layers run dense: %s\n", n_layers[i], llama_fasa_reason_description(reason));
+            fasa.logged[i] = true;
+        }
+    }
+
+    if (fasa_is_prompt(fasa.params, *ubatch)) {
+        stats.n_steps_prompt++;
+        return;
+    }
+    stats.n_steps_decode++;
+
+    const auto * mctx = get_mctx();
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        // cells of the sequence up to the token; only a batch of several tokens has later ones
+        const auto & cells = mctx->get_fasa_cells(ubatch->seq_id[i][0]);
+
+        size_t n_visible = cells.size();
+        for (auto it = cells.rbegin(); it != cells.rend() && it->first > ubatch->pos[i]; ++it) {
+            n_visible--;
+        }
+
+        stats.bytes_kv       += n_visible*row_bytes_dense + std::min<size_t>(n_visible, n_fac)*row_bytes_sparse;
+        stats.bytes_tips     += mctx->get_n_kv()*tip_bytes;
+        stats.bytes_kv_dense += n_visible*(row_bytes_dense + row_bytes_sparse);
+    }
+}

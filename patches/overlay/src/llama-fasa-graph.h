@@ -1,0 +1,104 @@
+#pragma once
+
+#include "llama-fasa.h"
+#include "llama-graph.h"
+
+#include <functional>
+#include <vector>
+
+class  llama_kv_cache_context;
+struct llama_fasa_profile;
+class  llama_fasa_graph_input;
+
+// what a llama_context knows of FASA; the graph reaches it through cparams
+struct llama_fasa_context {
+    explicit llama_fasa_context(const llama_fasa_profile * profile);
+
+    const llama_fasa_profile * profile; // nullptr: calibration of a model without one
+
+    llama_fasa_params params  = {};
+    bool              capture = false;
+    llama_fasa_stats  stats   = {};
+
+    bool logged[LLAMA_FASA_REASON_COUNT] = {};
+
+    // of the graph that ran last
+    const llama_fasa_graph_input * last_run = nullptr;
+};
+
+// one attention layer of a graph under construction
+class llama_fasa_attn {
+public:
+    // the memory context of the batch at hand; a reused graph is given another one for every batch
+    using get_mctx_fn = std::function<const llama_kv_cache_context * ()>;
+
+    // q_cur, k_cur: as they enter build_attn, before any Hadamard rotation
+    llama_fasa_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, int il);
+
+    // call once K and V are in the cache: writes the tips, then attends to the cells that matter
+    // q, k, v: as build_attn_mha takes them
+    // returns [n_embd_head_v*n_head, n_tokens], or nullptr: the caller's dense attention has to run
+    ggml_tensor * build(
+            get_mctx_fn   get_mctx,
+            ggml_tensor * k_idxs,
+            ggml_tensor * q,
+            ggml_tensor * k,
+            ggml_tensor * v,
+            ggml_tensor * kq_b,
+            ggml_tensor * kq_mask,
+            ggml_tensor * sinks,
+            float         kq_scale) const;
+
+private:
+    llama_fasa_graph_input * get_input(get_mctx_fn get_mctx) const;
+
+    llama_fasa_reason reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const;
+
+    const llm_graph_context & graph;
+    llama_fasa_context      * fasa; // nullptr: the model has no profile
+
+    ggml_tensor * q_cur;
+    ggml_tensor * k_cur;
+
+    const int il;
+};
+
+// the inputs of the ops, and what running the graph once adds to the counters
+class llama_fasa_graph_input : public llm_graph_input_i {
+public:
+    llama_fasa_graph_input(llama_fasa_context & fasa, llama_fasa_attn::get_mctx_fn get_mctx) : fasa(fasa), get_mctx(std::move(get_mctx)) {}
+    ~llama_fasa_graph_input() override;
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // attention layer il of the graph: sparse if the reason is NONE
+    void add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes);
+
+    // cells that every token attends to: I32 [n_forced, n_tokens/n_stream, n_stream], nullptr: none
+    ggml_tensor * build_forced(ggml_context * ctx, int64_t n_tokens, int64_t n_stream);
+
+    // Q and K by layer, when capturing
+    std::vector<ggml_tensor *> captured_q;
+    std::vector<ggml_tensor *> captured_k;
+
+    int64_t n_fac = 0; // cells attended to in sparse layers
+
+private:
+    void set_forced(const llama_ubatch * ubatch) const;
+    void count     (const llama_ubatch * ubatch) const;
+
+    llama_fasa_context & fasa;
+
+    llama_fasa_attn::get_mctx_fn get_mctx;
+
+    ggml_tensor * forced = nullptr;
+
+    uint32_t n_layers[LLAMA_FASA_REASON_COUNT] = {};
+
+    // bytes of one cell, all KV heads, summed over the layers
+    size_t row_bytes_sparse = 0; // K and V
+    size_t row_bytes_dense  = 0;
+    size_t tip_bytes        = 0;
+};

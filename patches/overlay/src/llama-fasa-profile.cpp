@@ -1,0 +1,294 @@
+#include "llama-fasa-profile.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "llama-model-loader.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+static constexpr uint32_t FASA_VERSION   = 1;
+static constexpr uint32_t FASA_MAX_BATCH = 64;
+
+//
+// geometry
+//
+
+llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il) {
+    const auto & hparams = model.hparams;
+
+    // MLA caches one compressed row for all heads, recurrent layers none, shared layers read another layer's cache
+    const bool has_heads = hparams.has_kv(il) && !hparams.is_recr(il) && !hparams.is_mla();
+
+    llama_fasa_layer layer = {};
+
+    layer.n_head      = hparams.n_head(il);
+    layer.n_head_kv   = has_heads ? hparams.n_head_kv(il) : 0;
+    layer.n_embd_head = hparams.n_embd_head_k(il);
+    layer.n_rot       = hparams.has_rope(il) ? hparams.n_rot(il) : 0;
+    layer.rope_type   = hparams.rope_type;
+    layer.is_swa      = hparams.is_swa(il);
+
+    return layer;
+}
+
+bool llama_fasa_chunk_dims(const llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]) {
+    const bool is_neox = layer->rope_type == LLAMA_ROPE_TYPE_NEOX;
+
+    if (!is_neox && layer->rope_type != LLAMA_ROPE_TYPE_NORM) {
+        return false;
+    }
+    if (chunk < 0 || chunk >= layer->n_embd_head/2 || layer->n_rot % 2 != 0) {
+        return false;
+    }
+
+    if (is_neox && chunk < layer->n_rot/2) {
+        dims[0] = chunk;
+        dims[1] = chunk + layer->n_rot/2;
+    } else {
+        dims[0] = 2*chunk;
+        dims[1] = 2*chunk + 1;
+    }
+    return true;
+}
+
+std::string llama_fasa_model_fingerprint(const llama_model & model) {
+    std::string res = format("%s rope=%d", llm_arch_name(model.arch), (int) model.hparams.rope_type);
+
+    // runs of equal layers: <first>-<last>:<query heads>/<KV heads>x<head size>r<rotated dims>[w]
+    const int32_t n_layer = model.hparams.n_layer_all;
+    for (int32_t il = 0, first = 0; il < n_layer; ++il) {
+        const auto describe = [&](int32_t i) {
+            const auto layer = llama_fasa_model_layer(model, i);
+            return format("%d/%dx%dr%d%s", layer.n_head, layer.n_head_kv, layer.n_embd_head, layer.n_rot, layer.is_swa ? "w" : "");
+        };
+        if (il + 1 == n_layer || describe(il + 1) != describe(first)) {
+            res += format(" %d-%d:%s", first, il, describe(first).c_str());
+            first = il + 1;
+        }
+    }
+
+    return res;
+}
+
+//
+// settings
+//
+
+void llama_fasa_params_validate(const llama_fasa_params & params) {
+    if (params.budget < 1 || params.budget > INT32_MAX) {
+        throw std::runtime_error(format("fasa.budget = %u is out of range: it must be at least 1", params.budget));
+    }
+    if (uint64_t(params.n_sink) + params.n_recent > params.budget) {
+        throw std::runtime_error(format("fasa.n_sink = %u and fasa.n_recent = %u do not fit into fasa.budget = %u: raise the budget or lower them",
+                params.n_sink, params.n_recent, params.budget));
+    }
+    if (params.max_batch < 1 || params.max_batch > FASA_MAX_BATCH) {
+        throw std::runtime_error(format("fasa.max_batch = %u is out of range: it must be from 1 to %u", params.max_batch, FASA_MAX_BATCH));
+    }
+}
+
+//
+// metadata
+//
+
+namespace {
+
+// reads scalars from the metadata, or from the override of the same name
+class fasa_reader {
+public:
+    explicit fasa_reader(const llama_model_loader & ml) : ml(ml) {}
+
+    void read(const char * key, uint32_t & value) {
+        known.insert(key);
+        const int id = find(key, GGUF_TYPE_UINT32);
+        value = gguf_get_val_u32(ml.metadata, id);
+
+        if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_INT, "int")) {
+            if (ovrd->val_i64 < 0 || ovrd->val_i64 > INT32_MAX) {
+                throw std::runtime_error(format("override %s = %lld is out of range: it must be from 0 to %d",
+                        key, (long long) ovrd->val_i64, INT32_MAX));
+            }
+            value = ovrd->val_i64;
+        }
+    }
+
+    void read(const char * key, bool & value) {
+        known.insert(key);
+        value = gguf_get_val_bool(ml.metadata, find(key, GGUF_TYPE_BOOL));
+
+        if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_BOOL, "bool")) {
+            value = ovrd->val_bool;
+        }
+    }
+
+    std::string str(const char * key) const {
+        return gguf_get_val_str(ml.metadata, find(key, GGUF_TYPE_STRING));
+    }
+
+    std::vector<int32_t> ints(const char * key) const {
+        const int id = find(key, GGUF_TYPE_ARRAY);
+        if (gguf_get_arr_type(ml.metadata, id) != GGUF_TYPE_INT32) {
+            throw std::runtime_error(format("%s is not an array of int32: convert the model again", key));
+        }
+        const auto * data = (const int32_t *) gguf_get_arr_data(ml.metadata, id);
+        return { data, data + gguf_get_arr_n(ml.metadata, id) };
+    }
+
+    // overrides that nothing has read, or not as they were meant
+    std::string report() {
+        for (const auto & [key, ovrd] : ml.kv_overrides) {
+            if (key.rfind("fasa.", 0) == 0 && known.find(key) == known.end()) {
+                lines += key + ": no such setting\n";
+            }
+        }
+        return lines;
+    }
+
+private:
+    int find(const char * key, gguf_type type) const {
+        const int id = gguf_find_key(ml.metadata, key);
+        if (id < 0) {
+            throw std::runtime_error(format("%s is missing: convert the model again", key));
+        }
+        if (gguf_get_kv_type(ml.metadata, id) != type) {
+            throw std::runtime_error(format("%s has type %s, expected %s: convert the model again",
+                    key, gguf_type_name(gguf_get_kv_type(ml.metadata, id)), gguf_type_name(type)));
+        }
+        return id;
+    }
+
+    const llama_model_kv_override * find_override(const char * key, llama_model_kv_override_type type, const char * type_name) {
+        const auto it = ml.kv_overrides.find(key);
+        if (it == ml.kv_overrides.end()) {
+            return nullptr;
+        }
+        if (it->second.tag != type) {
+            lines += format("%s: must be of type %s\n", key, type_name);
+            return nullptr;
+        }
+        return &it->second;
+    }
+
+    const llama_model_loader & ml;
+
+    std::set<std::string> known;
+    std::string           lines;
+};
+
+} // namespace
+
+// the dims of the first n_tip of n_chunk ranked chunks of each KV head
+static std::vector<int32_t> fasa_read_dims(const int32_t * chunks, int32_t n_chunk, uint32_t n_tip, const llama_fasa_layer & layer, int32_t il) {
+    std::vector<int32_t> res;
+
+    for (int32_t ih = 0; ih < layer.n_head_kv; ++ih, chunks += n_chunk) {
+        std::vector<bool> seen(n_chunk, false);
+
+        for (int32_t rank = 0; rank < n_chunk; ++rank) {
+            const int32_t chunk = chunks[rank];
+
+            int32_t dims[2];
+            if (!llama_fasa_chunk_dims(&layer, chunk, dims) || seen[chunk]) {
+                throw std::runtime_error(format("fasa.chunks: layer %d, KV head %d lists chunk %d, which is out of range or listed before: "
+                        "convert the model again", il, ih, chunk));
+            }
+            seen[chunk] = true;
+
+            if (rank < (int32_t) n_tip) {
+                res.insert(res.end(), { dims[0], dims[1] });
+            }
+        }
+    }
+
+    return res;
+}
+
+std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_model_loader & ml, const llama_model & model) {
+    const bool has_profile = gguf_find_key(ml.metadata, "fasa.version") >= 0;
+
+    fasa_reader reader(ml);
+
+    if (!has_profile) {
+        for (const auto & [key, ovrd] : ml.kv_overrides) {
+            if (key.rfind("fasa.", 0) == 0) {
+                LLAMA_LOG_WARN("%s: override %s has no effect: the model has no FASA profile\n", __func__, key.c_str());
+            }
+        }
+        return nullptr;
+    }
+
+    auto res = std::make_unique<llama_fasa_profile>();
+
+    uint32_t version;
+    reader.read("fasa.version", version);
+    if (version == 0) { // by override: ignore the profile, whatever its state
+        return nullptr;
+    }
+    if (version != FASA_VERSION) {
+        throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u", version, FASA_VERSION));
+    }
+
+    const std::string fingerprint = llama_fasa_model_fingerprint(model);
+    if (reader.str("fasa.fingerprint") != fingerprint) {
+        throw std::runtime_error(format("the FASA profile was made for another model: fasa.fingerprint is '%s', this model is '%s'",
+                reader.str("fasa.fingerprint").c_str(), fingerprint.c_str()));
+    }
+
+    auto & params = res->params;
+    reader.read("fasa.enabled",        params.enabled);
+    reader.read("fasa.budget",         params.budget);
+    reader.read("fasa.n_sink",         params.n_sink);
+    reader.read("fasa.n_recent",       params.n_recent);
+    reader.read("fasa.min_ctx",        params.min_ctx);
+    reader.read("fasa.max_batch",      params.max_batch);
+    reader.read("fasa.n_tip",          params.n_tip);
+    reader.read("fasa.n_dense_layers", params.n_dense_layers);
+    llama_fasa_params_validate(params);
+
+    const auto head_count_kv = reader.ints("fasa.head_count_kv");
+    const auto chunk_count   = reader.ints("fasa.chunk_count");
+    const auto chunks        = reader.ints("fasa.chunks");
+
+    const int32_t n_layer = model.hparams.n_layer_all;
+    if ((int32_t) head_count_kv.size() != n_layer || (int32_t) chunk_count.size() != n_layer) {
+        throw std::runtime_error(format("fasa.head_count_kv has %zu entries and fasa.chunk_count %zu, the model has %d layers: convert the model again",
+                head_count_kv.size(), chunk_count.size(), n_layer));
+    }
+
+    size_t offset = 0;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        const auto    layer   = llama_fasa_model_layer(model, il);
+        const int32_t n_chunk = chunk_count[il];
+
+        if (head_count_kv[il] == 0) {
+            res->dims.emplace_back();
+            continue;
+        }
+        if (head_count_kv[il] != layer.n_head_kv || n_chunk != layer.n_embd_head/2) {
+            throw std::runtime_error(format("fasa.chunks: layer %d has %d KV heads of %d chunks, the model has %d of %d: convert the model again",
+                    il, head_count_kv[il], n_chunk, layer.n_head_kv, layer.n_embd_head/2));
+        }
+        if (params.n_tip < 1 || params.n_tip > (uint32_t) n_chunk) {
+            throw std::runtime_error(format("fasa.n_tip = %u is out of range: a head of layer %d has %d chunks", params.n_tip, il, n_chunk));
+        }
+
+        const size_t n = (size_t) layer.n_head_kv*n_chunk;
+        if (chunks.size() - offset < n) {
+            throw std::runtime_error(format("fasa.chunks has %zu entries, layer %d needs more: convert the model again", chunks.size(), il));
+        }
+        res->dims.push_back(fasa_read_dims(chunks.data() + offset, n_chunk, params.n_tip, layer, il));
+        offset += n;
+    }
+    if (offset != chunks.size()) {
+        throw std::runtime_error(format("fasa.chunks has %zu entries, expected %zu: convert the model again", chunks.size(), offset));
+    }
+
+    res->override_report = reader.report();
+    if (!res->override_report.empty()) {
+        LLAMA_LOG_WARN("%s: overrides without effect:\n%s", __func__, res->override_report.c_str());
+    }
+
+    return res;
+}

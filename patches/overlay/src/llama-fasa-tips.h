@@ -1,0 +1,53 @@
+#pragma once
+
+#include "llama-fasa.h"
+#include "llama-kv-cache.h"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+// The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
+//
+// Tips follow from K and are never serialized: whoever changes K other than through the graph's own store
+// (state restore, K-shift, stream copy) calls invalidate(), and the next memory update makes them again.
+class llama_fasa_tips {
+public:
+    struct layer {
+        ggml_tensor * tips = nullptr; // see ggml_fasa_new_tips; nullptr: this layer runs dense
+        ggml_tensor * dims = nullptr; // I32 [n_dim, n_head_kv]
+        ggml_tensor * k    = nullptr; // the K cache of the layer [n_embd_k_gqa, kv_size, n_stream]
+
+        llama_fasa_reason reason = LLAMA_FASA_REASON_NONE; // why there are no tips
+    };
+
+    // layers_k: model layer -> its K cache
+    llama_fasa_tips(const llama_model & model, const std::map<int32_t, ggml_tensor *> & layers_k, bool v_trans, bool no_alloc);
+
+    const layer & get_layer(int32_t il) const;
+
+    // the tips of the streams and cells that the current batch attends to
+    ggml_tensor * get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
+
+    void invalidate() { valid = false; }
+    bool is_valid() const { return valid; }
+
+    // make all tips again from K; false: the graph did not run
+    bool rebuild(llama_context * lctx);
+
+    void clear();
+
+    size_t size() const; // bytes
+    void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
+
+private:
+    ggml_cgraph * build_graph_rebuild(llm_graph_result * res) const;
+
+    const llama_model & model;
+
+    std::map<int32_t, layer> layers;
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    bool valid = true;
+};

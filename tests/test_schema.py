@@ -1,0 +1,143 @@
+"""The fasa.* metadata: what is written is read back, and what is not valid is refused by key, value and limit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fasa_edge import schema
+from fasa_edge.config import FasaConfig, default_n_tip
+from fasa_edge.errors import SchemaError
+
+SHAPES = [(2, 8), (0, 0), (1, 16)]
+
+
+def make_profile(**changes) -> schema.Profile:
+    rng = np.random.default_rng(0)
+    chunks = [np.argsort(rng.random(shape), axis=1).astype(np.int32).reshape(shape) for shape in SHAPES]
+    profile = schema.Profile(
+        n_tip=6,
+        chunks=chunks,
+        agreement=[rng.random(shape).astype(np.float32) for shape in SHAPES],
+        config=FasaConfig(budget=128, min_ctx=300),
+        calibration=schema.Calibration("some text", 4096, 0, "lsq", "fasa-edge test"),
+        fingerprint="llama:3:2:16",
+    )
+    return dataclasses.replace(profile, **changes)
+
+
+def as_mapping(profile: schema.Profile) -> dict[str, object]:
+    return {key: value for key, _, value in schema.to_metadata(profile)}
+
+
+def test_round_trip():
+    profile = make_profile()
+    read = schema.from_metadata(as_mapping(profile))
+    for name in ("n_tip", "config", "calibration", "fingerprint"):
+        assert getattr(read, name) == getattr(profile, name)
+    for il, shape in enumerate(SHAPES):
+        assert read.chunks[il].shape == shape
+        np.testing.assert_array_equal(read.chunks[il], profile.chunks[il])
+        np.testing.assert_array_equal(read.agreement[il], profile.agreement[il])
+
+
+def test_metadata_names_every_key_with_its_type():
+    items = schema.to_metadata(make_profile())
+    assert {key for key, _, _ in items} == schema.SCALARS.keys() | schema.ARRAYS.keys()
+    for key, type_, value in items:
+        if key in schema.ARRAYS:
+            assert type_ == schema.GGUFValueType.ARRAY
+            assert value.dtype == schema.NUMPY_TYPES[schema.ARRAYS[key]]
+        else:
+            assert type_ == schema.SCALARS[key]
+
+
+def test_types_are_those_of_gguf():
+    gguf = pytest.importorskip("gguf")
+    assert {t.name: t.value for t in schema.GGUFValueType} == {t.name: t.value for t in gguf.GGUFValueType}
+
+
+def test_foreign_keys_are_ignored():
+    mapping = as_mapping(make_profile()) | {"general.name": "x", "fasa.from_the_future": 1}
+    assert schema.from_metadata(mapping).n_tip == 6
+
+
+def test_numpy_scalars_must_have_the_right_width():
+    mapping = as_mapping(make_profile())
+    assert schema.from_metadata(mapping | {"fasa.n_tip": np.uint32(5)}).n_tip == 5
+    with pytest.raises(SchemaError, match=r"fasa\.n_tip has type int64: expected uint32"):
+        schema.from_metadata(mapping | {"fasa.n_tip": np.int64(5)})
+
+
+@pytest.mark.parametrize("key", [*schema.SCALARS, *schema.ARRAYS])
+def test_missing_key(key):
+    mapping = as_mapping(make_profile())
+    del mapping[key]
+    with pytest.raises(SchemaError, match=f"{key} is missing"):
+        schema.from_metadata(mapping)
+
+
+@pytest.mark.parametrize("key", [*schema.SCALARS, *schema.ARRAYS])
+@pytest.mark.parametrize("value", [None, 1.5, [1], np.zeros((2, 2), np.int32)])
+def test_wrong_type(key, value):
+    with pytest.raises(SchemaError, match=key):
+        schema.from_metadata(as_mapping(make_profile()) | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fasa.version": 2}, r"fasa\.version = 2"),
+        ({"fasa.n_tip": 0}, r"fasa\.n_tip = 0 .* 1 to 8"),
+        ({"fasa.n_tip": 9}, r"fasa\.n_tip = 9 .* 1 to 8"),
+        ({"fasa.n_tip": -1}, r"fasa\.n_tip = -1"),
+        ({"fasa.budget": 2**32}, r"fasa\.budget = 4294967296"),
+        ({"fasa.budget": 20}, r"n_sink \+ n_recent = 4 \+ 32 = 36 exceeds budget = 20"),
+        ({"fasa.max_batch": 65}, "max_batch = 65 .* 1 to 64"),
+        ({"fasa.enabled": 1}, r"fasa\.enabled = 1 has type int: expected bool"),
+        ({"fasa.budget": True}, r"fasa\.budget = True has type bool: expected uint32"),
+        ({"fasa.head_count_kv": np.array([2, 0], np.int32)}, "one a layer"),
+        ({"fasa.head_count_kv": np.array([2, 1, 1], np.int32)}, "layer 1"),
+        ({"fasa.head_count_kv": np.array([2, 0, -1], np.int32)}, "layer 2"),
+        ({"fasa.head_count_kv": np.array([2, 0, 2], np.int32)}, r"fasa\.chunks has 32 entries.* 48"),
+        ({"fasa.head_count_kv": np.zeros(3, np.int32), "fasa.chunk_count": np.zeros(3, np.int32)}, "no layer"),
+        ({"fasa.head_count_kv": np.zeros(0, np.int32), "fasa.chunk_count": np.zeros(0, np.int32)}, "no layer"),
+        ({"fasa.chunks": np.zeros(32, np.int32)}, "layer 0, KV head 0 .* permutation of 0 to 7"),
+        ({"fasa.chunks": np.zeros(32, np.int64)}, r"fasa\.chunks is int64"),
+        ({"fasa.agreement": np.full(32, np.nan, np.float32)}, "finite"),
+        ({"fasa.agreement": np.zeros(31, np.float32)}, r"fasa\.agreement has 31 entries"),
+    ],
+)
+def test_invalid_value(changes, message):
+    with pytest.raises(SchemaError, match=message):
+        schema.from_metadata(as_mapping(make_profile()) | changes)
+
+
+def test_invalid_profile_is_not_written():
+    with pytest.raises(SchemaError, match="n_tip = 17"):
+        schema.to_metadata(make_profile(n_tip=17))
+    with pytest.raises(SchemaError, match="layer 0: chunks have shape"):
+        schema.to_metadata(make_profile(agreement=[np.zeros((8, 2), np.float32), *make_profile().agreement[1:]]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("budget", 0), ("n_sink", -1), ("max_batch", 0), ("min_ctx", 2**31), ("n_recent", 1.0)]
+)
+def test_config_limits(field, value):
+    with pytest.raises(SchemaError, match=f"{field} = {value}"):
+        FasaConfig(**{field: value})
+
+
+def test_config_minimum_context():
+    assert FasaConfig(budget=100).effective_min_ctx == 200
+    assert FasaConfig(budget=100, min_ctx=50).effective_min_ctx == 50
+
+
+@pytest.mark.parametrize(("n_embd_head", "n_tip"), [(8, 4), (64, 12), (128, 16), (256, 24)])
+def test_default_n_tip(n_embd_head, n_tip):
+    assert default_n_tip(n_embd_head) == n_tip
+
+
+def test_overridable_keys_are_scalars():
+    assert schema.OVERRIDABLE <= schema.SCALARS.keys()
+    assert "fasa.n_tip" in schema.OVERRIDABLE and "fasa.version" not in schema.OVERRIDABLE
