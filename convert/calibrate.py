@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from fasa_edge.errors import ConvertError
+
+import numpy as np
 
 from .capture import BLOCK, ModelRun
 from .objectives import OBJECTIVES, Objective

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.errors import ConvertError
+
+import numpy as np
 
 BLOCK = 512  # tokens decoded at a time, as one micro-batch
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import NUMPY_TYPES, GGUFValueType
+
+import numpy as np
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the same layout; version 1 had 32-bit lengths

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
+
+import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
 

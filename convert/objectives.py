@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from fasa_edge.errors import ConvertError
+
+import numpy as np
 
 N_QUERIES = 64  # sampled by ContextualAgreement
 

@@ -8,9 +8,9 @@ plane of frequency 0.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fasa_edge.errors import ConvertError
+
+import numpy as np
 
 # enum llama_rope_type of llama.cpp's include/llama.h
 ROPE_NONE = -1

@@ -6,10 +6,10 @@ import ctypes
 from dataclasses import dataclass
 from itertools import count, takewhile
 
-import numpy as np
-
 from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
+
+import numpy as np
 
 _lib = llama_cpp.llama_cpp._lib
 

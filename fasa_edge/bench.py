@@ -1,4 +1,8 @@
-"""Decoding speed at several depths of context, dense and FASA interleaved in one run, in rows like llama-bench's."""
+"""Decoding speed at several depths of context, in rows like llama-bench's: FASA against stock dense attention.
+
+Stock runs with flash attention and without: which is faster depends on the machine, and only the faster one is a fair
+rival. All three are interleaved in one run, and a row's ratio is the median over the rounds.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,6 @@ from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
 from fasa_edge.model import Llama
 
-METHODS = ("dense", "fasa")
-
 
 @dataclass
 class BenchRow:
@@ -28,7 +30,7 @@ class BenchRow:
         n_threads: threads that decoded.
         type_k: type of the K cache.
         type_v: type of the V cache.
-        flash_attn: always on.
+        flash_attn: whether flash attention is on; always for FASA.
         n_prompt: always 0: only decoding is measured.
         n_gen: tokens decoded in each repetition.
         n_depth: tokens in the KV cache before them.
@@ -38,7 +40,7 @@ class BenchRow:
         samples_ts: tokens per second of each repetition.
         read_ratio: bytes that attention read over those that dense attention reads.
         layers_sparse: share of the attention layers that ran sparse.
-        ratio: median, over the interleaved pairs, of dense time over this method's.
+        ratio: median, over the interleaved rounds, of the faster dense method's time over this one's.
         ratio_min: least of them.
         ratio_max: greatest of them.
     """
@@ -73,20 +75,44 @@ class BenchRow:
         """Median of the tokens per second."""
         return statistics.median(self.samples_ts)
 
+    @property
+    def avg_ts(self) -> float:
+        """Mean of the tokens per second."""
+        return statistics.mean(self.samples_ts)
+
+    @property
+    def stddev_ts(self) -> float:
+        """Standard deviation of the tokens per second."""
+        return _stddev(self.samples_ts)
+
     def as_dict(self) -> dict:
         """The row for JSON, with llama-bench's averages."""
-
-        def spread(samples: Sequence[float]) -> float:
-            return statistics.stdev(samples) if len(samples) > 1 else 0.0
-
         return asdict(self) | {
             "test": self.test,
             "median_ts": self.median_ts,
             "avg_ns": statistics.mean(self.samples_ns),
-            "stddev_ns": spread(self.samples_ns),
-            "avg_ts": statistics.mean(self.samples_ts),
-            "stddev_ts": spread(self.samples_ts),
+            "stddev_ns": _stddev(self.samples_ns),
+            "avg_ts": self.avg_ts,
+            "stddev_ts": self.stddev_ts,
         }
+
+
+def _stddev(samples: Sequence[float]) -> float:
+    return statistics.stdev(samples) if len(samples) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """One way to decode; two runners may share a model."""
+
+    method: str
+    llm: llama_cpp.Llama
+    flash_attn: bool
+
+    def prepare(self) -> None:
+        if isinstance(self.llm, Llama):
+            self.llm.fasa.configure(enabled=self.method == "fasa")
+            self.llm.fasa.reset_stats()
 
 
 def run(
@@ -96,13 +122,14 @@ def run(
     n_repetitions: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[BenchRow]:
-    """Measure decoding at each depth: the cache is filled once, then both methods decode from it in turn.
+    """Measure decoding at each depth: the caches are filled once, then all methods decode from them in turn.
 
     Args:
-        llm: a model with a FASA profile.
+        llm: a model with a FASA profile. It is loaded a second time, without flash attention; the weights are shared
+            where the file is mapped into memory.
         depths: tokens in the KV cache, in any order.
         n_gen: tokens decoded in a repetition.
-        n_repetitions: pairs of measurements at each depth.
+        n_repetitions: rounds of measurements at each depth.
         progress: called with the steps done and those to do.
 
     Yields:
@@ -124,57 +151,77 @@ def run(
     rng = random.Random(0)
     tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
 
+    without_flash_attn = llama_cpp.Llama(
+        llm.model_path,
+        n_ctx=llm.n_ctx(),
+        n_batch=llm.n_batch,
+        n_threads=llm.n_threads,
+        n_threads_batch=llm.n_threads_batch,
+        n_gpu_layers=llm.model_params.n_gpu_layers,
+        flash_attn=False,
+        verbose=llm.verbose,
+    )
+    runners = [
+        _Runner("dense", llm, True),
+        _Runner("dense", without_flash_attn, False),
+        _Runner("fasa", llm, True),
+    ]
+    n_steps = len(set(depths)) * (n_repetitions + 1)
     enabled = llm.fasa.settings["enabled"]
-    llm.reset()
-    n_past = 0
-    n_done = 0
+    n_past = n_done = 0
     try:
+        llm.reset()
         for depth in sorted(set(depths)):
-            _truncate(llm, n_past)
-            llm.fasa.configure(enabled=False)
-            _decode(llm, tokens[n_past:depth], llm.n_batch)
+            for cache in runners[:2]:
+                cache.prepare()
+                _truncate(cache.llm, n_past)
+                _decode(cache.llm, tokens[n_past:depth], llm.n_batch)
             n_past = depth
 
-            rows = {method: _new_row(llm, depth, n_gen, method) for method in METHODS}
-            for repetition in range(-1, n_repetitions):  # the first pair warms up
-                for method, row in rows.items():
-                    _truncate(llm, depth)
-                    llm.fasa.configure(enabled=method == "fasa")
-                    llm.fasa.reset_stats()
-                    start = time.perf_counter_ns()
-                    _decode(llm, tokens[depth : depth + n_gen], 1)
-                    elapsed = time.perf_counter_ns() - start
-                    if repetition < 0:
-                        continue
-                    row.samples_ns.append(elapsed)
-                    row.samples_ts.append(1e9 * n_gen / elapsed)
-                    stats = llm.fasa.stats()
-                    n_layers = stats.n_layers_sparse + sum(stats.n_layers_dense.values())
-                    row.read_ratio = stats.read_ratio
-                    row.layers_sparse = stats.n_layers_sparse / n_layers if n_layers else 0.0
+            rows = [_new_row(runner, depth, n_gen, llm.fasa.settings["budget"]) for runner in runners]
+            for repetition in range(-1, n_repetitions):  # the first round warms up
+                for runner, row in zip(runners, rows, strict=True):
+                    _measure(runner, tokens[depth : depth + n_gen], depth, row if repetition >= 0 else None)
                 n_done += 1
-                progress(n_done, len(set(depths)) * (n_repetitions + 1))
+                progress(n_done, n_steps)
             _compare(rows)
-            yield from rows.values()
+            yield from rows
     finally:
         llm.fasa.configure(enabled=enabled)
         llm.reset()
+        without_flash_attn.close()
 
 
-def _compare(rows: dict[str, BenchRow]) -> None:
-    for row in rows.values():
-        ratios = [dense / own for dense, own in zip(rows["dense"].samples_ns, row.samples_ns, strict=True)]
+def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
+    """Decode the tokens one by one after the first ``depth`` and add the sample to the row."""
+    _truncate(runner.llm, depth)
+    runner.prepare()
+    start = time.perf_counter_ns()
+    _decode(runner.llm, tokens, 1)
+    elapsed = time.perf_counter_ns() - start
+    if row is None:
+        return
+    row.samples_ns.append(elapsed)
+    row.samples_ts.append(1e9 * len(tokens) / elapsed)
+    if runner.method == "fasa":
+        stats = runner.llm.fasa.stats()
+        row.read_ratio = stats.read_ratio
+        row.layers_sparse = stats.n_layers_sparse / (stats.n_layers_sparse + sum(stats.n_layers_dense.values()))
+
+
+def _compare(rows: Sequence[BenchRow]) -> None:
+    rival = max((row for row in rows if row.method == "dense"), key=lambda row: row.median_ts)
+    for row in rows:
+        ratios = [dense / own for dense, own in zip(rival.samples_ns, row.samples_ns, strict=True)]
         row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
 
 
-def _new_row(llm: Llama, depth: int, n_gen: int, method: str) -> BenchRow:
+def _new_row(runner: _Runner, depth: int, n_gen: int, budget: int) -> BenchRow:
     def type_name(ggml_type: int) -> str:
-        return next(
-            name[10:].lower()
-            for name in dir(llama_cpp)
-            if name.startswith("GGML_TYPE_") and getattr(llama_cpp, name) == ggml_type
-        )
+        names = (name for name in dir(llama_cpp) if name.startswith("GGML_TYPE_"))
+        return next(name.removeprefix("GGML_TYPE_").lower() for name in names if getattr(llama_cpp, name) == ggml_type)
 
+    llm = runner.llm
     return BenchRow(
         model_filename=Path(llm.model_path).name,
         model_size=llama_cpp.llama_model_size(llm.model),
@@ -182,22 +229,22 @@ def _new_row(llm: Llama, depth: int, n_gen: int, method: str) -> BenchRow:
         n_threads=llm.n_threads,
         type_k=type_name(llm.context_params.type_k),
         type_v=type_name(llm.context_params.type_v),
-        flash_attn=True,
+        flash_attn=runner.flash_attn,
         n_prompt=0,
         n_gen=n_gen,
         n_depth=depth,
-        method=method,
-        budget=llm.fasa.settings["budget"] if method == "fasa" else 0,
+        method=runner.method,
+        budget=budget if runner.method == "fasa" else 0,
     )
 
 
-def _truncate(llm: Llama, n_tokens: int) -> None:
+def _truncate(llm: llama_cpp.Llama, n_tokens: int) -> None:
     """Forget all but the first tokens."""
     if not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, n_tokens, -1):
         raise FasaError(f"{llm.model_path}: its memory cannot forget its last tokens, so no depth can be held")
 
 
-def _decode(llm: Llama, tokens: Sequence[int], n_batch: int) -> None:
+def _decode(llm: llama_cpp.Llama, tokens: Sequence[int], n_batch: int) -> None:
     """Decode tokens after those in the cache, ``n_batch`` at a time, waiting for each batch."""
     for start in range(0, len(tokens), n_batch):
         batch = tokens[start : start + n_batch]

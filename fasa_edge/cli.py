@@ -12,15 +12,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from tabulate import tabulate
-
 import fasa_edge
 from fasa_edge import _lib, bench, convert
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import FasaError
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tabulate import tabulate
 
 _stderr = Console(stderr=True)
 
@@ -39,7 +39,7 @@ class _Group(click.Group):
 def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage: call with its name, what is done and what there is to do."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=quiet) as bars:
+    with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:
@@ -66,7 +66,7 @@ def _bytes(n: float) -> str:
 @click.version_option(fasa_edge.__version__, prog_name="fasa-edge")
 def main() -> None:
     """Sparse attention for llama.cpp: decode long contexts nearly as fast as short ones."""
-    warnings.showwarning = lambda message, *_: _stderr.print(f"warning: {message}", highlight=False)
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -264,21 +264,19 @@ def run(
     if as_json:
         return _print_json({"text": "".join(pieces)} | report)
     click.echo()
-    _stderr.print(
+    click.echo(
         f"\nprompt {len(tokens)} tokens in {report['prompt_seconds']:.1f} s, "
         f"then {n_tokens} tokens at {report['tokens_per_second']:.1f} tokens/s",
-        highlight=False,
+        err=True,
     )
     if not report["settings"]:
-        return _stderr.print(
-            f"dense: {model['model']} has no FASA profile, make one with `fasa-edge convert`", highlight=False
-        )
+        return click.echo(f"dense: {model['model']} has no FASA profile, make one with `fasa-edge convert`", err=True)
     read = report["bytes_kv"] + report["bytes_tips"]
-    _stderr.print(
+    click.echo(
         f"KV read {_bytes(read)} (tips {_bytes(report['bytes_tips'])}), "
         f"dense reads {_bytes(report['bytes_kv_dense'])}; "
         f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}",
-        highlight=False,
+        err=True,
     )
 
 
@@ -286,11 +284,11 @@ def run(
 @_model_options
 @click.option("-d", "--n-depth", "depths", default="0,2048,7168", help="Tokens in the cache, comma-separated.")
 @click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Pairs of dense and FASA at each depth.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Rounds at each depth.")
 @click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
 @_json_option
 def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: bool, **model: Any) -> None:
-    """Measure decoding speed of MODEL at several depths, dense and FASA interleaved."""
+    """Measure decoding speed of MODEL at several depths, interleaved: stock with and without flash attention, FASA."""
     try:
         depth_list = [int(depth) for depth in depths.split(",")]
     except ValueError:
@@ -302,26 +300,22 @@ def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: 
     if as_json or fmt == "json":
         return _print_json([row.as_dict() for row in rows])
     table = [
-        (
-            row.model_filename, _bytes(row.model_size), row.n_threads, row.method, row.budget or "", row.test,
-            f"{row.as_dict()['avg_ts']:.2f} ± {row.as_dict()['stddev_ts']:.2f}", f"{row.median_ts:.2f}",
-            f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})", f"{row.read_ratio:.2f}",
-        )
+        {
+            "model": row.model_filename,
+            "size": _bytes(row.model_size),
+            "threads": row.n_threads,
+            "method": row.method,
+            "fa": int(row.flash_attn),
+            "budget": row.budget or "",
+            "test": row.test,
+            "t/s": f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
+            "median t/s": f"{row.median_ts:.2f}",
+            "x best dense": f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})",
+            "KV read": f"{row.read_ratio:.2f}",
+        }
         for row in rows
-    ]  # fmt: skip
-    headers = (
-        "model",
-        "size",
-        "threads",
-        "method",
-        "budget",
-        "test",
-        "t/s",
-        "median t/s",
-        "x dense (range)",
-        "KV read",
-    )
-    click.echo(tabulate(table, headers, tablefmt="github", disable_numparse=True))
+    ]
+    click.echo(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
 
 
 @main.command()

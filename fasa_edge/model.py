@@ -7,13 +7,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import FasaError, ModelError
+
+import psutil
 
 _SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 
-import numpy as np
-
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import SchemaError
+
+import numpy as np
 
 VERSION = 1
 PREFIX = "fasa."

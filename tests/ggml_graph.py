@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-import numpy as np
-
 from fasa_edge._lib import llama_cpp
+
+import numpy as np
 
 _LIB_DIR = Path(llama_cpp.llama_cpp._lib._name).parent
 _base = ctypes.CDLL(str(next(_LIB_DIR.glob("*ggml-base.*"))))

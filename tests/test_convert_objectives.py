@@ -2,12 +2,12 @@
 
 import itertools
 
-import numpy as np
-import pytest
-
 from fasa_edge.convert.objectives import N_QUERIES, OBJECTIVES, _rank_least_squares, _top_k_mask
 from fasa_edge.convert.rope import ROPE_NEOX, ROPE_NORM, chunk_dims
 from fasa_edge.errors import ConvertError
+
+import numpy as np
+import pytest
 
 N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 4, 2, 16
 N_CHUNK = N_EMBD_HEAD // 2

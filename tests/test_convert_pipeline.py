@@ -2,16 +2,16 @@
 
 import sys
 
-import numpy as np
-import pytest
-from tiny_models import Shape, make_model
-
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import capture, convert, inspect, pipeline
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError, SchemaError
 from fasa_edge.schema import GGUFValueType
+
+import numpy as np
+import pytest
+from tiny_models import Shape, make_model
 
 TOKENS = 1029  # enough for agreement with top_k = 128, and a last block as small as a decode step
 

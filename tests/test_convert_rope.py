@@ -7,14 +7,14 @@ positions is the rotation: chunk ``i`` of the key at position ``p`` must be chun
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from tiny_models import Shape, make_model
-
 from fasa_edge import _capi
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.rope import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NONE, ROPE_NORM, ROPE_VISION, chunk_dims
 from fasa_edge.errors import ConvertError
+
+import numpy as np
+import pytest
+from tiny_models import Shape, make_model
 
 N_POSITIONS = 96
 LAYOUTS = {  # name: architecture, shape, RoPE type, another pairing of the same dims

@@ -5,16 +5,16 @@ import os
 import resource
 import struct
 
-import gguf
-import numpy as np
-import pytest
-from tiny_models import make_model
-
 from fasa_edge.convert import gguf_splice
 from fasa_edge.convert.gguf_header import TENSOR_TYPES, read_header
 from fasa_edge.convert.gguf_splice import encode_entry, splice
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import NUMPY_TYPES, GGUFValueType
+
+import gguf
+import numpy as np
+import pytest
+from tiny_models import make_model
 
 T = GGUFValueType
 OURS = [

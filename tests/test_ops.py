@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fasa_edge import reference
+
 import numpy as np
 import pytest
 from ggml_graph import F16, F32, Graph
-
-from fasa_edge import reference
 
 NMSE_REFERENCE = 1e-6  # f16 K and V against a float64 oracle
 NMSE_STOCK = 5e-4  # what test-backend-ops allows FLASH_ATTN_EXT
@@ -32,7 +32,7 @@ SHAPES = [
     Shape(n_embd_head=128, n_head=8, n_head_kv=2, n_dim=32, n_kv=1024),
     Shape(n_embd_head=80, n_head=4, n_head_kv=4, n_dim=26, n_tokens=3),
     Shape(n_embd_head=96, n_head=16, n_head_kv=1, n_dim=28, n_hidden=100),
-    Shape(n_embd_head=256, n_head=2, n_head_kv=1, n_dim=48, n_kv=16),
+    Shape(n_embd_head=256, n_head=2, n_head_kv=1, n_dim=48, n_kv=32),
     Shape(n_kv=768, n_tokens=8, n_hidden=300),
     Shape(n_dim=64),
 ]

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import numpy as np
-import pytest
-
 from fasa_edge import schema
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.errors import SchemaError
+
+import numpy as np
+import pytest
 
 SHAPES = [(2, 8), (0, 0), (1, 16)]
 

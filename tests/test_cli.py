@@ -1,0 +1,91 @@
+"""The commands as a user types them, on the real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fasa_edge
+from fasa_edge.cli import main
+
+import pytest
+from click.testing import CliRunner, Result
+
+PROMPT = "The capital of France is"
+
+
+def fasa(*args: object, code: int = 0, **kwargs) -> Result:
+    result = CliRunner().invoke(main, list(map(str, args)), **kwargs)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    report = json.loads(fasa("convert", model_path, "-o", out, "--tokens", 512, "--n-tip", 10, "--json").stdout)
+    assert (report["path"], report["n_tip"]) == (str(out), 10)
+    assert out.stat().st_size == report["n_bytes"]
+
+    report = json.loads(fasa("inspect", out, "--json").stdout)
+    assert report["annotated"] and report["calibration"]["tokens"] == 512
+    text = fasa("inspect", out).stdout
+    assert "layer    KV head  chunks, best first" in text and "llama rope=0 0-29:9/3x64r64" in text
+    assert "no FASA profile: make one with" in fasa("inspect", model_path).stdout
+
+    error = fasa("convert", model_path, "-o", out, code=1).stderr
+    assert error.startswith("Error: ") and str(out) in error and "--force" in error
+
+
+def test_run(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:
+    result = fasa("run", fasa_model_path, "-p", PROMPT, "-n", 8, "-c", 512)
+    assert "Paris" in result.stdout
+    assert "tokens/s" in result.stderr and "short_context" in result.stderr
+
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    args = ("run", fasa_model_path, "-f", tmp_path / "prompt.txt", "-n", 8, "-c", 512, "--json")
+    report = json.loads(fasa(*args, "--override-kv", "fasa.min_ctx=int:1").stdout)
+    assert "Paris" in report["text"] and report["layers_sparse"] > 0 and report["bytes_tips"] > 0
+    report = json.loads(fasa(*args, "--dense").stdout)
+    assert report["layers_sparse"] == 0 and report["settings"]["enabled"] is False
+
+    assert "has no FASA profile" in fasa("run", model_path, "-p", PROMPT, "-n", 2, "-c", 512).stderr
+
+
+def test_run_says_what_is_wrong(fasa_model_path: Path, tmp_path: Path) -> None:
+    assert "either -p TEXT or -f FILE" in fasa("run", fasa_model_path, code=2).stderr
+    assert "expected KEY=TYPE:VALUE" in fasa("run", fasa_model_path, "-p", "x", "--override-kv", "a=b", code=1).stderr
+    error = fasa("run", fasa_model_path, "-p", "x", "-c", 256, "-n", 500, code=1).stderr
+    assert "exceed the context of 256" in error
+    error = fasa("run", fasa_model_path, "-p", "x", "--budget", 3, code=1).stderr
+    assert "do not fit into fasa.budget = 3" in error
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    assert fasa("run", tmp_path / "broken.gguf", "-p", "x", code=1).stderr.startswith("Error: Failed to load model")
+
+
+def test_bench(fasa_model_path: Path, model_path: Path) -> None:
+    args = ("bench", fasa_model_path, "-d", "0,300", "-n", 2, "-r", 2, "--override-kv", "fasa.min_ctx=int:512")
+    rows = json.loads(fasa(*args, "-o", "json").stdout)
+    assert [(row["method"], row["flash_attn"], row["n_depth"]) for row in rows] == [
+        (method, flash_attn, depth)
+        for depth in (0, 300)
+        for method, flash_attn in (("dense", True), ("dense", False), ("fasa", True))
+    ]
+    assert [row["layers_sparse"] > 0 for row in rows] == [False] * 5 + [True]
+    assert all(len(row["samples_ts"]) == 2 and row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
+    table = fasa(*args[:3], "0", *args[4:]).stdout.splitlines()
+    assert table[0].startswith("| model") and len(table) == 2 + 3
+
+    assert "has no FASA profile to measure" in fasa("bench", model_path, code=1).stderr
+    assert "expected numbers separated by commas" in fasa("bench", fasa_model_path, "-d", "x", code=2).stderr
+
+
+def test_doctor() -> None:
+    report = json.loads(fasa("doctor", "--json").stdout)
+    assert report["llama_commit"] == "0c1e57098" and report["fasa"] == "compiled in"
+    assert Path(report["libllama"]).parent == Path(report["libggml_base"]).parent
+    assert fasa_edge.__version__ in fasa("doctor").stdout
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "run", "bench", "doctor"])
+def test_help_is_complete(command: str) -> None:
+    assert "Usage:" in fasa(command, "--help").stdout
