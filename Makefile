@@ -42,8 +42,8 @@ stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same f
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 
-test: install stock model ## run all tests
-	FASA_TEST_MODEL=$(MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
+test: install stock $(SMALL_MODEL) ## run all tests
+	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
 
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)

@@ -117,9 +117,9 @@ def main() -> None:
     console = Console(highlight=False)
 
     model = annotated(args.model, console)
-    n_ctx = args.n_prompt + args.n_predict + 8
-    llm = fasa_edge.Llama(str(model), n_ctx=n_ctx, fasa_budget=args.budget, verbose=False)
-    prompt = long_prompt(llm, args.n_prompt, args.document)
+    llm = fasa_edge.Llama(str(model), fasa_budget=args.budget, verbose=False)
+    n_prompt = min(args.n_prompt, llm.n_ctx() - args.n_predict - RESERVED)
+    prompt = long_prompt(llm, n_prompt, args.document)
 
     with console.status(f"reading {len(prompt)} tokens with dense attention"):
         start = time.perf_counter()

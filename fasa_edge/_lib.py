@@ -50,7 +50,7 @@ def load() -> ModuleType:
     if "llama_cpp" not in sys.modules:
         if not lib_dir().is_dir():
             raise LibraryError(
-                f"the patched llama.cpp libraries are not at {lib_dir()}: install fasa-edge with `pip install .` "
+                f"the patched llama.cpp libraries are not at {lib_dir()}: install fasa-edge with `make install` or pip "
                 "(a source tree on sys.path has none), or set FASA_LIB_PATH to a directory that holds them"
             )
         os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
@@ -65,6 +65,10 @@ def load() -> ModuleType:
         ) from error
 
     check(llama_cpp, lib_dir())
+    lib = llama_cpp.llama_cpp._lib
+    if lib.ggml_backend_dev_count() == 0:
+        # built with GGML_BACKEND_DL: ggml looks for its backends beside the executable, which here is Python's
+        lib.ggml_backend_load_all_from_path(os.fsencode(lib_dir()))
     return llama_cpp
 
 

@@ -103,16 +103,27 @@ def _stddev(samples: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class _Runner:
-    """One way to decode; two runners may share a model."""
+    """One way to decode."""
 
     method: str
     llm: llama_cpp.Llama
     flash_attn: bool
 
-    def prepare(self) -> None:
-        if isinstance(self.llm, Llama):
-            self.llm.fasa.configure(enabled=self.method == "fasa")
-            self.llm.fasa.reset_stats()
+
+def _stock(llm: Llama, flash_attn: bool) -> _Runner:
+    """The same model without its profile, so that the library is stock llama.cpp."""
+    stock = llama_cpp.Llama(
+        llm.model_path,
+        n_ctx=llm.n_ctx(),
+        n_batch=llm.n_batch,
+        n_threads=llm.n_threads,
+        n_threads_batch=llm.n_threads_batch,
+        n_gpu_layers=llm.model_params.n_gpu_layers,
+        kv_overrides={"fasa.version": 0},
+        flash_attn=flash_attn,
+        verbose=llm.verbose,
+    )
+    return _Runner("dense", stock, flash_attn)
 
 
 def run(
@@ -125,8 +136,8 @@ def run(
     """Measure decoding at each depth: the caches are filled once, then all methods decode from them in turn.
 
     Args:
-        llm: a model with a FASA profile. It is loaded a second time, without flash attention; the weights are shared
-            where the file is mapped into memory.
+        llm: a model with a FASA profile. It is loaded twice more, as stock with flash attention and without; the
+            weights are shared where the file is mapped into memory.
         depths: tokens in the KV cache, in any order.
         n_gen: tokens decoded in a repetition.
         n_repetitions: rounds of measurements at each depth.
@@ -151,31 +162,15 @@ def run(
     rng = random.Random(0)
     tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
 
-    without_flash_attn = llama_cpp.Llama(
-        llm.model_path,
-        n_ctx=llm.n_ctx(),
-        n_batch=llm.n_batch,
-        n_threads=llm.n_threads,
-        n_threads_batch=llm.n_threads_batch,
-        n_gpu_layers=llm.model_params.n_gpu_layers,
-        flash_attn=False,
-        verbose=llm.verbose,
-    )
-    runners = [
-        _Runner("dense", llm, True),
-        _Runner("dense", without_flash_attn, False),
-        _Runner("fasa", llm, True),
-    ]
+    runners = [_stock(llm, flash_attn=True), _stock(llm, flash_attn=False), _Runner("fasa", llm, True)]
     n_steps = len(set(depths)) * (n_repetitions + 1)
-    enabled = llm.fasa.settings["enabled"]
     n_past = n_done = 0
     try:
         llm.reset()
         for depth in sorted(set(depths)):
-            for cache in runners[:2]:
-                cache.prepare()
-                _truncate(cache.llm, n_past)
-                _decode(cache.llm, tokens[n_past:depth], llm.n_batch)
+            for runner in runners:
+                _truncate(runner.llm, n_past)
+                _decode(runner.llm, tokens[n_past:depth], llm.n_batch)
             n_past = depth
 
             rows = [_new_row(runner, depth, n_gen, llm.fasa.settings["budget"]) for runner in runners]
@@ -187,15 +182,16 @@ def run(
             _compare(rows)
             yield from rows
     finally:
-        llm.fasa.configure(enabled=enabled)
         llm.reset()
-        without_flash_attn.close()
+        for stock in runners[:2]:
+            stock.llm.close()
 
 
 def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
     """Decode the tokens one by one after the first ``depth`` and add the sample to the row."""
     _truncate(runner.llm, depth)
-    runner.prepare()
+    if runner.method == "fasa":
+        runner.llm.fasa.reset_stats()
     start = time.perf_counter_ns()
     _decode(runner.llm, tokens, 1)
     elapsed = time.perf_counter_ns() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -31,7 +32,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except FasaError as error:
+        except (FasaError, RuntimeError) as error:  # the bindings raise RuntimeError when llama_decode fails
             raise click.ClickException(str(error)) from error
 
 
@@ -65,7 +66,7 @@ def _bytes(n: float) -> str:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(fasa_edge.__version__, prog_name="fasa-edge")
 def main() -> None:
-    """Sparse attention for llama.cpp: decode long contexts nearly as fast as short ones."""
+    """Sparse attention for llama.cpp: decode faster from long contexts."""
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
 
 
@@ -240,7 +241,10 @@ def run(
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
     llm = _load(**model, fasa_enabled=False if dense else None)
-    tokens = llm.tokenize((prompt if prompt is not None else prompt_file.read()).encode())
+    try:
+        tokens = llm.tokenize((prompt if prompt is not None else prompt_file.read()).encode())
+    except UnicodeDecodeError as error:
+        raise FasaError(f"{prompt_file.name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
     if len(tokens) + n_predict > llm.n_ctx():
         raise FasaError(
             f"{len(tokens)} tokens of prompt and {n_predict} to generate exceed the context of {llm.n_ctx()}: "
@@ -318,6 +322,15 @@ def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: 
     click.echo(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
 
 
+def _devices() -> list[str]:
+    """Names of the devices of all backends that are loaded."""
+    lib = _lib.llama_cpp.llama_cpp._lib
+    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+    lib.ggml_backend_dev_name.restype = ctypes.c_char_p
+    handles = [ctypes.c_void_p(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
+    return [lib.ggml_backend_dev_name(handle).decode() for handle in handles]
+
+
 @main.command()
 @_json_option
 def doctor(as_json: bool) -> None:
@@ -333,7 +346,7 @@ def doctor(as_json: bool) -> None:
         "llama_commit": build.llama_commit.decode(),
         "struct_sizes": "as the bindings expect",
         "system_info": llama_cpp.llama_print_system_info().decode().strip(),
-        "gpu_offload": llama_cpp.llama_supports_gpu_offload(),
+        "devices": _devices(),
         "fasa": "compiled in",
         "python": sys.version.split()[0],
         "package": str(Path(fasa_edge.__file__).parent),

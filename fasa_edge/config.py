@@ -62,11 +62,6 @@ class FasaConfig:
                 f"budget = {self.budget}: raise the budget or keep fewer sinks and recent tokens"
             )
 
-    @property
-    def effective_min_ctx(self) -> int:
-        """Cached tokens below which a step stays dense, with the automatic value (twice the budget) resolved."""
-        return self.min_ctx or 2 * self.budget
-
 
 def default_n_tip(n_embd_head: int) -> int:
     """Chunks per KV head for a head of ``n_embd_head`` dimensions: ``8 + n_embd_head / 16``, at most all of them.

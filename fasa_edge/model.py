@@ -19,7 +19,7 @@ _SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_c
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 
 _KV_MEMORY_SHARE = 0.5
-"""Of the memory that is free, what the KV cache of an automatic ``n_ctx`` may take: the model needs the rest."""
+"""Of the memory that is free beside the weights, what the KV cache of an automatic ``n_ctx`` may take."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file; one without a FASA profile runs dense.
-        n_ctx: cells of the KV cache; 0: what the model was trained for, or less where half of the free memory does not
-            hold its KV cache.
+        n_ctx: cells of the KV cache; 0: what the model was trained for, or less where half of the memory that
+            is free beside the weights does not hold its KV cache.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
         fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
@@ -194,9 +194,10 @@ def _automatic_n_ctx(model_path: str) -> int:
         return 0
     try:
         n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
+        free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
         # K and V in f16
         bytes_per_cell = sum(4 * layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model))
     finally:
         llama_cpp.llama_model_free(model)
-    fits = int(_KV_MEMORY_SHARE * psutil.virtual_memory().available / max(bytes_per_cell, 1))
+    fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
     return min(n_ctx_train, max(fits // 256 * 256, 256))

@@ -128,11 +128,6 @@ def test_config_limits(field, value):
         FasaConfig(**{field: value})
 
 
-def test_config_minimum_context():
-    assert FasaConfig(budget=100).effective_min_ctx == 200
-    assert FasaConfig(budget=100, min_ctx=50).effective_min_ctx == 50
-
-
 @pytest.mark.parametrize(("n_embd_head", "n_tip"), [(8, 4), (64, 12), (128, 16), (256, 24)])
 def test_default_n_tip(n_embd_head, n_tip):
     assert default_n_tip(n_embd_head) == n_tip

@@ -59,7 +59,10 @@ def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, s
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(key.replace("__", "."), value)
     for name, dims in RECIPES[arch](shape):
-        writer.add_tensor(name, _weights(rng, name, dims))
+        values = _weights(rng, name, dims)
+        if arch == "gemma3" and name == "token_embd.weight":
+            values /= np.float32(np.sqrt(shape.n_embd))  # llama.cpp scales them back, and the layers must still count
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,7 +123,14 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, arch: str, shape: Shape) -> 
         writer.add_expert_feed_forward_length(shape.n_ff)
         writer.add_expert_shared_count(1)
         return
-    writer.add_head_count_kv(shape.n_head_kv)
+    if arch == "lfm2":
+        writer.add_shortconv_l_cache(CONV_CACHE)
+        writer.add_head_count_kv([0 if _is_conv(il) else shape.n_head_kv for il in range(shape.n_layer)])
+    else:
+        writer.add_head_count_kv(shape.n_head_kv)
+    if arch == "gemma3":
+        writer.add_sliding_window(SWA_WINDOW)
+        writer.add_sliding_window_pattern([il % 2 == 0 for il in range(shape.n_layer)])
     writer.add_rope_dimension_count(shape.n_embd_head if shape.n_rot is None else shape.n_rot)
     if arch == "stablelm":
         writer.add_parallel_residual(False)
@@ -243,6 +253,44 @@ def _deepseek2(shape: Shape) -> Tensors:
         yield from _ffn(shape, f"blk.{il}")
 
 
+SWA_WINDOW = 128
+
+
+def _gemma3(shape: Shape) -> Tensors:
+    """Even layers attend to a sliding window, odd ones to the whole context; Q and K are normed."""
+    yield from _llama(shape)
+    for il in range(shape.n_layer):
+        yield f"blk.{il}.attn_q_norm.weight", (shape.n_embd_head,)
+        yield f"blk.{il}.attn_k_norm.weight", (shape.n_embd_head,)
+        yield f"blk.{il}.post_attention_norm.weight", (shape.n_embd,)
+        yield f"blk.{il}.post_ffw_norm.weight", (shape.n_embd,)
+
+
+CONV_CACHE = 3
+
+
+def _is_conv(il: int) -> bool:
+    return il % 2 == 0
+
+
+def _lfm2(shape: Shape) -> Tensors:
+    """Hybrid: even layers are short convolutions with a recurrent state, odd ones attend; Q and K are normed."""
+    yield "token_embd.weight", (shape.n_embd, N_VOCAB)
+    yield "token_embd_norm.weight", (shape.n_embd,)  # in fact the output norm
+    yield "output.weight", (shape.n_embd, N_VOCAB)
+    for il in range(shape.n_layer):
+        if _is_conv(il):
+            yield f"blk.{il}.attn_norm.weight", (shape.n_embd,)
+            yield f"blk.{il}.shortconv.conv.weight", (CONV_CACHE, shape.n_embd)
+            yield f"blk.{il}.shortconv.in_proj.weight", (shape.n_embd, 3 * shape.n_embd)
+            yield f"blk.{il}.shortconv.out_proj.weight", (shape.n_embd, shape.n_embd)
+        else:
+            yield from _qkv(shape, f"blk.{il}")
+            yield f"blk.{il}.attn_q_norm.weight", (shape.n_embd_head,)
+            yield f"blk.{il}.attn_k_norm.weight", (shape.n_embd_head,)
+        yield from _ffn(shape, f"blk.{il}")
+
+
 RECIPES: dict[str, Callable[[Shape], Tensors]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -251,4 +299,6 @@ RECIPES: dict[str, Callable[[Shape], Tensors]] = {
     "bloom": _bloom,
     "mamba": _mamba,
     "deepseek2": _deepseek2,
+    "gemma3": _gemma3,
+    "lfm2": _lfm2,
 }

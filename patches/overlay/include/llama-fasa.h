@@ -48,6 +48,7 @@ extern "C" {
         LLAMA_FASA_REASON_NONE, // it ran sparse
         LLAMA_FASA_REASON_DISABLED,
         LLAMA_FASA_REASON_PROMPT,
+        LLAMA_FASA_REASON_MULTI_SEQUENCE,
         LLAMA_FASA_REASON_SHORT_CONTEXT,
         LLAMA_FASA_REASON_DENSE_LAYER,
         LLAMA_FASA_REASON_NO_CHUNKS,
@@ -55,6 +56,7 @@ extern "C" {
         LLAMA_FASA_REASON_FLASH_ATTN_OFF,
         LLAMA_FASA_REASON_KV_TYPE,
         LLAMA_FASA_REASON_BACKEND,
+        LLAMA_FASA_REASON_STALE_TIPS,
         LLAMA_FASA_REASON_NON_CAUSAL,
         LLAMA_FASA_REASON_ATTN_BIAS,
         LLAMA_FASA_REASON_COUNT,
@@ -65,8 +67,8 @@ extern "C" {
     LLAMA_API const char * llama_fasa_reason_description(enum llama_fasa_reason reason);
 
     // sums since the context was made or reset
-    // a step is one micro-batch; bytes are counted for decode steps only: every K and V row that the attention of
-    // a token touches, for each token
+    // a step is one micro-batch; bytes are counted for decode steps and full-attention layers only: every K and V row
+    // that the attention of a token touches, for each token
     struct llama_fasa_stats {
         uint64_t n_steps_prompt;
         uint64_t n_steps_decode;

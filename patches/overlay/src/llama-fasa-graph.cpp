@@ -18,6 +18,7 @@ llama_fasa_context::llama_fasa_context(const llama_fasa_profile * profile) : pro
     }
 }
 
+// n_tokens and n_seqs_unq are compared before a graph is reused, so what follows from them holds for the graph
 static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
     return ubatch.n_tokens > params.max_batch*ubatch.n_seqs_unq;
 }
@@ -30,13 +31,14 @@ llama_fasa_attn::llama_fasa_attn(const llm_graph_context & graph, ggml_tensor * 
     graph(graph), fasa(graph.cparams.fasa), q_cur(q_cur), k_cur(k_cur), il(il) {
 }
 
-llama_fasa_graph_input * llama_fasa_attn::get_input(get_mctx_fn get_mctx) const {
+llama_fasa_graph_input * llama_fasa_attn::get_input(const llama_kv_cache_context & mctx) const {
     for (auto & inp : graph.res->inputs) {
         if (auto * res = dynamic_cast<llama_fasa_graph_input *>(inp.get())) {
             return res;
         }
     }
-    return (llama_fasa_graph_input *) graph.res->add_input(std::make_unique<llama_fasa_graph_input>(*fasa, std::move(get_mctx)));
+    return (llama_fasa_graph_input *) graph.res->add_input(
+            std::make_unique<llama_fasa_graph_input>(*fasa, mctx.get_fasa_tips(), mctx.get_n_kv()));
 }
 
 llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
@@ -44,14 +46,20 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
 
     const uint32_t min_ctx = params.min_ctx > 0 ? params.min_ctx : 2*params.budget;
 
-    if (!params.enabled) {
-        return LLAMA_FASA_REASON_DISABLED;
-    }
     if (graph.hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW; // its cache is another one
     }
+    if (!params.enabled) {
+        return LLAMA_FASA_REASON_DISABLED;
+    }
+    if (!mctx.get_fasa_tips()) {
+        return LLAMA_FASA_REASON_NO_CHUNKS; // the cache of another context
+    }
     if (const auto reason = mctx.get_fasa_tips()->get_layer(il).reason; reason != LLAMA_FASA_REASON_NONE) {
         return reason;
+    }
+    if (!mctx.get_fasa_tips()->is_valid()) {
+        return LLAMA_FASA_REASON_STALE_TIPS;
     }
     if (v->nb[1] > v->nb[2] || !graph.cparams.flash_attn || graph.cparams.auto_fa) {
         return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
@@ -68,6 +76,9 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (fasa_is_prompt(params, graph.ubatch)) {
         return LLAMA_FASA_REASON_PROMPT;
     }
+    if (graph.ubatch.n_seqs_unq > 1) {
+        return LLAMA_FASA_REASON_MULTI_SEQUENCE;
+    }
     if (mctx.get_n_kv() < min_ctx) {
         return LLAMA_FASA_REASON_SHORT_CONTEXT;
     }
@@ -75,7 +86,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
 }
 
 ggml_tensor * llama_fasa_attn::build(
-        get_mctx_fn   get_mctx,
+        const llama_kv_cache_context * mctx,
         ggml_tensor * k_idxs,
         ggml_tensor * q,
         ggml_tensor * k,
@@ -91,7 +102,7 @@ ggml_tensor * llama_fasa_attn::build(
     auto * ctx0 = graph.ctx0;
     auto * gf   = graph.gf;
 
-    auto * inp = get_input(get_mctx);
+    auto * inp = get_input(*mctx);
 
     if (fasa->capture) {
         const auto capture = [&](std::vector<ggml_tensor *> & captured, ggml_tensor * cur) {
@@ -106,29 +117,31 @@ ggml_tensor * llama_fasa_attn::build(
         }
     }
 
-    const auto & mctx = *get_mctx();
-
-    if (!mctx.get_fasa_tips()) {
+    if (!fasa->profile) {
         return nullptr;
     }
 
-    const auto & layer = mctx.get_fasa_tips()->get_layer(il);
+    const auto * tips = mctx->get_fasa_tips();
 
-    if (layer.tips) {
-        ggml_tensor * tips = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
-        graph.cb(tips, "fasa_store", il);
-        ggml_build_forward_expand(gf, tips);
+    if (tips && tips->get_layer(il).tips) {
+        const auto & layer = tips->get_layer(il);
+
+        ggml_tensor * stored = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
+        graph.cb(stored, "fasa_store", il);
+        ggml_build_forward_expand(gf, stored);
     }
 
-    const auto   reason    = reason_dense(mctx, v, kq_b);
-    const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
+    const auto   reason    = reason_dense(*mctx, v, kq_b);
+    const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
 
     if (reason != LLAMA_FASA_REASON_NONE) {
         inp->add_layer(reason, row_bytes, 0);
         return nullptr;
     }
 
-    const int64_t n_kv     = mctx.get_n_kv();
+    const auto & layer = tips->get_layer(il);
+
+    const int64_t n_kv     = mctx->get_n_kv();
     const int64_t n_stream = k->ne[3];
     const int64_t n_tokens = q->ne[2]/n_stream;
 
@@ -139,7 +152,7 @@ ggml_tensor * llama_fasa_attn::build(
         return ggml_view_4d(ctx0, t, t->ne[0], t->ne[1], n_tokens, n_stream, t->nb[1], t->nb[2], t->nb[2]*n_tokens, 0);
     };
 
-    ggml_tensor * idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx.get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
+    ggml_tensor * idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx->get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
             inp->build_forced(ctx0, n_tokens, n_stream), inp->n_fac, kq_scale);
     graph.cb(idx, "fasa_select", il);
 
@@ -202,8 +215,6 @@ void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
 }
 
 void llama_fasa_graph_input::set_forced(const llama_ubatch * ubatch) const {
-    const auto * mctx = get_mctx();
-
     const size_t n_forced = forced->ne[0];
     const size_t n_sink   = std::min<size_t>(fasa.params.n_sink, n_forced);
 
@@ -211,7 +222,7 @@ void llama_fasa_graph_input::set_forced(const llama_ubatch * ubatch) const {
 
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
         const auto   seq_id = ubatch->seq_id[i][0];
-        const auto & cells  = mctx->get_fasa_cells(seq_id); // (position, cell), ascending
+        const auto & cells  = tips->get_cells(seq_id);
         const auto   end    = cells.upper_bound({ ubatch->pos[i], std::numeric_limits<uint32_t>::max() });
 
         int32_t * res = ids.data() + i*n_forced;
@@ -248,11 +259,13 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
     }
     stats.n_steps_decode++;
 
-    const auto * mctx = get_mctx();
+    if (!tips) {
+        return;
+    }
 
     for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
         // cells of the sequence up to the token; only a batch of several tokens has later ones
-        const auto & cells = mctx->get_fasa_cells(ubatch->seq_id[i][0]);
+        const auto & cells = tips->get_cells(ubatch->seq_id[i][0]);
 
         size_t n_visible = cells.size();
         for (auto it = cells.rbegin(); it != cells.rend() && it->first > ubatch->pos[i]; ++it) {
@@ -260,7 +273,7 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
         }
 
         stats.bytes_kv       += n_visible*row_bytes_dense + std::min<size_t>(n_visible, n_fac)*row_bytes_sparse;
-        stats.bytes_tips     += mctx->get_n_kv()*tip_bytes;
+        stats.bytes_tips     += n_kv*tip_bytes;
         stats.bytes_kv_dense += n_visible*(row_bytes_dense + row_bytes_sparse);
     }
 }

@@ -3,12 +3,12 @@
 #include "llama-fasa.h"
 #include "llama-graph.h"
 
-#include <functional>
 #include <vector>
 
 class  llama_kv_cache_context;
 struct llama_fasa_profile;
 class  llama_fasa_graph_input;
+class  llama_fasa_tips;
 
 // what a llama_context knows of FASA; the graph reaches it through cparams
 struct llama_fasa_context {
@@ -29,9 +29,6 @@ struct llama_fasa_context {
 // one attention layer of a graph under construction
 class llama_fasa_attn {
 public:
-    // the memory context of the batch at hand; a reused graph is given another one for every batch
-    using get_mctx_fn = std::function<const llama_kv_cache_context * ()>;
-
     // q_cur, k_cur: as they enter build_attn, before any Hadamard rotation
     llama_fasa_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, int il);
 
@@ -39,7 +36,7 @@ public:
     // q, k, v: as build_attn_mha takes them
     // returns [n_embd_head_v*n_head, n_tokens], or nullptr: the caller's dense attention has to run
     ggml_tensor * build(
-            get_mctx_fn   get_mctx,
+            const llama_kv_cache_context * mctx,
             ggml_tensor * k_idxs,
             ggml_tensor * q,
             ggml_tensor * k,
@@ -50,7 +47,7 @@ public:
             float         kq_scale) const;
 
 private:
-    llama_fasa_graph_input * get_input(get_mctx_fn get_mctx) const;
+    llama_fasa_graph_input * get_input(const llama_kv_cache_context & mctx) const;
 
     llama_fasa_reason reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
@@ -66,7 +63,8 @@ private:
 // the inputs of the ops, and what running the graph once adds to the counters
 class llama_fasa_graph_input : public llm_graph_input_i {
 public:
-    llama_fasa_graph_input(llama_fasa_context & fasa, llama_fasa_attn::get_mctx_fn get_mctx) : fasa(fasa), get_mctx(std::move(get_mctx)) {}
+    // tips: outlive the graph, unlike the memory context of a batch, which a reused graph must not keep
+    llama_fasa_graph_input(llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv) : fasa(fasa), tips(tips), n_kv(n_kv) {}
     ~llama_fasa_graph_input() override;
 
     void set_input(const llama_ubatch * ubatch) override;
@@ -91,7 +89,8 @@ private:
 
     llama_fasa_context & fasa;
 
-    llama_fasa_attn::get_mctx_fn get_mctx;
+    const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
+    const uint32_t          n_kv;
 
     ggml_tensor * forced = nullptr;
 

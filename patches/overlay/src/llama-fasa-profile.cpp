@@ -78,7 +78,7 @@ std::string llama_fasa_model_fingerprint(const llama_model & model) {
 
 void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (params.budget < 1 || params.budget > INT32_MAX) {
-        throw std::runtime_error(format("fasa.budget = %u is out of range: it must be at least 1", params.budget));
+        throw std::runtime_error(format("fasa.budget = %u is out of range: it must be from 1 to %d", params.budget, INT32_MAX));
     }
     if (uint64_t(params.n_sink) + params.n_recent > params.budget) {
         throw std::runtime_error(format("fasa.n_sink = %u and fasa.n_recent = %u do not fit into fasa.budget = %u: raise the budget or lower them",
@@ -227,7 +227,7 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
         return nullptr;
     }
     if (version != FASA_VERSION) {
-        throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u", version, FASA_VERSION));
+        throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u: convert the model again", version, FASA_VERSION));
     }
 
     const std::string fingerprint = llama_fasa_model_fingerprint(model);
@@ -271,7 +271,7 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
                     il, head_count_kv[il], n_chunk, layer.n_head_kv, layer.n_embd_head/2));
         }
         if (params.n_tip < 1 || params.n_tip > (uint32_t) n_chunk) {
-            throw std::runtime_error(format("fasa.n_tip = %u is out of range: a head of layer %d has %d chunks", params.n_tip, il, n_chunk));
+            throw std::runtime_error(format("fasa.n_tip = %u is out of range: a head of layer %d has %d chunks, choose 1 to %d", params.n_tip, il, n_chunk, n_chunk));
         }
 
         const size_t n = (size_t) layer.n_head_kv*n_chunk;

@@ -36,10 +36,11 @@ static llama_fasa_reason fasa_reason_no_tips(const llama_model & model, int32_t 
 }
 
 llama_fasa_tips::llama_fasa_tips(
-        const llama_model & model,
+        const llama_model    & model,
+        const llama_kv_cache & kv,
         const std::map<int32_t, ggml_tensor *> & layers_k,
         bool v_trans,
-        bool no_alloc) : model(model) {
+        bool no_alloc) : model(model), kv(kv) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (const auto & [il, k] : layers_k) {
@@ -125,6 +126,10 @@ ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, uint32_t
             tips->nb[1], tips->nb[2], tips->nb[3], s0*tips->nb[3]);
 }
 
+const std::set<std::pair<llama_pos, uint32_t>> & llama_fasa_tips::get_cells(llama_seq_id seq_id) const {
+    return kv.get_cells(seq_id).seq_pos_get(seq_id);
+}
+
 size_t llama_fasa_tips::size() const {
     return std::accumulate(ctxs_bufs.begin(), ctxs_bufs.end(), size_t(0), [](size_t sum, const auto & ctx_buf) {
         return sum + ggml_backend_buffer_get_size(ctx_buf.second.get());
@@ -193,6 +198,8 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res) const
 }
 
 bool llama_fasa_tips::rebuild(llama_context * lctx) {
+    valid = false;
+
     auto * sched = lctx->get_sched();
     auto * res   = lctx->get_gf_res_reserve();
 

@@ -5,6 +5,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 // The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
@@ -21,13 +22,21 @@ public:
         llama_fasa_reason reason = LLAMA_FASA_REASON_NONE; // why there are no tips
     };
 
-    // layers_k: model layer -> its K cache
-    llama_fasa_tips(const llama_model & model, const std::map<int32_t, ggml_tensor *> & layers_k, bool v_trans, bool no_alloc);
+    // layers_k: model layer -> its K cache in kv, which owns the tips
+    llama_fasa_tips(
+            const llama_model    & model,
+            const llama_kv_cache & kv,
+            const std::map<int32_t, ggml_tensor *> & layers_k,
+            bool v_trans,
+            bool no_alloc);
 
     const layer & get_layer(int32_t il) const;
 
     // the tips of the streams and cells that the current batch attends to
     ggml_tensor * get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
+
+    // (position, cell) of a sequence, ascending
+    const std::set<std::pair<llama_pos, uint32_t>> & get_cells(llama_seq_id seq_id) const;
 
     void invalidate() { valid = false; }
     bool is_valid() const { return valid; }
@@ -43,7 +52,8 @@ public:
 private:
     ggml_cgraph * build_graph_rebuild(llm_graph_result * res) const;
 
-    const llama_model & model;
+    const llama_model    & model;
+    const llama_kv_cache & kv;
 
     std::map<int32_t, layer> layers;
 

@@ -53,8 +53,8 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
         return false;
     }
     if (params->n_tip != fasa.params.n_tip || params->n_dense_layers != fasa.params.n_dense_layers) {
-        LLAMA_LOG_ERROR("%s: n_tip = %u and n_dense_layers = %u are fixed when the model is loaded\n", __func__,
-                fasa.params.n_tip, fasa.params.n_dense_layers);
+        LLAMA_LOG_ERROR("%s: n_tip = %u and n_dense_layers = %u are fixed when the model is loaded, they cannot become %u and %u\n", __func__,
+                fasa.params.n_tip, fasa.params.n_dense_layers, params->n_tip, params->n_dense_layers);
         return false;
     }
     try {
@@ -81,13 +81,15 @@ static const struct {
     /* NONE           */ { "none",           "runs sparse" },
     /* DISABLED       */ { "disabled",       "FASA is switched off (fasa.enabled)" },
     /* PROMPT         */ { "prompt",         "a batch with more tokens per sequence than fasa.max_batch is a prompt" },
+    /* MULTI_SEQUENCE */ { "multi_sequence", "the batch holds tokens of several sequences" },
     /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget)" },
     /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
-    /* NO_CHUNKS      */ { "no_chunks",      "the profile has no chunks for the layer, or it reads the cache of another layer" },
+    /* NO_CHUNKS      */ { "no_chunks",      "no chunks for the layer, or it reads the cache of another layer or context" },
     /* SLIDING_WINDOW */ { "sliding_window", "sliding-window attention is short already" },
     /* FLASH_ATTN_OFF */ { "flash_attn_off", "flash attention is off, so V is transposed" },
     /* KV_TYPE        */ { "kv_type",        "K or V is not stored as f16" },
     /* BACKEND        */ { "backend",        "the layer's K is on a device without FASA kernels" },
+    /* STALE_TIPS     */ { "stale_tips",     "the tips could not be made again after K changed (see the log)" },
     /* NON_CAUSAL     */ { "non_causal",     "attention is not causal" },
     /* ATTN_BIAS      */ { "attn_bias",      "attention has a bias on its logits (ALiBi or other)" },
 };

@@ -1,0 +1,122 @@
+"""FASA in each kind of architecture: with every cell in the budget, it must decode what dense attention decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+import fasa_edge
+from fasa_edge._lib import llama_cpp
+from fasa_edge.convert import convert
+
+import numpy as np
+import pytest
+from runtime import teacher_forced
+from tiny_models import Shape, make_model
+
+N_PROMPT = 900
+N_DECODE = 8  # all steps but the first run the graph of the step before
+N_CTX = 2048
+TOLERANCE = 1e-5  # of the NMSE: both attentions round to f16, which gave 2.3e-6 at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture, and how many layers of each kind its model has."""
+
+    arch: str
+    n_full: int
+    n_swa: int = 0
+    n_layer: int = 2
+    n_rot: int | None = None
+    swa_full: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.arch if self.swa_full else f"{self.arch}-small-swa-cache"
+
+
+CASES = (
+    Case("llama", n_full=2),
+    Case("qwen2", n_full=2),
+    Case("stablelm", n_full=2, n_rot=16),  # partial rotary
+    Case("gemma3", n_full=2, n_swa=2, n_layer=4),
+    Case("gemma3", n_full=2, n_swa=2, n_layer=4, swa_full=False),  # 768 cells, which the prompt wraps
+    Case("lfm2", n_full=2, n_layer=4),  # the others are recurrent
+)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def llm(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fasa_edge.Llama]:
+    folder = tmp_path_factory.mktemp(case.name)
+    model = make_model(folder / "tiny.gguf", case.arch, Shape(n_layer=case.n_layer, n_rot=case.n_rot))
+    llm = fasa_edge.Llama(
+        str(convert(model, folder / "annotated.gguf", tokens=512).path),
+        n_ctx=N_CTX,
+        n_threads=2,
+        n_threads_batch=2,
+        swa_full=case.swa_full,
+        fasa_min_ctx=1,
+        fasa_budget=N_CTX,
+        fasa_n_dense_layers=0,
+        verbose=False,
+    )
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def tokens(llm: fasa_edge.Llama) -> list[int]:
+    return llm.tokenize(topics["typesseq"].encode())[: N_PROMPT + N_DECODE]
+
+
+@pytest.fixture(scope="module")
+def dense(llm: fasa_edge.Llama, tokens: list[int]) -> np.ndarray:
+    return teacher_forced(llm, tokens, N_PROMPT, enabled=False)
+
+
+def nmse(dense: np.ndarray, other: np.ndarray) -> float:
+    """Of the decode steps, relative to the energy of the dense logits."""
+    wanted = dense[1:].astype(np.float64)
+    return float(((other[1:] - wanted) ** 2).sum() / (wanted**2).sum())
+
+
+def check_layers(llm: fasa_edge.Llama, case: Case) -> None:
+    stats = llm.fasa.stats()
+    assert (stats.n_steps_prompt, stats.n_steps_decode) == (0, N_DECODE)
+    assert stats.n_layers_sparse == N_DECODE * case.n_full
+    assert stats.n_layers_dense == ({"sliding_window": N_DECODE * case.n_swa} if case.n_swa else {})
+
+
+def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
+    everything = teacher_forced(llm, tokens, N_PROMPT, budget=N_CTX)
+    check_layers(llm, case)
+    assert llm.fasa.stats().bytes_kv == llm.fasa.stats().bytes_kv_dense
+    assert (everything[0] == dense[0]).all()  # the prompt ran dense
+    assert nmse(dense, everything) <= TOLERANCE
+
+
+def test_a_small_budget_reads_less_and_stays_finite(case, llm, tokens, dense) -> None:
+    sparse = teacher_forced(llm, tokens, N_PROMPT, budget=64)
+    check_layers(llm, case)
+    stats = llm.fasa.stats()
+    assert stats.bytes_kv == stats.bytes_kv_dense * 64 * N_DECODE // sum(range(N_PROMPT + 1, N_PROMPT + N_DECODE + 1))
+    assert np.isfinite(sparse).all()
+    assert nmse(dense, sparse) > 1000 * TOLERANCE  # so a wrong attention would show
+
+
+@pytest.mark.parametrize("budget", [64, N_CTX])
+def test_decoding_goes_on_in_a_reused_graph(case, llm, tokens, budget) -> None:
+    llm.reset()
+    llm.fasa.configure(enabled=True, budget=budget)
+    llm.eval(tokens[:N_PROMPT])
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    for token in tokens[N_PROMPT:]:
+        llm.eval([token])
+    assert llama_cpp.llama_perf_context(llm.ctx).n_reused == N_DECODE - 1
