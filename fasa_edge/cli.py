@@ -32,6 +32,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors by which click ends a command
+            raise
         except (FasaError, RuntimeError) as error:  # the bindings raise RuntimeError when llama_decode fails
             raise click.ClickException(str(error)) from error
 

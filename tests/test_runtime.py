@@ -365,7 +365,7 @@ def test_a_foreign_ggml_that_came_first_is_named(stock_lib, tmp_path) -> None:
 
 def test_a_missing_library_is_an_error_with_a_remedy(tmp_path) -> None:
     error = _import_error(tmp_path, "import fasa_edge", FASA_LIB_PATH=str(tmp_path / "none"))
-    assert "LibraryError" in error and "pip install" in error
+    assert "LibraryError" in error and "make install" in error
 
 
 def test_an_annotated_model_can_be_converted_again(fasa_model_path, tmp_path) -> None:
