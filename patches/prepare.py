@@ -34,8 +34,12 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parent
 KERNELS = PATCHES.parent / "ggml_kernels"
 
-# What a library build of llama.cpp reads; the other four fifths of the archive stay packed.
-KEPT = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "tools/mtmd/", "vendor/")
+# What a library build reads, the converter of checkpoints, the tests of the ops; most of the archive stays packed.
+KEPT = (
+    *("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "tools/mtmd/", "vendor/"),
+    *("convert_hf_to_gguf.py", "conversion/", "gguf-py/"),
+    "tests/test-backend-ops.cpp",
+)
 
 STAMP = ".fasa-stamp"
 
