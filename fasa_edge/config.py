@@ -45,7 +45,7 @@ class FasaConfig:
     n_recent: int = 32
     n_dense_layers: int = 1
     min_ctx: int = 0
-    max_batch: int = 8
+    max_batch: int = 16  # a decoded token and the 10 that llama-cpp-python's draft model adds
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):

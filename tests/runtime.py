@@ -6,8 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
+
+from fasa_edge import _capi
+from fasa_edge._lib import llama_cpp
+from fasa_edge.config import FasaConfig
+from fasa_edge.convert import convert
 
 import numpy as np
+from tiny_models import Shape, make_model
+
+TINY_BUDGET = 64
+
+GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+"""Of a KV cache, by the names of ``--cache-type-k``: numbers of ``enum ggml_type``."""
+
+# tokens of the tiny models are bytes, from 3 on
+TEXTS = [[3 + byte for byte in topics[name].encode()[:1500]] for name in ("typesseq", "specialnames", "formatstrings")]
 
 # Runs in a child process on whatever library LLAMA_CPP_LIB_PATH names; knows nothing of fasa_edge.
 _LOGITS_SCRIPT = """
@@ -49,8 +64,6 @@ def logits_on(
 
 def last_logits(llm) -> np.ndarray:
     """Logits after the last token that a model has evaluated: float32 [n_vocab]."""
-    from fasa_edge._lib import llama_cpp
-
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), (llm.n_vocab(),)).copy()
 
 
@@ -80,3 +93,115 @@ def kl_divergence(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean over the steps of KL(reference || other), both logits."""
     p, q = log_softmax(reference), log_softmax(other)
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+class Context:
+    """A context of several sequences on the bare C API, for what the classes of llama-cpp-python do not offer.
+
+    Args:
+        path: an annotated model.
+        params: fields of ``llama_context_params``.
+    """
+
+    def __init__(self, path: Path, **params) -> None:
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        assert self.model
+        defaults = {"n_ctx": 4096, "n_batch": 2048, "n_threads": 2, "n_threads_batch": 2, "flash_attn_type": 1}
+        c_params = llama_cpp.llama_context_default_params()
+        for name, value in (defaults | params).items():
+            setattr(c_params, name, value)
+        self.ctx = llama_cpp.llama_init_from_model(self.model, c_params)
+        assert self.ctx
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        llama_cpp.llama_free(self.ctx)
+        llama_cpp.llama_model_free(self.model)
+
+    def decode(self, entries: list[tuple[int, int, tuple[int, ...]]], expected: int = 0) -> np.ndarray:
+        """Decode one batch.
+
+        Args:
+            entries: token, position and sequences of each.
+            expected: status of ``llama_decode``.
+
+        Returns:
+            The logits of each, float32 [n_entries, n_vocab].
+        """
+        batch = llama_cpp.llama_batch_init(len(entries), 0, max(len(seqs) for *_, seqs in entries))
+        batch.n_tokens = len(entries)
+        for i, (token, pos, seqs) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, len(seqs), True
+            for j, seq in enumerate(seqs):
+                batch.seq_id[i][j] = seq
+        status = llama_cpp.llama_decode(self.ctx, batch)
+        llama_cpp.llama_batch_free(batch)
+        assert status == expected
+        logits = llama_cpp.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(logits, (len(entries), self.n_vocab)).copy()
+
+    def read(self, tokens: list[int], seq: int = 0, start: int = 0) -> np.ndarray:
+        """Decode a sequence's tokens in one batch: the logits of each, float32 [n_tokens, n_vocab]."""
+        return self.decode([(token, start + i, (seq,)) for i, token in enumerate(tokens)])
+
+    def step(self, token: int, pos: int, seq: int = 0) -> np.ndarray:
+        """Decode one token: its logits, float32 [n_vocab]."""
+        return self.decode([(token, pos, (seq,))])[0]
+
+    def stats(self):
+        """Counters, and their reset."""
+        stats = _capi.get_stats(self.ctx)
+        _capi.reset_stats(self.ctx)
+        return stats
+
+    def reasons(self) -> dict[str, int]:
+        """Layers run since the last look, by the reason why they ran dense; "none": sparse."""
+        counts = zip(_capi.REASONS, self.stats().n_layers, strict=True)
+        return {name: n for (name, _), n in counts if n}
+
+    def configure(self, **settings) -> None:
+        """Change settings of FASA."""
+        params = _capi.get_params(self.ctx)
+        for name, value in settings.items():
+            setattr(params, name, value)
+        _capi.set_params(self.ctx, params)
+
+
+def annotated_tiny(folder: Path, arch: str = "llama", **shape: int) -> Path:
+    """A random model with a profile that keeps ``TINY_BUDGET`` cells in every layer, however short the context.
+
+    Its attention is spread wide: whoever attends to other cells gets other logits.
+    """
+    config = FasaConfig(budget=TINY_BUDGET, n_sink=4, n_recent=8, n_dense_layers=0, min_ctx=1)
+    model = make_model(folder / "tiny.gguf", arch, Shape(**shape))
+    return convert(model, folder / "annotated.gguf", tokens=512, config=config).path
+
+
+def fresh_steps(model: Path, prompt: list[int], *steps: int, **params) -> np.ndarray:
+    """Logits of the last tokens, decoded one by one after a prompt in a fresh context: float32 [n_steps, n_vocab]."""
+    with Context(model, **params) as ctx:
+        ctx.read(prompt)
+        ctx.stats()
+        rows = [ctx.step(token, len(prompt) + i) for i, token in enumerate(steps)]
+        assert ctx.stats().n_steps_decode == len(steps)
+        return np.stack(rows)
+
+
+SAME = 1e-8
+"""NMSE of two runs on a tiny model that attend to the same cells, in whatever order or place."""
+
+
+def check(wanted: np.ndarray, found: np.ndarray, tolerance: float = SAME) -> None:
+    """Logits must be the same."""
+    assert np.isfinite(found).all()
+    assert nmse(wanted, found) <= tolerance
+
+
+def nmse(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Squared distance relative to the energy of what is wanted."""
+    wanted, found = wanted.astype(np.float64), found.astype(np.float64)
+    return float(((found - wanted) ** 2).sum() / (wanted**2).sum())

@@ -284,15 +284,6 @@ def test_flash_attention_off_is_refused_by_ours_and_dense_in_the_library(fasa_mo
     assert stats.bytes_kv == 30 * 21 * 2 * 3 * 64 * 2  # V is transposed, its rows are no longer for that
 
 
-def test_quantized_caches_run_dense(fasa_model_path, tokens) -> None:
-    q8_0 = llama_cpp.GGML_TYPE_Q8_0
-    for types in ({"type_k": q8_0}, {"type_v": q8_0}):
-        llm = fasa_edge.Llama(str(fasa_model_path), n_ctx=512, fasa_min_ctx=1, verbose=False, **types)
-        llm.eval(tokens[:20])
-        llm.eval(tokens[20:21])
-        assert llm.fasa.stats().n_layers_dense["kv_type"] == 2 * 29
-
-
 def test_the_stock_class_decodes_sparsely_after_one_import(fasa_model_path, tokens) -> None:
     llm = llama_cpp.Llama(str(fasa_model_path), n_ctx=2048, flash_attn=True, verbose=False)
     llm.eval(tokens[:N_PROMPT])

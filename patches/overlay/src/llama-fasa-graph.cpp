@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 
 llama_fasa_context::llama_fasa_context(const llama_fasa_profile * profile) : profile(profile) {
     if (profile) {
@@ -18,9 +19,23 @@ llama_fasa_context::llama_fasa_context(const llama_fasa_profile * profile) : pro
     }
 }
 
-// n_tokens and n_seqs_unq are compared before a graph is reused, so what follows from them holds for the graph
+// more tokens of one sequence than a decode step has
 static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
-    return ubatch.n_tokens > params.max_batch*ubatch.n_seqs_unq;
+    std::map<llama_seq_id, uint32_t> n_tokens;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        // the worst-case batch that memory is reserved for names no sequences
+        const llama_seq_id seq_id = ubatch.n_seq_id[i] > 0 ? ubatch.seq_id[i][0] : i/ubatch.n_seq_tokens;
+
+        if (++n_tokens[seq_id] > params.max_batch) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool fasa_is_stale(const llama_fasa_tips * tips) {
+    return tips && !tips->is_valid();
 }
 
 //
@@ -38,7 +53,7 @@ llama_fasa_graph_input * llama_fasa_attn::get_input(const llama_kv_cache_context
         }
     }
     return (llama_fasa_graph_input *) graph.res->add_input(
-            std::make_unique<llama_fasa_graph_input>(*fasa, mctx.get_fasa_tips(), mctx.get_n_kv()));
+            std::make_unique<llama_fasa_graph_input>(*fasa, mctx.get_fasa_tips(), mctx.get_n_kv(), graph.ubatch));
 }
 
 llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
@@ -64,9 +79,6 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (v->nb[1] > v->nb[2] || !graph.cparams.flash_attn || graph.cparams.auto_fa) {
         return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
     }
-    if (v->type != GGML_TYPE_F16) {
-        return LLAMA_FASA_REASON_KV_TYPE;
-    }
     if (kq_b || graph.hparams.use_alibi) {
         return LLAMA_FASA_REASON_ATTN_BIAS;
     }
@@ -75,9 +87,6 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     }
     if (fasa_is_prompt(params, graph.ubatch)) {
         return LLAMA_FASA_REASON_PROMPT;
-    }
-    if (graph.ubatch.n_seqs_unq > 1) {
-        return LLAMA_FASA_REASON_MULTI_SEQUENCE;
     }
     if (mctx.get_n_kv() < min_ctx) {
         return LLAMA_FASA_REASON_SHORT_CONTEXT;
@@ -171,6 +180,11 @@ ggml_tensor * llama_fasa_attn::build(
 // llama_fasa_graph_input
 //
 
+llama_fasa_graph_input::llama_fasa_graph_input(
+        llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), is_stale(fasa_is_stale(tips)) {
+}
+
 llama_fasa_graph_input::~llama_fasa_graph_input() {
     if (fasa.last_run == this) {
         fasa.last_run = nullptr;
@@ -201,8 +215,7 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // the number of tokens and the settings are compared by llm_graph_params, n_kv by the attention input
-    GGML_UNUSED(params);
-    return true;
+    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch) && is_stale == fasa_is_stale(tips);
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {

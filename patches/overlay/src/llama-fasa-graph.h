@@ -64,7 +64,7 @@ private:
 class llama_fasa_graph_input : public llm_graph_input_i {
 public:
     // tips: outlive the graph, unlike the memory context of a batch, which a reused graph must not keep
-    llama_fasa_graph_input(llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv) : fasa(fasa), tips(tips), n_kv(n_kv) {}
+    llama_fasa_graph_input(llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch);
     ~llama_fasa_graph_input() override;
 
     void set_input(const llama_ubatch * ubatch) override;
@@ -91,6 +91,10 @@ private:
 
     const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
     const uint32_t          n_kv;
+
+    // what the graph was built for
+    const bool is_prompt;
+    const bool is_stale;
 
     ggml_tensor * forced = nullptr;
 

@@ -11,25 +11,64 @@
 #include <numeric>
 #include <stdexcept>
 
-static llama_fasa_reason fasa_reason_no_tips(const llama_model & model, int32_t il, const ggml_tensor * k, bool v_trans) {
-    const auto & profile = *model.fasa;
+// whether the device that holds K can run the three ops on this layer
+static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int64_t n_dim, int64_t n_head, int64_t n_head_kv) {
+    const auto buft = ggml_backend_buffer_get_type(k->buffer);
+    if (ggml_backend_buft_is_host(buft)) {
+        return true;
+    }
 
-    if (model.hparams.is_swa(il)) {
+    ggml_context_ptr ctx { ggml_init({
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    }) };
+
+    // shapes of a decode step; how many cells there are does not matter
+    const int64_t n_kv  = k->ne[1];
+    const int64_t n_fac = 1;
+
+    const auto split_heads = [&](const ggml_tensor * t) {
+        return ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0]/n_head_kv, n_head_kv, n_kv);
+    };
+
+    ggml_tensor * k_heads = split_heads(k);
+    ggml_tensor * v_heads = split_heads(v);
+    ggml_tensor * k_cur   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, k_heads->ne[0], n_head_kv, 1);
+    ggml_tensor * q       = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, k_heads->ne[0], n_head, 1);
+    ggml_tensor * mask    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, 1);
+    ggml_tensor * idxs    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
+    ggml_tensor * dims    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
+    ggml_tensor * tips    = ggml_fasa_new_tips(ctx.get(), n_kv, n_dim, n_head_kv, 1);
+    ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, mask, nullptr, n_fac, 1.0f);
+
+    auto * dev = ggml_backend_buft_get_device(buft);
+
+    return dev &&
+        ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&
+        ggml_backend_dev_supports_op(dev, idx) &&
+        ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, 1.0f, 0.0f));
+}
+
+static llama_fasa_reason fasa_reason_no_tips(
+        const llama_model & model, int32_t il, const ggml_tensor * k, const ggml_tensor * v, bool v_trans) {
+    const auto & profile = *model.fasa;
+    const auto & hparams = model.hparams;
+
+    if (hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW;
     }
     if ((uint32_t) il < profile.params.n_dense_layers) {
         return LLAMA_FASA_REASON_DENSE_LAYER;
     }
-    if (profile.dims[il].empty() || k->ne[0] != (int64_t) model.hparams.n_embd_k_gqa(il) || k->ne[1] % ggml_fasa_cells_per_block() != 0) {
+    if (profile.dims[il].empty() || k->ne[0] != (int64_t) hparams.n_embd_k_gqa(il) || k->ne[1] % ggml_fasa_cells_per_block() != 0) {
         return LLAMA_FASA_REASON_NO_CHUNKS;
     }
     if (v_trans) {
         return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
     }
-    if (k->type != GGML_TYPE_F16) {
-        return LLAMA_FASA_REASON_KV_TYPE;
-    }
-    if (!ggml_backend_buft_is_host(ggml_backend_buffer_get_type(k->buffer))) {
+    const int64_t n_head_kv = hparams.n_head_kv(il);
+    if (!fasa_is_supported(k, v, profile.dims[il].size()/n_head_kv, hparams.n_head(il), n_head_kv)) {
         return LLAMA_FASA_REASON_BACKEND;
     }
     return LLAMA_FASA_REASON_NONE;
@@ -38,16 +77,18 @@ static llama_fasa_reason fasa_reason_no_tips(const llama_model & model, int32_t 
 llama_fasa_tips::llama_fasa_tips(
         const llama_model    & model,
         const llama_kv_cache & kv,
-        const std::map<int32_t, ggml_tensor *> & layers_k,
+        const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
         bool v_trans,
         bool no_alloc) : model(model), kv(kv) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
-    for (const auto & [il, k] : layers_k) {
+    for (const auto & [il, kv_tensors] : layers_kv) {
+        const auto & [k, v] = kv_tensors;
+
         auto & layer = layers[il];
 
         layer.k      = k;
-        layer.reason = fasa_reason_no_tips(model, il, k, v_trans);
+        layer.reason = fasa_reason_no_tips(model, il, k, v, v_trans);
 
         if (layer.reason != LLAMA_FASA_REASON_NONE) {
             continue;
@@ -57,7 +98,7 @@ llama_fasa_tips::llama_fasa_tips(
         auto & ctx = ctx_map[ggml_backend_buffer_get_type(k->buffer)];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 2*layers_k.size()*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 2*layers_kv.size()*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -107,7 +148,7 @@ void llama_fasa_tips::clear() {
             ggml_backend_tensor_set(layer.dims, model.fasa->dims[il].data(), 0, ggml_nbytes(layer.dims));
         }
     }
-    valid = true;
+    stale.clear();
 }
 
 const llama_fasa_tips::layer & llama_fasa_tips::get_layer(int32_t il) const {
@@ -149,77 +190,119 @@ void llama_fasa_tips::memory_breakdown(std::map<ggml_backend_buffer_type_t, size
 // rebuild
 //
 
+void llama_fasa_tips::invalidate(uint32_t stream, const std::vector<uint32_t> & cells) {
+    for (const uint32_t cell : cells) {
+        stale.push_back((int64_t) stream*kv.get_size() + cell);
+    }
+}
+
+void llama_fasa_tips::invalidate(uint32_t stream, uint32_t n_cells) {
+    std::vector<uint32_t> cells(n_cells);
+    std::iota(cells.begin(), cells.end(), 0);
+    invalidate(stream, cells);
+}
+
 namespace {
 
 class fasa_graph_input_cells : public llm_graph_input_i {
 public:
+    fasa_graph_input_cells(const llama_kv_cache & kv, std::vector<int64_t> cells) : kv(kv), cells(std::move(cells)) {}
+
     void set_input(const llama_ubatch * /*ubatch*/) override {
-        std::vector<int64_t> ids(idxs->ne[0]);
-        std::iota(ids.begin(), ids.end(), 0);
-        ggml_backend_tensor_set(idxs, ids.data(), 0, ggml_nbytes(idxs));
+        const std::vector<int32_t> rows(cells.begin(), cells.end());
+
+        ggml_backend_tensor_set(k_idxs, rows.data(),  0, ggml_nbytes(k_idxs));
+        ggml_backend_tensor_set(idxs,   cells.data(), 0, ggml_nbytes(idxs));
+
+        if (k_rot && k_rot->buffer) {
+            kv.set_input_k_rot(k_rot);
+        }
     }
 
-    ggml_tensor * idxs = nullptr; // I64 [kv_size*n_stream]
+    ggml_tensor * k_idxs = nullptr; // I32 [n_cells]
+    ggml_tensor * idxs   = nullptr; // I64 [n_cells]
+    ggml_tensor * k_rot  = nullptr; // F32 [n_rot, n_rot], nullptr: K is not rotated
+
+private:
+    const llama_kv_cache     & kv;
+    const std::vector<int64_t> cells;
 };
 
 } // namespace
 
-ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res) const {
+ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::vector<int64_t> cells) const {
     auto * ctx = res->get_ctx();
     auto * gf  = res->get_gf();
 
-    auto inp = std::make_unique<fasa_graph_input_cells>();
+    const int64_t n_cells = cells.size();
+
+    auto inp = std::make_unique<fasa_graph_input_cells>(kv, std::move(cells));
+
+    inp->k_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
+    inp->idxs   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_cells);
+    inp->k_rot  = kv.build_input_k_rot(ctx);
+
+    ggml_set_input(inp->k_idxs);
+    ggml_set_input(inp->idxs);
 
     for (const auto & [il, layer] : layers) {
         if (!layer.tips) {
             continue;
         }
 
-        const int64_t n_cells     = layer.k->ne[1]*layer.k->ne[2];
-        const int64_t n_head_kv   = layer.dims->ne[1];
-        const int64_t n_embd_head = layer.k->ne[0]/n_head_kv;
+        const int64_t n_head_kv = layer.dims->ne[1];
 
-        if (!inp->idxs) {
-            inp->idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_cells);
-            ggml_set_input(inp->idxs);
+        ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.k->ne[0], layer.k->ne[1]*layer.k->ne[2]);
+
+        k = ggml_get_rows(ctx, k, inp->k_idxs);
+        k = ggml_reshape_3d(ctx, k, k->ne[0]/n_head_kv, n_head_kv, n_cells);
+
+        if (inp->k_rot) {
+            k = llama_mul_mat_hadamard(ctx, k, inp->k_rot); // its own inverse
         }
-
-        ggml_tensor * k = ggml_view_3d(ctx, layer.k, n_embd_head, n_head_kv, n_cells,
-                ggml_row_size(layer.k->type, n_embd_head), layer.k->nb[1], 0);
 
         ggml_build_forward_expand(gf, ggml_fasa_store(ctx, layer.tips, k, layer.dims, inp->idxs, layer.k->type));
     }
 
-    if (inp->idxs) {
-        res->add_input(std::move(inp));
-    }
+    res->add_input(std::move(inp));
 
     return gf;
 }
 
 bool llama_fasa_tips::rebuild(llama_context * lctx) {
-    valid = false;
+    // the rows of K are copied as f32, some at a time
+    static constexpr size_t n_cells_max = 8192;
+
+    const bool has_tips = std::any_of(layers.begin(), layers.end(), [](const auto & it) { return it.second.tips != nullptr; });
+    if (!has_tips) {
+        stale.clear();
+        return true;
+    }
 
     auto * sched = lctx->get_sched();
     auto * res   = lctx->get_gf_res_reserve();
 
-    ggml_backend_sched_reset(sched);
-    res->reset();
+    while (!stale.empty()) {
+        const auto first = stale.end() - std::min(stale.size(), n_cells_max);
 
-    auto * gf = build_graph_rebuild(res);
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        LLAMA_LOG_ERROR("%s: failed to allocate the graph that rebuilds the tips\n", __func__);
-        return false;
+        ggml_backend_sched_reset(sched);
+        res->reset();
+
+        auto * gf = build_graph_rebuild(res, { first, stale.end() });
+        if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+            LLAMA_LOG_ERROR("%s: failed to allocate the graph that rebuilds the tips\n", __func__);
+            return false;
+        }
+
+        res->set_inputs(nullptr);
+
+        if (lctx->graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
+            LLAMA_LOG_ERROR("%s: failed to rebuild the tips\n", __func__);
+            return false;
+        }
+
+        stale.erase(first, stale.end());
     }
-
-    res->set_inputs(nullptr);
-
-    if (lctx->graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to rebuild the tips\n", __func__);
-        return false;
-    }
-
-    valid = true;
 
     return true;
 }

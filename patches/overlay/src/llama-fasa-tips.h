@@ -11,7 +11,7 @@
 // The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
 //
 // Tips follow from K and are never serialized: whoever changes K other than through the graph's own store
-// (state restore, K-shift, stream copy) calls invalidate(), and the next memory update makes them again.
+// (state restore, K-shift, stream copy) calls invalidate(), and the next memory update makes those tips again.
 class llama_fasa_tips {
 public:
     struct layer {
@@ -22,11 +22,11 @@ public:
         llama_fasa_reason reason = LLAMA_FASA_REASON_NONE; // why there are no tips
     };
 
-    // layers_k: model layer -> its K cache in kv, which owns the tips
+    // layers_kv: model layer -> its K and V cache in kv, which owns the tips
     llama_fasa_tips(
             const llama_model    & model,
             const llama_kv_cache & kv,
-            const std::map<int32_t, ggml_tensor *> & layers_k,
+            const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
             bool v_trans,
             bool no_alloc);
 
@@ -38,10 +38,11 @@ public:
     // (position, cell) of a sequence, ascending
     const std::set<std::pair<llama_pos, uint32_t>> & get_cells(llama_seq_id seq_id) const;
 
-    void invalidate() { valid = false; }
-    bool is_valid() const { return valid; }
+    void invalidate(uint32_t stream, const std::vector<uint32_t> & cells);
+    void invalidate(uint32_t stream, uint32_t n_cells); // the first ones
+    bool is_valid() const { return stale.empty(); }
 
-    // make all tips again from K; false: the graph did not run
+    // make the stale tips again from K; false: a graph did not run, they stay stale
     bool rebuild(llama_context * lctx);
 
     void clear();
@@ -50,7 +51,7 @@ public:
     void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
 private:
-    ggml_cgraph * build_graph_rebuild(llm_graph_result * res) const;
+    ggml_cgraph * build_graph_rebuild(llm_graph_result * res, std::vector<int64_t> cells) const;
 
     const llama_model    & model;
     const llama_kv_cache & kv;
@@ -59,5 +60,5 @@ private:
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
-    bool valid = true;
+    std::vector<int64_t> stale; // stream*kv_size + cell
 };
