@@ -16,7 +16,7 @@ UNQUANTIZED = {"f32", "f16", "bf16"}
 
 @pytest.fixture(scope="module", params=[64, 80, 96, 128, 256])
 def n_embd_head(request: pytest.FixtureRequest) -> int:
-    """Heads of 64 and 128 are rotated before they are quantized, those of 96 are not, those of 80 cannot be quantized."""
+    """64 and 128 are rotated before K is quantized, 96 is not, and 80 cannot be quantized."""
     return request.param
 
 

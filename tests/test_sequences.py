@@ -28,7 +28,7 @@ def one_layer(tmp_path_factory) -> Path:
 
 
 @STREAMS
-def test_sequences_in_one_batch_decode_as_each_fresh_steps(model: Path, kv_unified: bool) -> None:
+def test_sequences_in_one_batch_decode_as_each_alone(model: Path, kv_unified: bool) -> None:
     lengths = [N_PROMPT, 300, 30]  # the last has fewer cells than the budget
     with Context(model, n_seq_max=3, kv_unified=kv_unified) as ctx:
         for seq, n in enumerate(lengths):

@@ -67,7 +67,9 @@ def test_restored_contexts_decode_as_before(model: Path, type_kv: str, tolerance
 
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "streams"])
-def test_a_whole_state_of_several_sequences(model: Path, kv_unified: bool) -> None:
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_path: Path) -> None:
+    model = annotated_tiny(tmp_path, arch, n_layer=4)
     params = {"n_seq_max": 2, "kv_unified": kv_unified}
     batch = [(NEXT, N_PROMPT, (0,)), (NEXT, N_PROMPT, (1,))]
     with Context(model, **params) as ctx:
@@ -78,7 +80,7 @@ def test_a_whole_state_of_several_sequences(model: Path, kv_unified: bool) -> No
     with Context(model, **params) as ctx:
         ctx.read(TEXTS[2][:N_PROMPT])  # is forgotten
         load(ctx, state)
-        check(wanted, ctx.decode(batch))
+        check(wanted, ctx.decode(batch), 1e-5)  # sliding windows are restored to other cells, by stock too
         assert nmse(*wanted) > 1e-3
 
 
