@@ -69,6 +69,22 @@ _get_capture = _function(
     "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_char, ctypes.POINTER(ctypes.c_int64), _ptr
 )
 
+_type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int)
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+"""Types of K and V in a cache, as ``--cache-type-k`` of llama.cpp names them (common/arg.cpp)."""
+
+
+def type_name(ggml_type: int) -> str:
+    """Name of a value of ``enum ggml_type``."""
+    return _type_name(ggml_type).decode()
+
+
+def cache_type(name: str) -> int:
+    """The ``enum ggml_type`` of a name in :data:`CACHE_TYPES`, for ``type_k`` and ``type_v`` of ``llama_cpp.Llama``."""
+    return next(ggml_type for ggml_type in count() if type_name(ggml_type) == name)
+
+
 _reason_names = takewhile(lambda name: name is not None, map(_reason_name, count()))
 REASONS = tuple((name.decode(), _reason_description(i).decode()) for i, name in enumerate(_reason_names))
 """``enum llama_fasa_reason``: (name, description) of why a layer ran dense; the first, "none", ran sparse."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
 from fasa_edge.model import Llama
@@ -119,6 +120,8 @@ def _stock(llm: Llama, flash_attn: bool) -> _Runner:
         n_threads=llm.n_threads,
         n_threads_batch=llm.n_threads_batch,
         n_gpu_layers=llm.model_params.n_gpu_layers,
+        type_k=llm.context_params.type_k,
+        type_v=llm.context_params.type_v,
         kv_overrides={"fasa.version": 0},
         flash_attn=flash_attn,
         verbose=llm.verbose,
@@ -136,8 +139,8 @@ def run(
     """Measure decoding at each depth: the caches are filled once, then all methods decode from them in turn.
 
     Args:
-        llm: a model with a FASA profile. It is loaded twice more, as stock with flash attention and without; the
-            weights are shared where the file is mapped into memory.
+        llm: a model with a FASA profile. It is loaded again as stock with flash attention and, unless V is quantized,
+            without; the weights are shared where the file is mapped into memory.
         depths: tokens in the KV cache, in any order.
         n_gen: tokens decoded in a repetition.
         n_repetitions: rounds of measurements at each depth.
@@ -162,7 +165,10 @@ def run(
     rng = random.Random(0)
     tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
 
-    runners = [_stock(llm, flash_attn=True), _stock(llm, flash_attn=False), _Runner("fasa", llm, True)]
+    stocks = [_stock(llm, flash_attn=True)]
+    if _capi.type_name(llm.context_params.type_v) in ("f32", "f16", "bf16"):  # llama.cpp transposes no quantized V
+        stocks.append(_stock(llm, flash_attn=False))
+    runners = [*stocks, _Runner("fasa", llm, True)]
     n_steps = len(set(depths)) * (n_repetitions + 1)
     n_past = n_done = 0
     try:
@@ -183,7 +189,7 @@ def run(
             yield from rows
     finally:
         llm.reset()
-        for stock in runners[:2]:
+        for stock in stocks:
             stock.llm.close()
 
 
@@ -213,18 +219,14 @@ def _compare(rows: Sequence[BenchRow]) -> None:
 
 
 def _new_row(runner: _Runner, depth: int, n_gen: int, budget: int) -> BenchRow:
-    def type_name(ggml_type: int) -> str:
-        names = (name for name in dir(llama_cpp) if name.startswith("GGML_TYPE_"))
-        return next(name.removeprefix("GGML_TYPE_").lower() for name in names if getattr(llama_cpp, name) == ggml_type)
-
     llm = runner.llm
     return BenchRow(
         model_filename=Path(llm.model_path).name,
         model_size=llama_cpp.llama_model_size(llm.model),
         model_n_params=llama_cpp.llama_model_n_params(llm.model),
         n_threads=llm.n_threads,
-        type_k=type_name(llm.context_params.type_k),
-        type_v=type_name(llm.context_params.type_v),
+        type_k=_capi.type_name(llm.context_params.type_k),
+        type_v=_capi.type_name(llm.context_params.type_v),
         flash_attn=runner.flash_attn,
         n_prompt=0,
         n_gen=n_gen,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fasa_edge
-from fasa_edge import _lib, bench, convert
+from fasa_edge import _capi, _lib, bench, convert
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import FasaError
 
@@ -75,6 +75,9 @@ def main() -> None:
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+_cache_type = click.Choice(_capi.CACHE_TYPES)
+
+
 def _model_options(command: Callable) -> Callable:
     """What every command that loads a model understands."""
     for option in (
@@ -82,6 +85,8 @@ def _model_options(command: Callable) -> Callable:
         click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Cells of the KV cache."),
         click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="Threads.  [default: half of them]"),
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
+        click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of K in the cache."),
+        click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of V in the cache."),
         click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
@@ -109,6 +114,8 @@ def _load(
     n_ctx: int,
     n_threads: int | None,
     n_gpu_layers: int,
+    type_k: str,
+    type_v: str,
     budget: int | None,
     overrides: tuple[str, ...],
     verbose: bool,
@@ -119,6 +126,8 @@ def _load(
         n_ctx=n_ctx,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
+        type_k=_capi.cache_type(type_k),
+        type_v=_capi.cache_type(type_v),
         kv_overrides=dict(map(_parse_override, overrides)),
         fasa_budget=budget,
         verbose=verbose,

@@ -99,6 +99,16 @@ def test_it_is_the_dominant_chunks_that_keep_it_close(llm, fasa_model_path, toke
     assert kl_divergence(dense[1:], teacher_forced(upside_down, tokens, N_PROMPT, budget=256)[1:]) > 5 * best
 
 
+def test_graphs_are_reused(llm, tokens) -> None:
+    llm.reset()
+    llm.fasa.configure(enabled=True, budget=128, min_ctx=1)
+    llm.eval(tokens[:N_PROMPT])
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    for token in tokens[N_PROMPT : N_PROMPT + 20]:  # up to 1,520 cells, all in the graph of 1,536
+        llm.eval([token])
+    assert llama_cpp.llama_perf_context(llm.ctx).n_reused == 19
+
+
 def test_settings_change_between_steps(llm, tokens, dense) -> None:
     """A graph built for one setting is not reused for another."""
     llm.reset()

@@ -22,7 +22,7 @@ extern "C" {
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to
         uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget
-        uint32_t max_batch;      // a batch with more tokens per sequence is a prompt and runs dense
+        uint32_t max_batch;      // a batch with more tokens of one sequence is a prompt and runs dense
         uint32_t n_tip;          // chunks scored per KV head (N_tip)                  fixed when the model is loaded
         uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded
     };
