@@ -75,6 +75,10 @@ def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     table = fasa(*args[:3], "0", *args[4:]).stdout.splitlines()
     assert table[0].startswith("| model") and len(table) == 2 + 3
 
+    quantized = ("-d", "0", "-n", 1, "-r", 1, "-ctk", "q8_0", "-ctv", "q4_0", "-o", "json")
+    rows = json.loads(fasa("bench", fasa_model_path, *quantized).stdout)
+    assert [(row["type_k"], row["type_v"], row["flash_attn"]) for row in rows] == 2 * [("q8_0", "q4_0", True)]
+
     assert "has no FASA profile to measure" in fasa("bench", model_path, code=1).stderr
     assert "expected numbers separated by commas" in fasa("bench", fasa_model_path, "-d", "x", code=2).stderr
 
