@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
 import fasa_edge
@@ -23,14 +23,22 @@ TOLERANCE = 1e-5  # of the NMSE: both attentions round to f16, which gave 2.3e-6
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, and how many layers of each kind its model has."""
+    """An architecture, how many layers of its model run sparse, and how many of the others for which reason."""
 
     arch: str
-    n_full: int
-    n_swa: int = 0
-    n_layer: int = 2
+    n_sparse: int = 2
+    dense: dict[str, int] = field(default_factory=dict)
     n_rot: int | None = None
     swa_full: bool = True
+
+    @property
+    def n_layer(self) -> int:
+        return self.n_sparse + sum(self.dense.values())
+
+    @property
+    def n_reads_all(self) -> int:
+        """Layers in which dense attention reads the whole context."""
+        return self.n_sparse + self.dense.get("no_chunks", 0)
 
     @property
     def name(self) -> str:
@@ -38,12 +46,23 @@ class Case:
 
 
 CASES = (
-    Case("llama", n_full=2),
-    Case("qwen2", n_full=2),
-    Case("stablelm", n_full=2, n_rot=16),  # partial rotary
-    Case("gemma3", n_full=2, n_swa=2, n_layer=4),
-    Case("gemma3", n_full=2, n_swa=2, n_layer=4, swa_full=False),  # 768 cells, which the prompt wraps
-    Case("lfm2", n_full=2, n_layer=4),  # the others are recurrent
+    Case("llama"),
+    Case("qwen2"),
+    Case("qwen2vl"),
+    Case("qwen3"),
+    Case("qwen3vl"),
+    Case("phi3", n_rot=48),
+    Case("stablelm", n_rot=16),  # partial rotary
+    Case("smollm3", n_sparse=4),
+    Case("openelm"),
+    Case("deci", dense={"no_kv_heads": 2}),
+    Case("gemma2", dense={"sliding_window": 2}),
+    Case("gemma3", dense={"sliding_window": 2}),
+    Case("gemma3", dense={"sliding_window": 2}, swa_full=False),  # 768 cells, which the prompt wraps
+    Case("gemma4", dense={"sliding_window": 3, "no_chunks": 1}),  # the last layer reads the cache of another
+    Case("gpt-oss", dense={"sliding_window": 2}),
+    Case("granite_swa", dense={"sliding_window": 2}),
+    Case("lfm2", dense={"no_kv_heads": 2}),
 )
 
 
@@ -90,8 +109,8 @@ def nmse(dense: np.ndarray, other: np.ndarray) -> float:
 def check_layers(llm: fasa_edge.Llama, case: Case) -> None:
     stats = llm.fasa.stats()
     assert (stats.n_steps_prompt, stats.n_steps_decode) == (0, N_DECODE)
-    assert stats.n_layers_sparse == N_DECODE * case.n_full
-    assert stats.n_layers_dense == ({"sliding_window": N_DECODE * case.n_swa} if case.n_swa else {})
+    assert stats.n_layers_sparse == N_DECODE * case.n_sparse
+    assert stats.n_layers_dense == {reason: N_DECODE * n for reason, n in case.dense.items()}
 
 
 def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
@@ -106,7 +125,9 @@ def test_a_small_budget_reads_less_and_stays_finite(case, llm, tokens, dense) ->
     sparse = teacher_forced(llm, tokens, N_PROMPT, budget=64)
     check_layers(llm, case)
     stats = llm.fasa.stats()
-    assert stats.bytes_kv == stats.bytes_kv_dense * 64 * N_DECODE // sum(range(N_PROMPT + 1, N_PROMPT + N_DECODE + 1))
+    n_cells = sum(range(N_PROMPT + 1, N_PROMPT + N_DECODE + 1))
+    n_read = (case.n_sparse * 64 * N_DECODE + case.dense.get("no_chunks", 0) * n_cells) / case.n_reads_all
+    assert stats.bytes_kv == stats.bytes_kv_dense * n_read / n_cells
     assert np.isfinite(sparse).all()
     assert nmse(dense, sparse) > 1000 * TOLERANCE  # so a wrong attention would show
 
