@@ -29,6 +29,7 @@ class Case:
     n_sparse: int = 2
     dense: dict[str, int] = field(default_factory=dict)
     n_rot: int | None = None
+    n_tip: int = 32
     swa_full: bool = True
 
     @property
@@ -51,15 +52,15 @@ CASES = (
     Case("qwen2vl"),
     Case("qwen3"),
     Case("qwen3vl"),
-    Case("phi3", n_rot=48),
-    Case("stablelm", n_rot=16),  # partial rotary
+    Case("phi3", n_rot=48),  # partial rotary
+    Case("stablelm", n_rot=16),
     Case("smollm3", n_sparse=4),
     Case("openelm"),
     Case("deci", dense={"no_kv_heads": 2}),
     Case("gemma2", dense={"sliding_window": 2}),
     Case("gemma3", dense={"sliding_window": 2}),
     Case("gemma3", dense={"sliding_window": 2}, swa_full=False),  # 768 cells, which the prompt wraps
-    Case("gemma4", dense={"sliding_window": 3, "no_chunks": 1}),  # the last layer reads the cache of another
+    Case("gemma4", dense={"sliding_window": 3, "no_chunks": 1}, n_tip=16),  # the last layer reads another's cache
     Case("gpt-oss", dense={"sliding_window": 2}),
     Case("granite_swa", dense={"sliding_window": 2}),
     Case("lfm2", dense={"no_kv_heads": 2}),
@@ -84,6 +85,7 @@ def llm(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fasa_e
         fasa_min_ctx=1,
         fasa_budget=N_CTX,
         fasa_n_dense_layers=0,
+        fasa_n_tip=case.n_tip,
         verbose=False,
     )
     yield llm
@@ -130,6 +132,15 @@ def test_a_small_budget_reads_less_and_stays_finite(case, llm, tokens, dense) ->
     assert stats.bytes_kv == stats.bytes_kv_dense * n_read / n_cells
     assert np.isfinite(sparse).all()
     assert nmse(dense, sparse) > 1000 * TOLERANCE  # so a wrong attention would show
+
+
+def test_the_chosen_cells_are_worth_more_than_the_last_ones(case, llm, tokens, dense) -> None:
+    """With all chunks as tips (gemma4: half of them), half of the cells; tips of wrong keys would choose at random."""
+    budget = N_PROMPT // 2
+    chosen = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget))
+    last = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget, n_recent=budget - 4))
+    llm.fasa.configure(n_recent=32)
+    assert chosen < last / 5
 
 
 @pytest.mark.parametrize("budget", [64, N_CTX])

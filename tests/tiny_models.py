@@ -45,6 +45,7 @@ class Recipe:
     tensors: Callable[[Shape], Tensors]
     keys: Callable[[Shape], dict[str, Value]] = lambda shape: {}
     scales_embeddings: bool = False
+    peak: float = 2.0  # factor of the logits: attention over random keys is all too even otherwise
 
 
 def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, seed: int = 0, **keys: Value) -> Path:
@@ -70,6 +71,8 @@ def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, s
         writer.add_key_value(key.replace("__", "."), value, _GGUF_TYPES[type(value)])
     for name, dims in recipe.tensors(shape):
         values = _weights(rng, name, dims)
+        if name.endswith(("attn_q_norm.weight", "attn_q.weight", "attn_qkv.weight")):
+            values *= np.float32(np.sqrt(recipe.peak) if "qkv" in name else recipe.peak)
         if recipe.scales_embeddings and name == "token_embd.weight":
             values /= np.float32(np.sqrt(shape.n_embd))  # llama.cpp scales them back, and the layers must still count
         writer.add_tensor(name, values)
@@ -508,7 +511,7 @@ RECIPES = {
         scales_embeddings=True,
     ),
     "gemma3": Recipe(_gemma3, _swa_keys, scales_embeddings=True),
-    "gemma4": Recipe(_gemma4, _gemma4_keys, scales_embeddings=True),
+    "gemma4": Recipe(_gemma4, _gemma4_keys, scales_embeddings=True, peak=1.0),  # its logits are not scaled down
     "gpt-oss": Recipe(_gpt_oss, _gpt_oss_keys),
     "granite_swa": Recipe(_granite_swa, _granite_swa_keys),
     "openelm": Recipe(_openelm, _per_layer_keys(OPENELM_HEADS)),
