@@ -12,7 +12,7 @@ from fasa_edge.convert import convert
 
 import numpy as np
 import pytest
-from runtime import teacher_forced
+from runtime import decode_embeddings, last_logits, teacher_forced
 from tiny_models import Shape, make_model
 
 N_PROMPT = 900
@@ -141,6 +141,39 @@ def test_the_chosen_cells_are_worth_more_than_the_last_ones(case, llm, tokens, d
     last = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget, n_recent=budget - 4))
     llm.fasa.configure(n_recent=32)
     assert chosen < last / 5
+
+
+@pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
+def test_text_after_an_image(arch, tmp_path) -> None:
+    """All tokens of an image share one position in the sequence, and more of them than ``n_recent``."""
+    model = make_model(tmp_path / "tiny.gguf", arch)
+    path = convert(model, tmp_path / "annotated.gguf", tokens=512).path
+    llm = fasa_edge.Llama(str(path), n_ctx=1024, n_threads=2, fasa_min_ctx=1, fasa_n_dense_layers=0, verbose=False)
+    tokens = llm.tokenize(topics["typesseq"].encode())[: 300 + N_DECODE]
+    rows, columns = np.divmod(np.arange(64), 8)
+    image = np.random.default_rng(0).standard_normal((64, llm.n_embd()), np.float32)
+
+    def after_the_image(**settings) -> np.ndarray:
+        llm.reset()
+        llm.fasa.configure(enabled=False)
+        llm.eval(tokens[:300])
+        decode_embeddings(llm, image, np.stack([np.full(64, 300), 300 + rows, 300 + columns, np.zeros(64, int)]))
+        llm.n_tokens = 308  # a text token stands after the image's height and width
+        llm.fasa.configure(**{"enabled": True, **settings})
+        llm.fasa.reset_stats()
+        logits = [last_logits(llm)]
+        for token in tokens[300:]:
+            llm.eval([token])
+            logits.append(last_logits(llm))
+        return np.stack(logits)
+
+    dense = after_the_image(enabled=False)
+    n_cells = sum(range(365, 365 + N_DECODE))
+    assert llm.fasa.stats().bytes_kv == llm.fasa.stats().bytes_kv_dense == n_cells * 2 * 2 * 2 * 128
+    assert nmse(dense, after_the_image(budget=1024)) <= TOLERANCE
+    assert nmse(dense, after_the_image(budget=64)) > 1000 * TOLERANCE
+    assert llm.fasa.stats().n_layers_sparse == 2 * N_DECODE
+    llm.close()
 
 
 @pytest.mark.parametrize("budget", [64, N_CTX])
