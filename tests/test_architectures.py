@@ -55,6 +55,7 @@ CASES = (
     Case("phi3", n_rot=48),  # partial rotary
     Case("stablelm", n_rot=16),
     Case("smollm3", n_sparse=4),
+    Case("minicpm3"),
     Case("openelm"),
     Case("deci", dense={"no_kv_heads": 2}),
     Case("gemma2", dense={"sliding_window": 2}),

@@ -81,8 +81,9 @@ CASES = {
     "sliding_window": Case({"sliding_window": 1}, n_sparse=1, arch="gemma3"),
     "flash_attn_off": Case({"flash_attn_off": 2}, flash_attn=False),
     "non_causal": Case({"non_causal": 2}, causal=False),
-    "attn_bias": Case({"attn_bias": 2}, arch="bloom"),  # ALiBi
-    "attn_bias-of-a-rope-architecture": Case({"attn_bias": 40}, arch="baichuan", n_layer=40),
+    "attn_bias": Case({"attn_bias": 2}, arch="t5"),
+    "attn_bias-alibi": Case({"attn_bias": 2}, arch="bloom"),
+    "attn_bias-alibi-of-a-rope-architecture": Case({"attn_bias": 40}, arch="baichuan", n_layer=40),
 }
 
 
@@ -95,6 +96,9 @@ def test_each_reason_can_be_reached(name, tmp_path) -> None:
         str(path), n_ctx=512, flash_attn=case.flash_attn, kv_overrides=case.settings or None, verbose=False
     )
     fasa = fasa_edge.Fasa(llm)
+    if llama_cpp.llama_model_has_encoder(llm.model):
+        tokens = (llama_cpp.llama_token * 8)(*range(3, 11))
+        assert llama_cpp.llama_encode(llm.ctx, llama_cpp.llama_batch_get_one(tokens, 8)) == 0
     llm.eval(list(range(3, 103)))
     llama_cpp.llama_set_causal_attn(llm.ctx, case.causal)
     fasa.reset_stats()

@@ -71,7 +71,7 @@ def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, s
         writer.add_key_value(key.replace("__", "."), value, _GGUF_TYPES[type(value)])
     for name, dims in recipe.tensors(shape):
         values = _weights(rng, name, dims)
-        if name.endswith(("attn_q_norm.weight", "attn_q.weight", "attn_qkv.weight")):
+        if name.endswith(("attn_q_norm.weight", "attn_q.weight", "attn_q_b.weight", "attn_qkv.weight")):
             values *= np.float32(np.sqrt(recipe.peak) if "qkv" in name else recipe.peak)
         if recipe.scales_embeddings and name == "token_embd.weight":
             values /= np.float32(np.sqrt(shape.n_embd))  # llama.cpp scales them back, and the layers must still count
@@ -294,6 +294,48 @@ def _deepseek2(shape: Shape) -> Tensors:
         yield from _ffn(shape, f"blk.{il}")
 
 
+def _minicpm3(shape: Shape) -> Tensors:
+    """Low-rank projections but a cache of whole heads, of which RoPE turns the last dims; V heads are smaller."""
+    n_rot, n_embd_v = MLA_ROT, shape.n_embd_head // 2
+    yield from _ends(shape)
+    for il in range(shape.n_layer):
+        yield f"blk.{il}.attn_norm.weight", (shape.n_embd,)
+        yield f"blk.{il}.attn_q_a_norm.weight", (MLA_RANK,)
+        yield f"blk.{il}.attn_kv_a_norm.weight", (MLA_RANK,)
+        yield f"blk.{il}.attn_q_a.weight", (shape.n_embd, MLA_RANK)
+        yield f"blk.{il}.attn_q_b.weight", (MLA_RANK, shape.n_embd)
+        yield f"blk.{il}.attn_kv_a_mqa.weight", (shape.n_embd, MLA_RANK + n_rot)
+        yield f"blk.{il}.attn_kv_b.weight", (MLA_RANK, shape.n_head * (shape.n_embd_head - n_rot + n_embd_v))
+        yield f"blk.{il}.attn_output.weight", (shape.n_head * n_embd_v, shape.n_embd)
+        yield from _ffn(shape, f"blk.{il}")
+
+
+def _minicpm3_keys(shape: Shape) -> dict[str, Value]:
+    return {
+        "attention.head_count_kv": shape.n_head,
+        "attention.q_lora_rank": MLA_RANK,
+        "attention.kv_lora_rank": MLA_RANK,
+        "attention.value_length": shape.n_embd_head // 2,
+        "rope.dimension_count": MLA_ROT,
+    }
+
+
+def _t5(shape: Shape) -> Tensors:
+    """Encoder and decoder, a bias on the logits by distance, no RoPE."""
+    yield "token_embd.weight", (shape.n_embd, N_VOCAB)
+    for side, attentions in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+        yield f"{side}.output_norm.weight", (shape.n_embd,)
+        for il in range(shape.n_layer):
+            for attn in attentions:
+                yield f"{side}.blk.{il}.{attn}_norm.weight", (shape.n_embd,)
+                yield from ((f"{side}.blk.{il}.{attn}_{name}.weight", (shape.n_embd, shape.n_embd)) for name in "qkvo")
+            yield f"{side}.blk.{il}.attn_rel_b.weight", (shape.n_head, N_BUCKETS)
+            yield from _ffn(shape, f"{side}.blk.{il}")
+
+
+N_BUCKETS = 32
+
+
 SWA_WINDOW = 128
 
 
@@ -505,6 +547,11 @@ RECIPES = {
     "bloom": Recipe(_bloom),
     "mamba": Recipe(_mamba, _mamba_keys),
     "deepseek2": Recipe(_deepseek2, _deepseek2_keys),
+    "minicpm3": Recipe(_minicpm3, _minicpm3_keys, scales_embeddings=True),
+    "t5": Recipe(
+        _t5,
+        lambda shape: {"attention.head_count_kv": shape.n_head, "attention.relative_buckets_count": N_BUCKETS},
+    ),
     "gemma2": Recipe(
         _gemma2,
         lambda shape: _swa_keys(shape) | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0},

@@ -181,10 +181,11 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
     }
 
     const auto & hparams = graph.hparams;
+    const auto   n_layer = hparams.dec_n_layer > 0 ? hparams.dec_n_layer : hparams.n_layer();
 
     auto * inp = fasa_get_input(graph, nullptr);
 
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+    for (uint32_t il = 0; il < n_layer; ++il) {
         if (inp->layers.count(il) > 0) {
             continue;
         }
