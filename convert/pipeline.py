@@ -139,7 +139,7 @@ def _check_model(header: GgufHeader) -> None:
         raise ConvertError(
             f"{path} has no tokenizer, so no calibration text can be run: convert it with its vocabulary"
         )
-    if header.get_integer(f"{arch}.attention.kv_lora_rank", 0) > 0:
+    if header.get_integer(f"{arch}.attention.key_length_mla", 0) > 0:
         raise ConvertError(
             f"{path} ({arch}) uses latent attention (MLA): its cache holds no keys of heads, so there are no "
             "frequency chunks to choose; run it without FASA"

@@ -1,9 +1,10 @@
 """Which dimensions of a head form a RoPE plane: the frequency chunks (FCs) of arXiv 2602.03152 in llama.cpp's layouts.
 
-RoPE turns plane ``i`` by ``base^(-2i / n_rot)`` per position. The pairs follow ggml_rope_ext
+RoPE turns plane ``i`` by ``base^(-2i / n_rot)`` per position. The pairs follow ggml_rope_ext and ggml_rope_multi
 (ggml/src/ggml-cpu/ops.cpp): consecutive dimensions in NORM models, dimensions ``n_rot / 2`` apart in NEOX models, the
-convention of Hugging Face. The dimensions from ``n_rot`` on are not rotated (partial rotary); any two of them form a
-plane of frequency 0.
+convention of Hugging Face. Multimodal RoPE (M-RoPE, interleaved or not) turns the planes of NEOX, each by one of a
+token's several positions, which are all the same in text. The dimensions from ``n_rot`` on are not rotated (partial
+rotary); any two of them form a plane of frequency 0.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ ROPE_MROPE = 8
 ROPE_VISION = 24
 ROPE_IMROPE = 40
 
+_HALVES = (ROPE_NEOX, ROPE_MROPE, ROPE_IMROPE)
+
 _REFUSED = {
     ROPE_NONE: "the model has no rotary embedding (RoPE), so its heads have no frequency chunks",
-    ROPE_MROPE: "multimodal RoPE (M-RoPE) turns its planes by several positions at once, which is not supported yet",
     ROPE_VISION: "vision RoPE belongs to an image encoder, not to a language model",
-    ROPE_IMROPE: "interleaved M-RoPE turns its planes by several positions at once, which is not supported yet",
 }
 
 
@@ -42,14 +43,15 @@ def chunk_dims(n_embd_head: int, n_rot: int, rope_type: int) -> np.ndarray:
     Raises:
         ConvertError: a RoPE type without such planes, or sizes that are odd or out of range.
     """
-    if rope_type not in (ROPE_NORM, ROPE_NEOX):
+    if rope_type not in (ROPE_NORM, *_HALVES):
         reason = _REFUSED.get(rope_type, "its layout is unknown")
-        raise ConvertError(f"RoPE type {rope_type} cannot be converted, only {ROPE_NORM} and {ROPE_NEOX}: {reason}")
+        known = ", ".join(map(str, (ROPE_NORM, *_HALVES)))
+        raise ConvertError(f"RoPE type {rope_type} cannot be converted, only {known}: {reason}")
     if n_embd_head < 2 or n_embd_head % 2:
         raise ConvertError(f"head size {n_embd_head} cannot be split into planes: it must be even and at least 2")
     if not 0 <= n_rot <= n_embd_head or n_rot % 2:
         raise ConvertError(f"n_rot = {n_rot} does not fit a head of {n_embd_head}: it must be even and not larger")
     dims = np.arange(n_embd_head, dtype=np.int32).reshape(-1, 2)
-    if rope_type == ROPE_NEOX:
+    if rope_type in _HALVES:
         dims[: n_rot // 2] = np.arange(n_rot, dtype=np.int32).reshape(2, -1).T
     return dims

@@ -87,7 +87,7 @@ def cache_type(name: str) -> int:
 
 _reason_names = takewhile(lambda name: name is not None, map(_reason_name, count()))
 REASONS = tuple((name.decode(), _reason_description(i).decode()) for i, name in enumerate(_reason_names))
-"""``enum llama_fasa_reason``: (name, description) of why a layer ran dense; the first, "none", ran sparse."""
+"""``enum llama_fasa_reason``: (name, description) of why a layer did not run sparse; the first, "none": it did."""
 
 
 class Stats(ctypes.Structure):

@@ -29,8 +29,8 @@ class FasaStats:
     Attributes:
         n_steps_prompt: micro-batches that were prompts, and ran dense.
         n_steps_decode: micro-batches of at most ``max_batch`` tokens per sequence.
-        n_layers_sparse: attention layers that ran sparse, summed over the steps.
-        n_layers_dense: the same for those that ran dense, by reason (:data:`fasa_edge._capi.REASONS`).
+        n_layers_sparse: layers that ran sparse, summed over the steps.
+        n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge._capi.REASONS`).
         bytes_kv: bytes of K and V that the attention of decoded tokens read, in sparse and dense layers.
         bytes_tips: bytes of the tip cache that they read.
         bytes_kv_dense: bytes of K and V that they would have read, had every layer run dense.

@@ -17,6 +17,7 @@ _base = ctypes.CDLL(str(next(_LIB_DIR.glob("*ggml-base.*"))))
 _cpu = ctypes.CDLL(str(next(_LIB_DIR.glob("*ggml-cpu.*"))))
 
 F32, F16, I8, I32, I64, BF16 = 0, 1, 24, 26, 27, 30
+CACHE_TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": 8, "q4_0": 2, "q5_1": 7}
 _TYPES = {
     np.dtype(np.float32): F32,
     np.dtype(np.float16): F16,
@@ -36,6 +37,7 @@ _SIGNATURES = {
     "ggml_fasa_store": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, ctypes.c_int),
     "ggml_fasa_select": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _i64, _float),
     "ggml_fasa_attend": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _float, _float),
+    "ggml_cast": (_ptr, _ptr, _ptr, ctypes.c_int),
     "ggml_cont": (_ptr, _ptr, _ptr),
     "ggml_permute": (_ptr, _ptr, _ptr, *[ctypes.c_int] * 4),
     "ggml_get_rows": (_ptr, _ptr, _ptr, _ptr),
@@ -47,6 +49,7 @@ _SIGNATURES = {
     "ggml_pool_1d": (_ptr, _ptr, _ptr, *[ctypes.c_int] * 4),
     "ggml_top_k": (_ptr, _ptr, _ptr, ctypes.c_int),
     "ggml_reshape_3d": (_ptr, _ptr, _ptr, _i64, _i64, _i64),
+    "ggml_view_4d": (_ptr, _ptr, _ptr, *[_i64] * 4, *[ctypes.c_size_t] * 4),
     "ggml_flash_attn_ext": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _float, _float, _float),
     "ggml_flash_attn_ext_add_sinks": (None, _ptr, _ptr),
 }

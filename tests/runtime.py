@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -81,6 +82,23 @@ def teacher_forced(llm, tokens: list[int], n_prompt: int, dense_prompt: bool = T
         llm.eval([token])
         rows.append(last_logits(llm))
     return np.stack(rows)
+
+
+def decode_embeddings(llm, embd: np.ndarray, pos: np.ndarray) -> None:
+    """Decode embeddings, as those of an image: float32 [n, n_embd] at positions int32 [positions of a token, n]."""
+    n = len(embd)
+    embd, pos = np.ascontiguousarray(embd, np.float32), np.ascontiguousarray(pos, np.int32)  # alive until decoded
+    seq_id = (llama_cpp.llama_seq_id * 1)(0)
+    batch = llama_cpp.llama_batch(
+        n,
+        None,
+        embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        pos.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+        (ctypes.c_int32 * n)(*[1] * n),
+        (ctypes.POINTER(llama_cpp.llama_seq_id) * n)(*[seq_id] * n),
+        (ctypes.c_int8 * n)(),
+    )
+    assert llama_cpp.llama_decode(llm.ctx, batch) == 0
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

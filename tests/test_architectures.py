@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
 import fasa_edge
@@ -12,7 +12,7 @@ from fasa_edge.convert import convert
 
 import numpy as np
 import pytest
-from runtime import teacher_forced
+from runtime import decode_embeddings, last_logits, teacher_forced
 from tiny_models import Shape, make_model
 
 N_PROMPT = 900
@@ -23,14 +23,23 @@ TOLERANCE = 1e-5  # of the NMSE: both attentions round to f16, which gave 2.3e-6
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture, and how many layers of each kind its model has."""
+    """An architecture, how many layers of its model run sparse, and how many of the others for which reason."""
 
     arch: str
-    n_full: int
-    n_swa: int = 0
-    n_layer: int = 2
+    n_sparse: int = 2
+    dense: dict[str, int] = field(default_factory=dict)
     n_rot: int | None = None
+    n_tip: int = 32
     swa_full: bool = True
+
+    @property
+    def n_layer(self) -> int:
+        return self.n_sparse + sum(self.dense.values())
+
+    @property
+    def n_reads_all(self) -> int:
+        """Layers in which dense attention reads the whole context."""
+        return self.n_sparse + self.dense.get("no_chunks", 0)
 
     @property
     def name(self) -> str:
@@ -38,12 +47,24 @@ class Case:
 
 
 CASES = (
-    Case("llama", n_full=2),
-    Case("qwen2", n_full=2),
-    Case("stablelm", n_full=2, n_rot=16),  # partial rotary
-    Case("gemma3", n_full=2, n_swa=2, n_layer=4),
-    Case("gemma3", n_full=2, n_swa=2, n_layer=4, swa_full=False),  # 768 cells, which the prompt wraps
-    Case("lfm2", n_full=2, n_layer=4),  # the others are recurrent
+    Case("llama"),
+    Case("qwen2"),
+    Case("qwen2vl"),
+    Case("qwen3"),
+    Case("qwen3vl"),
+    Case("phi3", n_rot=48),  # partial rotary
+    Case("stablelm", n_rot=16),
+    Case("smollm3", n_sparse=4),
+    Case("minicpm3"),
+    Case("openelm"),
+    Case("deci", dense={"no_kv_heads": 2}),
+    Case("gemma2", dense={"sliding_window": 2}),
+    Case("gemma3", dense={"sliding_window": 2}),
+    Case("gemma3", dense={"sliding_window": 2}, swa_full=False),  # 768 cells, which the prompt wraps
+    Case("gemma4", dense={"sliding_window": 3, "no_chunks": 1}, n_tip=16),  # the last layer reads another's cache
+    Case("gpt-oss", dense={"sliding_window": 2}),
+    Case("granite_swa", dense={"sliding_window": 2}),
+    Case("lfm2", dense={"no_kv_heads": 2}),
 )
 
 
@@ -65,6 +86,7 @@ def llm(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[fasa_e
         fasa_min_ctx=1,
         fasa_budget=N_CTX,
         fasa_n_dense_layers=0,
+        fasa_n_tip=case.n_tip,
         verbose=False,
     )
     yield llm
@@ -90,8 +112,8 @@ def nmse(dense: np.ndarray, other: np.ndarray) -> float:
 def check_layers(llm: fasa_edge.Llama, case: Case) -> None:
     stats = llm.fasa.stats()
     assert (stats.n_steps_prompt, stats.n_steps_decode) == (0, N_DECODE)
-    assert stats.n_layers_sparse == N_DECODE * case.n_full
-    assert stats.n_layers_dense == ({"sliding_window": N_DECODE * case.n_swa} if case.n_swa else {})
+    assert stats.n_layers_sparse == N_DECODE * case.n_sparse
+    assert stats.n_layers_dense == {reason: N_DECODE * n for reason, n in case.dense.items()}
 
 
 def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
@@ -106,9 +128,53 @@ def test_a_small_budget_reads_less_and_stays_finite(case, llm, tokens, dense) ->
     sparse = teacher_forced(llm, tokens, N_PROMPT, budget=64)
     check_layers(llm, case)
     stats = llm.fasa.stats()
-    assert stats.bytes_kv == stats.bytes_kv_dense * 64 * N_DECODE // sum(range(N_PROMPT + 1, N_PROMPT + N_DECODE + 1))
+    n_cells = sum(range(N_PROMPT + 1, N_PROMPT + N_DECODE + 1))
+    n_read = (case.n_sparse * 64 * N_DECODE + case.dense.get("no_chunks", 0) * n_cells) / case.n_reads_all
+    assert stats.bytes_kv == stats.bytes_kv_dense * n_read / n_cells
     assert np.isfinite(sparse).all()
     assert nmse(dense, sparse) > 1000 * TOLERANCE  # so a wrong attention would show
+
+
+def test_the_chosen_cells_are_worth_more_than_the_last_ones(case, llm, tokens, dense) -> None:
+    """With all chunks as tips (gemma4: half of them), half of the cells; tips of wrong keys would choose at random."""
+    budget = N_PROMPT // 2
+    chosen = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget))
+    last = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget, n_recent=budget - 4))
+    llm.fasa.configure(n_recent=32)
+    assert chosen < last / 5
+
+
+@pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
+def test_text_after_an_image(arch, tmp_path) -> None:
+    """All tokens of an image share one position in the sequence, and more of them than ``n_recent``."""
+    model = make_model(tmp_path / "tiny.gguf", arch)
+    path = convert(model, tmp_path / "annotated.gguf", tokens=512).path
+    llm = fasa_edge.Llama(str(path), n_ctx=1024, n_threads=2, fasa_min_ctx=1, fasa_n_dense_layers=0, verbose=False)
+    tokens = llm.tokenize(topics["typesseq"].encode())[: 300 + N_DECODE]
+    rows, columns = np.divmod(np.arange(64), 8)
+    image = np.random.default_rng(0).standard_normal((64, llm.n_embd()), np.float32)
+
+    def after_the_image(**settings) -> np.ndarray:
+        llm.reset()
+        llm.fasa.configure(enabled=False)
+        llm.eval(tokens[:300])
+        decode_embeddings(llm, image, np.stack([np.full(64, 300), 300 + rows, 300 + columns, np.zeros(64, int)]))
+        llm.n_tokens = 308  # a text token stands after the image's height and width
+        llm.fasa.configure(**{"enabled": True, **settings})
+        llm.fasa.reset_stats()
+        logits = [last_logits(llm)]
+        for token in tokens[300:]:
+            llm.eval([token])
+            logits.append(last_logits(llm))
+        return np.stack(logits)
+
+    dense = after_the_image(enabled=False)
+    n_cells = sum(range(365, 365 + N_DECODE))
+    assert llm.fasa.stats().bytes_kv == llm.fasa.stats().bytes_kv_dense == n_cells * 2 * 2 * 2 * 128
+    assert nmse(dense, after_the_image(budget=1024)) <= TOLERANCE
+    assert nmse(dense, after_the_image(budget=64)) > 1000 * TOLERANCE
+    assert llm.fasa.stats().n_layers_sparse == 2 * N_DECODE
+    llm.close()
 
 
 @pytest.mark.parametrize("budget", [64, N_CTX])

@@ -8,18 +8,22 @@ positions is the rotation: chunk ``i`` of the key at position ``p`` must be chun
 from __future__ import annotations
 
 from fasa_edge import _capi
+from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.rope import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NONE, ROPE_NORM, ROPE_VISION, chunk_dims
 from fasa_edge.errors import ConvertError
 
 import numpy as np
 import pytest
-from tiny_models import Shape, make_model
+from runtime import decode_embeddings
+from tiny_models import MROPE_SECTIONS, Shape, make_model
 
 N_POSITIONS = 96
 LAYOUTS = {  # name: architecture, shape, RoPE type, another pairing of the same dims
     "norm": ("llama", Shape(), ROPE_NORM, ROPE_NEOX),
     "neox": ("qwen2", Shape(rope_base=500.0), ROPE_NEOX, ROPE_NORM),
+    "mrope": ("qwen2vl", Shape(), ROPE_MROPE, ROPE_NORM),
+    "imrope": ("qwen3vl", Shape(), ROPE_IMROPE, ROPE_NORM),
     "partial norm": ("chatglm", Shape(n_rot=32), ROPE_NORM, ROPE_NEOX),
     "partial neox": ("stablelm", Shape(n_rot=16, n_embd_head=80), ROPE_NEOX, ROPE_NORM),
 }
@@ -97,7 +101,29 @@ def test_partial_scores_sum_to_the_full_score(captured):
     np.testing.assert_allclose(partial.sum(-1), (q * keys).sum(-1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("rope_type", [ROPE_NORM, ROPE_NEOX])
+@pytest.mark.parametrize(("arch", "rope_type"), [("qwen2vl", ROPE_MROPE), ("qwen3vl", ROPE_IMROPE)])
+def test_a_chunk_of_an_image_turns_by_one_of_its_positions(arch, rope_type, tmp_path):
+    """The same embedding all over a grid: only the rotation differs, by time, height or width."""
+    shape = Shape()
+    i_plane, bounds = np.arange(shape.n_embd_head // 2), np.cumsum(MROPE_SECTIONS)[:2]
+    section = i_plane % 3 if rope_type == ROPE_IMROPE else np.searchsorted(bounds, i_plane, side="right")
+    rows, columns = np.divmod(np.arange(64), 8)
+    pos = np.stack([np.full(64, 3), 3 + 16 * rows, 3 + 16 * columns, np.zeros(64, int)])
+
+    model = make_model(tmp_path / "tiny.gguf", arch, shape)
+    llm = llama_cpp.Llama(str(model), n_ctx=512, flash_attn=True, verbose=False)
+    _capi.set_capture(llm.ctx, True)
+    decode_embeddings(llm, np.ones((64, shape.n_embd), np.float32).cumsum(axis=1) / shape.n_embd, pos)
+    for which in "qk":
+        planes = as_planes(_capi.captured(llm.ctx, 0, which).astype(np.float64), shape, rope_type)
+        distance = (pos - pos[:, :1])[section].T * angles(shape)  # from the first token, [n_tokens, n_chunk]
+        turned = planes[:1] * np.exp(1j * distance)[:, None, :]
+        assert np.abs(planes - turned).max() < 1e-3 * np.abs(planes).mean()
+        assert np.abs(planes - planes[:1]).max() > 0.5 * np.abs(planes).mean()
+    llm.close()
+
+
+@pytest.mark.parametrize("rope_type", [ROPE_NORM, ROPE_NEOX, ROPE_MROPE])
 @pytest.mark.parametrize(("n_embd_head", "n_rot"), [(64, 64), (80, 20), (8, 2), (16, 0)])
 def test_chunks_partition_the_head(n_embd_head, n_rot, rope_type):
     dims = chunk_dims(n_embd_head, n_rot, rope_type)
@@ -116,9 +142,7 @@ def test_chunks_of_a_small_head():
     ("rope_type", "message"),
     [
         (ROPE_NONE, "no rotary embedding"),
-        (ROPE_MROPE, "M-RoPE"),
         (ROPE_VISION, "vision RoPE"),
-        (ROPE_IMROPE, "interleaved M-RoPE"),
         (7, "unknown"),
     ],
 )

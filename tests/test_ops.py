@@ -8,7 +8,7 @@ from fasa_edge import reference
 
 import numpy as np
 import pytest
-from ggml_graph import F16, F32, Graph
+from ggml_graph import BF16, CACHE_TYPES, F16, F32, Graph
 
 NMSE_REFERENCE = 1e-6  # f16 K and V against a float64 oracle
 NMSE_STOCK = 5e-4  # what test-backend-ops allows FLASH_ATTN_EXT
@@ -209,6 +209,85 @@ def test_store_without_rounding_matches_reference() -> None:
         idx = g.read(idx, np.int32, (1, 3, 32))
     scores = reference.score(case.q, reference.store(case.k, case.dims, None), case.dims, case.mask, case.scale)
     assert_same_cells(idx, reference.select(scores, 32), scores)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest bfloat16, ties to even, as float32."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def test_store_rounds_as_a_bf16_cache_does() -> None:
+    case = make_case(Shape())
+    with Graph() as g:
+        fresh, _, stored_fresh = run_store(g, case, case.k, BF16)
+        rebuilt, _, stored_rebuilt = run_store(g, case, to_bf16(case.k), F32)
+        unrounded, _, stored_unrounded = run_store(g, case, case.k, F32)
+        g.run(stored_fresh, stored_rebuilt, stored_unrounded)
+        assert (g.read(fresh, np.int8) == g.read(rebuilt, np.int8)).all()
+        assert (g.read(fresh, np.int8) != g.read(unrounded, np.int8)).any()
+
+
+def test_streams_do_not_touch_each_other() -> None:
+    """Stored into a tip cache of two streams, selected and attended in the first cells of both, to the bit."""
+    shape = Shape(n_tokens=2)
+    cases = [make_case(shape, seed) for seed in (0, 1)]
+    n_cells, n_head_kv, n_dim, n_fac = 2 * shape.n_kv, shape.n_head_kv, shape.n_dim, 40
+    forced = [np.array([[5, 9], [7, -1]], np.int32), np.array([[200, 1], [-1, 2]], np.int32)]
+    dims = cases[0].dims
+    cells = [np.arange(shape.n_kv, dtype=np.int64) + stream * n_cells for stream in (0, 1)]
+    with Graph() as g:
+        stack = lambda *arrays: g.tensor(np.stack(arrays))  # noqa: E731
+        tips = g.ggml_fasa_new_tips(n_cells, n_dim, n_head_kv, 2)
+        g.write(tips, np.zeros(2 * n_cells * n_head_kv * (n_dim + 2), np.int8))
+        k_dims = g.tensor(dims)
+        k_both = g.tensor(np.concatenate([case.k for case in cases]))
+        stored = g.ggml_fasa_store(tips, k_both, k_dims, g.tensor(np.concatenate(cells)), F16)
+        size = 32 * (n_dim + 2)
+        strides = (size, size * n_cells // 32, size * n_cells // 32 * n_head_kv)
+        view = g.ggml_view_4d(tips, size, shape.n_kv // 32, n_head_kv, 2, *strides, 0)
+        q = stack(*(case.q for case in cases))
+        mask = stack(*(case.mask[None] for case in cases))
+        idx = g.ggml_fasa_select(q, view, k_dims, mask, stack(*forced), n_fac, cases[0].scale)
+        k = stack(*(case.k.astype(np.float16) for case in cases))
+        out = g.ggml_fasa_attend(q, k, stack(*(case.v for case in cases)), idx, None, cases[0].scale, 0.0)
+        g.run(stored, out)
+        idx = g.read(idx, np.int32, (2, 2, n_head_kv, n_fac))
+        out = g.read(out, np.float32, (2, *cases[0].q.shape))
+    for stream, case in enumerate(cases):
+        case.dims = dims
+        alone = run_select(case, n_fac, forced[stream])
+        assert (idx[stream] == alone).all()
+        assert (out[stream] == run_attend(case, alone, case.k.astype(np.float16))).all()
+
+
+@pytest.mark.parametrize("n_embd_head", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("n_group", range(1, 17))
+def test_every_group_and_head_size(n_embd_head: int, n_group: int) -> None:
+    case = make_case(Shape(n_embd_head, 2 * n_group, 2, n_kv=96, n_dim=16 + n_embd_head // 8))
+    k = case.k.astype(np.float16)
+    idx = run_select(case, 30)
+    scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale)
+    assert_same_cells(idx, reference.select(scores, 30), scores)
+    assert nmse(run_attend(case, idx, k), reference.attend(case.q, k, case.v, idx, case.scale)) <= NMSE_REFERENCE
+
+
+@pytest.mark.parametrize("n_embd_head", [64, 96])
+@pytest.mark.parametrize("type_v", CACHE_TYPES)
+@pytest.mark.parametrize("type_k", CACHE_TYPES)
+def test_attend_reads_every_cache_type(type_k: str, type_v: str, n_embd_head: int) -> None:
+    case = make_case(Shape(n_embd_head, 6, 2, n_kv=96, n_tokens=2))
+    sinks = np.linspace(-2, 3, 6, dtype=np.float32)
+    idx = run_select(case, 40)
+    with Graph() as g:
+        k = g.ggml_cast(g.tensor(case.k), CACHE_TYPES[type_k])
+        v = g.ggml_cast(g.tensor(case.v.astype(np.float32)), CACHE_TYPES[type_v])
+        k_f32, v_f32 = g.ggml_cast(k, F32), g.ggml_cast(v, F32)
+        out = g.ggml_fasa_attend(g.tensor(case.q), k, v, g.tensor(idx), g.tensor(sinks), case.scale, 5.0)
+        g.run(k_f32, v_f32, out)
+        k, v = (g.read(x, np.float32, case.k.shape) for x in (k_f32, v_f32))
+        out = g.read(out, np.float32, case.q.shape)
+    assert nmse(out, reference.attend(case.q, k, v, idx, case.scale, 5.0, sinks)) <= NMSE_REFERENCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)

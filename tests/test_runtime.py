@@ -225,17 +225,6 @@ def test_context_shift_rebuilds_the_tips(llm, tokens) -> None:
     assert kl_divergence(shifted, decode()) < 0.01
 
 
-def test_a_batch_of_several_sequences_runs_dense(fasa_model_path, tokens) -> None:
-    llm = fasa_edge.Llama(str(fasa_model_path), n_ctx=1024, fasa_min_ctx=1, embedding=True, verbose=False)
-    batch = llama_cpp.llama_batch_init(2, 0, 1)
-    batch.n_tokens = 2
-    for i in range(2):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = tokens[i], 0, 1, i, 1
-    assert llama_cpp.llama_decode(llm.ctx, batch) == 0
-    llama_cpp.llama_batch_free(batch)
-    assert llm.fasa.stats().n_layers_dense == {"multi_sequence": 29, "dense_layer": 1}
-
-
 def test_overrides_are_taken_or_reported(fasa_model_path) -> None:
     overrides = {"fasa.budget": 77, "fasa.n_sink": 2, "fasa.n_recnet": 5, "fasa.n_recent": 5.0}
     with pytest.warns(UserWarning, match="without effect") as warned:

@@ -43,7 +43,7 @@ extern "C" {
     // counters
     //
 
-    // why an attention layer ran dense
+    // why a layer did not run sparse
     enum llama_fasa_reason {
         LLAMA_FASA_REASON_NONE, // it ran sparse
         LLAMA_FASA_REASON_DISABLED,
@@ -51,6 +51,8 @@ extern "C" {
         LLAMA_FASA_REASON_SHORT_CONTEXT,
         LLAMA_FASA_REASON_DENSE_LAYER,
         LLAMA_FASA_REASON_NO_CHUNKS,
+        LLAMA_FASA_REASON_NO_KV_HEADS,
+        LLAMA_FASA_REASON_MLA,
         LLAMA_FASA_REASON_SLIDING_WINDOW,
         LLAMA_FASA_REASON_FLASH_ATTN_OFF,
         LLAMA_FASA_REASON_BACKEND,
@@ -70,7 +72,7 @@ extern "C" {
     struct llama_fasa_stats {
         uint64_t n_steps_prompt;
         uint64_t n_steps_decode;
-        uint64_t n_layers[LLAMA_FASA_REASON_COUNT]; // attention layers run, by reason; [NONE]: sparse
+        uint64_t n_layers[LLAMA_FASA_REASON_COUNT]; // layers run, by reason; [NONE]: sparse
 
         uint64_t bytes_kv;       // of K and V, sparse and dense layers together
         uint64_t bytes_tips;     // of the tip cache

@@ -46,14 +46,15 @@ llama_fasa_attn::llama_fasa_attn(const llm_graph_context & graph, ggml_tensor * 
     graph(graph), fasa(graph.cparams.fasa), q_cur(q_cur), k_cur(k_cur), il(il) {
 }
 
-llama_fasa_graph_input * llama_fasa_attn::get_input(const llama_kv_cache_context & mctx) const {
+// one for all layers of the graph; mctx nullptr: no layer has attended to a plain KV cache
+static llama_fasa_graph_input * fasa_get_input(const llm_graph_context & graph, const llama_kv_cache_context * mctx) {
     for (auto & inp : graph.res->inputs) {
         if (auto * res = dynamic_cast<llama_fasa_graph_input *>(inp.get())) {
             return res;
         }
     }
-    return (llama_fasa_graph_input *) graph.res->add_input(
-            std::make_unique<llama_fasa_graph_input>(*fasa, mctx.get_fasa_tips(), mctx.get_n_kv(), graph.ubatch));
+    return (llama_fasa_graph_input *) graph.res->add_input(std::make_unique<llama_fasa_graph_input>(
+            *graph.cparams.fasa, mctx ? mctx->get_fasa_tips() : nullptr, mctx ? mctx->get_n_kv() : 0, graph.ubatch));
 }
 
 llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
@@ -67,6 +68,9 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!params.enabled) {
         return LLAMA_FASA_REASON_DISABLED;
     }
+    if (kq_b) {
+        return LLAMA_FASA_REASON_ATTN_BIAS;
+    }
     if (!mctx.get_fasa_tips()) {
         return LLAMA_FASA_REASON_NO_CHUNKS; // the cache of another context
     }
@@ -78,9 +82,6 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     }
     if (v->nb[1] > v->nb[2] || !graph.cparams.flash_attn || graph.cparams.auto_fa) {
         return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
-    }
-    if (kq_b || graph.hparams.use_alibi) {
-        return LLAMA_FASA_REASON_ATTN_BIAS;
     }
     if (!graph.cparams.causal_attn) {
         return LLAMA_FASA_REASON_NON_CAUSAL;
@@ -111,7 +112,9 @@ ggml_tensor * llama_fasa_attn::build(
     auto * ctx0 = graph.ctx0;
     auto * gf   = graph.gf;
 
-    auto * inp = get_input(*mctx);
+    auto * inp = fasa_get_input(graph, mctx);
+
+    inp->layers.insert(il);
 
     if (fasa->capture) {
         const auto capture = [&](std::vector<ggml_tensor *> & captured, ggml_tensor * cur) {
@@ -174,6 +177,35 @@ ggml_tensor * llama_fasa_attn::build(
     ggml_build_forward_expand(gf, cur);
 
     return cur;
+}
+
+void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type gtype) {
+    const auto * fasa = graph.cparams.fasa;
+
+    if (!fasa || !fasa->profile || graph.cparams.training) {
+        return;
+    }
+    if (gtype != LLM_GRAPH_TYPE_DEFAULT && gtype != LLM_GRAPH_TYPE_DECODER) {
+        return; // an encoder, or multi-token prediction: they run other layers
+    }
+
+    const auto & hparams = graph.hparams;
+    const auto   n_layer = hparams.dec_n_layer > 0 ? hparams.dec_n_layer : hparams.n_layer();
+
+    auto * inp = fasa_get_input(graph, nullptr);
+
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (inp->layers.count(il) > 0) {
+            continue;
+        }
+        if (hparams.is_recr(il) || hparams.n_head_kv(il) == 0) {
+            inp->add_layer(LLAMA_FASA_REASON_NO_KV_HEADS, 0, 0);
+        } else if (hparams.is_mla()) {
+            inp->add_layer(LLAMA_FASA_REASON_MLA, 0, 0);
+        } else {
+            inp->add_layer(LLAMA_FASA_REASON_NO_CHUNKS, 0, 0); // an attention of its own, which calibration cannot see
+        }
+    }
 }
 
 //

@@ -3,6 +3,7 @@
 #include "llama-fasa.h"
 #include "llama-graph.h"
 
+#include <set>
 #include <vector>
 
 class  llama_kv_cache_context;
@@ -47,8 +48,6 @@ public:
             float         kq_scale) const;
 
 private:
-    llama_fasa_graph_input * get_input(const llama_kv_cache_context & mctx) const;
-
     llama_fasa_reason reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
     const llm_graph_context & graph;
@@ -59,6 +58,9 @@ private:
 
     const int il;
 };
+
+// call once the graph has all its layers: counts those that did not pass llama_fasa_attn
+void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type gtype);
 
 // the inputs of the ops, and what running the graph once adds to the counters
 class llama_fasa_graph_input : public llm_graph_input_i {
@@ -71,7 +73,7 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    // attention layer il of the graph: sparse if the reason is NONE
+    // a layer of the graph: sparse if the reason is NONE
     void add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes);
 
     // cells that every token attends to: I32 [n_forced, n_tokens/n_stream, n_stream], nullptr: none
@@ -82,6 +84,8 @@ public:
     std::vector<ggml_tensor *> captured_k;
 
     int64_t n_fac = 0; // cells attended to in sparse layers
+
+    std::set<int> layers; // that have been added
 
 private:
     void set_forced(const llama_ubatch * ubatch) const;

@@ -27,14 +27,16 @@ llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il) {
     layer.n_head_kv   = has_heads ? hparams.n_head_kv(il) : 0;
     layer.n_embd_head = hparams.n_embd_head_k(il);
     layer.n_rot       = hparams.has_rope(il) ? hparams.n_rot(il) : 0;
-    layer.rope_type   = hparams.rope_type;
+    layer.rope_type   = hparams.use_alibi ? LLAMA_ROPE_TYPE_NONE : hparams.rope_type; // Baichuan 13B has the type of 7B
     layer.is_swa      = hparams.is_swa(il);
 
     return layer;
 }
 
 bool llama_fasa_chunk_dims(const llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]) {
-    const bool is_neox = layer->rope_type == LLAMA_ROPE_TYPE_NEOX;
+    // M-RoPE takes the angle of each plane from one of several positions, but turns the planes of NEOX
+    const bool is_neox = layer->rope_type == LLAMA_ROPE_TYPE_NEOX || layer->rope_type == LLAMA_ROPE_TYPE_MROPE ||
+                         layer->rope_type == LLAMA_ROPE_TYPE_IMROPE;
 
     if (!is_neox && layer->rope_type != LLAMA_ROPE_TYPE_NORM) {
         return false;

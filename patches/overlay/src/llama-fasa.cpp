@@ -84,6 +84,8 @@ static const struct {
     /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget)" },
     /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
     /* NO_CHUNKS      */ { "no_chunks",      "no chunks for the layer, or it reads the cache of another layer or context" },
+    /* NO_KV_HEADS    */ { "no_kv_heads",    "the layer keeps no keys: it is recurrent, a convolution, or without attention" },
+    /* MLA            */ { "mla",            "latent attention (MLA) keeps no keys of heads" },
     /* SLIDING_WINDOW */ { "sliding_window", "sliding-window attention is short already" },
     /* FLASH_ATTN_OFF */ { "flash_attn_off", "flash attention is off, so V is transposed" },
     /* BACKEND        */ { "backend",        "the device that holds the layer's K does not support the FASA ops on it" },
