@@ -1,0 +1,88 @@
+"""Heatmap of a profile: what each frequency chunk of each KV head is worth, and which of them are dominant."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from fasa_edge.errors import ConvertError
+from fasa_edge.schema import Profile
+
+import numpy as np
+
+from .inspect import FileReport
+from .output import check_output, write_bytes
+
+_DPI = 150
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """What is drawn: one row a KV head, layer after layer, and one column a chunk, by falling frequency.
+
+    Attributes:
+        values: float32 ``[n_row, n_chunk]``, what the objective gave each chunk; NaN where a head has fewer chunks.
+        dominant: bool ``[n_row, n_chunk]``, the ``n_tip`` chunks scored at run time.
+        labels: of the rows, ``layer.head``.
+    """
+
+    values: np.ndarray
+    dominant: np.ndarray
+    labels: list[str]
+
+
+def heatmap(profile: Profile) -> Heatmap:
+    """The values of a profile, from its rankings back in the order of the chunks."""
+    labels = [f"{il}.{ih}" for il, chunks in enumerate(profile.chunks) for ih in range(len(chunks))]
+    values = np.full((len(labels), max(chunks.shape[1] for chunks in profile.chunks)), np.nan, np.float32)
+    dominant = np.zeros(values.shape, bool)
+    row = 0
+    for chunks, agreement in zip(profile.chunks, profile.agreement, strict=True):
+        rows = slice(row, row := row + len(chunks))
+        np.put_along_axis(values[rows], chunks, agreement, axis=1)
+        np.put_along_axis(dominant[rows], chunks[:, : profile.n_tip], True, axis=1)
+    return Heatmap(values, dominant, labels)
+
+
+def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> None:
+    """Draws the heatmap of a profile into a PNG; needs matplotlib and no display.
+
+    Args:
+        report: of an annotated model or a profile, see :func:`fasa_edge.convert.inspect`.
+        path: file to be written.
+        force: replace an existing one.
+
+    Raises:
+        ConvertError: the file holds no profile, matplotlib is missing, or the PNG cannot be written.
+    """
+    if report.profile is None:
+        raise ConvertError(f"{report.path} has no FASA profile to plot: make one with `fasa-edge convert`")
+    check_output(path, report.path, 0, force=force)
+    calibration = report.profile.calibration
+    title = f"{report.name or report.path.stem}: {calibration.objective}, n_tip = {report.profile.n_tip}"
+    write_bytes(path, report.path, _draw(heatmap(report.profile), title, calibration.objective), force=force)
+
+
+def _draw(data: Heatmap, title: str, objective: str) -> bytes:
+    """The PNG."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    except ImportError as error:
+        raise ConvertError("plotting needs matplotlib: pip install 'fasa-edge[plot]'") from error
+
+    n_row, n_chunk = data.values.shape
+    figure = Figure(figsize=(max(5, 1.5 + 0.09 * n_chunk), min(max(3, 1.2 + 0.09 * n_row), 120)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(data.values, cmap="Blues", vmin=min(0, np.nanmin(data.values)), aspect="auto")
+    rows, columns = np.nonzero(data.dominant)
+    axes.scatter(columns, rows, s=2, c="tab:orange", linewidths=0, label="dominant")
+    axes.set_facecolor("lightgrey")  # shows where a head has fewer chunks
+    axes.set(title=title, xlabel="chunk, by falling frequency", ylabel="layer.head")
+    first = [row for row, label in enumerate(data.labels) if label.endswith(".0")]
+    axes.set_yticks(first, [data.labels[row] for row in first], fontsize=6)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 0), fontsize=6, frameon=False)
+    figure.colorbar(image, label=f"value of the objective {objective}")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DPI)
+    return png.getvalue()
