@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import Profile
@@ -14,7 +15,11 @@ import numpy as np
 from .inspect import FileReport
 from .output import check_output, write_bytes
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _DPI = 150
+_MAX_PIXELS = 30_000  # in height; matplotlib refuses 65,536
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,30 +64,36 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
     if report.profile is None:
         raise ConvertError(f"{report.path} has no FASA profile to plot: make one with `fasa-edge convert`")
     check_output(path, report.path, 0, force=force)
-    calibration = report.profile.calibration
-    title = f"{report.name or report.path.stem}: {calibration.objective}, n_tip = {report.profile.n_tip}"
-    write_bytes(path, report.path, _draw(heatmap(report.profile), title, calibration.objective), force=force)
+    check_output(path, report.path, 0, force=force)
+    objective = report.profile.calibration.objective
+    title = f"{report.name or report.path.stem}\n{objective}, n_tip = {report.profile.n_tip}"
+    figure, png = draw(heatmap(report.profile), title), io.BytesIO()
+    figure.savefig(png, format="png", dpi=min(_DPI, _MAX_PIXELS / figure.get_figheight()))
+    write_bytes(path, report.path, png.getvalue(), force=force)
 
 
-def _draw(data: Heatmap, title: str, objective: str) -> bytes:
-    """The PNG."""
+def draw(data: Heatmap, title: str) -> Figure:
+    """The figure, made without pyplot: it needs no display and leaves no global state.
+
+    Raises:
+        ConvertError: matplotlib is missing.
+    """
     try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConvertError("plotting needs matplotlib: pip install 'fasa-edge[plot]'") from error
 
     n_row, n_chunk = data.values.shape
-    figure = Figure(figsize=(max(5, 1.5 + 0.09 * n_chunk), min(max(3, 1.2 + 0.09 * n_row), 120)), layout="constrained")
+    figure = Figure(figsize=(3 + 0.1 * n_chunk, 2 + 0.1 * n_row), layout="constrained")  # inches, 0.1 for a chunk
     axes = figure.subplots()
-    image = axes.imshow(data.values, cmap="Blues", vmin=min(0, np.nanmin(data.values)), aspect="auto")
+    image = axes.imshow(data.values, cmap="Blues", vmin=min(0, np.nanmin(data.values)))
     rows, columns = np.nonzero(data.dominant)
     axes.scatter(columns, rows, s=2, c="tab:orange", linewidths=0, label="dominant")
     axes.set_facecolor("lightgrey")  # shows where a head has fewer chunks
-    axes.set(title=title, xlabel="chunk, by falling frequency", ylabel="layer.head")
+    axes.set(xlabel="chunk, by falling frequency", ylabel="layer.head")
+    axes.set_title(title, fontsize=8, wrap=True, parse_math=False)
     first = [row for row, label in enumerate(data.labels) if label.endswith(".0")]
     axes.set_yticks(first, [data.labels[row] for row in first], fontsize=6)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 0), fontsize=6, frameon=False)
-    figure.colorbar(image, label=f"value of the objective {objective}")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=_DPI)
-    return png.getvalue()
+    figure.legend(loc="outside lower right", fontsize=6, frameon=False)
+    figure.colorbar(image, label="value of the objective", aspect=40)
+    return figure

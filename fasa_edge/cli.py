@@ -194,9 +194,7 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
         return _print_json(report.to_dict())
     profile = report.profile
     content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors"
-    click.echo(
-        f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {_bytes(report.n_bytes)}"
-    )
+    click.echo(f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {_bytes(report.n_bytes)}")
     if profile is None:
         return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
     settings = asdict(profile.config) | {"n_tip": profile.n_tip}
