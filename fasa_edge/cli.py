@@ -82,7 +82,7 @@ def _model_options(command: Callable) -> Callable:
         click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Cells of the KV cache."),
         click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="Threads.  [default: half of them]"),
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
-        click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="FASA profile of the model."),
+        click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="In place of the model's own."),
         click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),

@@ -203,9 +203,12 @@ class Llama(llama_cpp.Llama):
     def _model(self, model: llama_cpp._internals.LlamaModel) -> None:
         """The parent assigns it once the model is loaded and before it makes the context, when a profile must come."""
         self.__dict__["_model"] = model
-        path = self._fasa_profile
-        if path is not None and not _capi.load_profile(model.model, path, self.model_params.kv_overrides):
-            raise ValueError(f"Failed to load FASA profile: {path}")
+        if self._fasa_profile is None:
+            return
+        with llama_cpp._utils.suppress_stdout_stderr(disable=self.verbose):
+            loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
+        if not loaded:
+            raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"fasa_profile": self._fasa_profile}
