@@ -19,9 +19,6 @@ import psutil
 _SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 
-_WITHOUT_PROFILE = {"fasa.version": 0}
-"""Override that makes llama.cpp ignore the profile of a model, whatever its state."""
-
 _KV_MEMORY_SHARE = 0.5
 """Of the memory that is free beside the weights, what the KV cache of an automatic ``n_ctx`` may take."""
 
@@ -129,12 +126,12 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file; one without a FASA profile runs dense.
-        fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
-            profile replaces that of the model, even a damaged one.
         n_ctx: cells of the KV cache; 0: what the model was trained for, or less where half of the memory that
             is free beside the weights does not hold its KV cache.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
+        fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
+            profile replaces that of the model, even a damaged one.
         fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
             ``fasa_min_ctx``, ``fasa_max_batch``, ``fasa_n_tip``; each replaces the default stored in the model.
         kwargs: every other argument of ``llama_cpp.Llama``.
@@ -173,9 +170,8 @@ class Llama(llama_cpp.Llama):
         overrides |= {
             f"fasa.{name.removeprefix('fasa_')}": value for name, value in settings.items() if value is not None
         }
-
         if fasa_profile is not None:
-            overrides |= _WITHOUT_PROFILE
+            overrides["fasa.version"] = 0  # the model's own is ignored, whatever its state
 
         with error_log() as errors:
             try:
