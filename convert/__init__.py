@@ -6,5 +6,15 @@ Installed as ``fasa_edge.convert``. The runtime never imports it.
 from .inspect import FileReport, inspect
 from .objectives import OBJECTIVES
 from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
+from .plot import write_plot
 
-__all__ = ["DEFAULT_TOKENS", "DEFAULT_TOP_K", "OBJECTIVES", "ConvertResult", "FileReport", "convert", "inspect"]
+__all__ = [
+    "DEFAULT_TOKENS",
+    "DEFAULT_TOP_K",
+    "OBJECTIVES",
+    "ConvertResult",
+    "FileReport",
+    "convert",
+    "inspect",
+    "write_plot",
+]

@@ -7,11 +7,7 @@ beside the destination and renamed when complete, so that a failure leaves nothi
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +18,7 @@ from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
+from .output import check_output, replacing
 
 BLOCK = 8 * 2**20  # bytes copied at a time
 
@@ -29,7 +26,6 @@ Metadata = Iterable[tuple[str, GGUFValueType, object]]
 Progress = Callable[[int, int], None]
 
 _ELEMENT_TYPES = {dtype: type_ for type_, dtype in NUMPY_TYPES.items()}
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def encode_entry(key: str, type_: GGUFValueType, value: object) -> bytes:
@@ -64,29 +60,15 @@ def check_destination(header: GgufHeader, destination: str | Path, *, force: boo
         force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
 
     Raises:
-        ConvertError: the source is annotated or the destination exists without ``force``, the destination is the source
-            itself or a folder, its folder does not exist, or the disk has too little space.
+        ConvertError: the source is annotated and ``force`` is not given; or as
+            :func:`fasa_edge.convert.output.check_output`.
     """
-    source, destination = header.path, Path(destination)
     annotated = [key for key in header.entries if key.startswith(PREFIX)]
     if annotated and not force:
-        raise ConvertError(f"{source} is already annotated ({len(annotated)} {PREFIX}* keys): --force replaces them")
-    folder = destination.parent
-    if not folder.is_dir():
-        raise ConvertError(f"{destination} cannot be written: {folder} is not a folder; create it first")
-    if destination.is_dir():
-        raise ConvertError(f"{destination} cannot be written: it is a folder; name a file")
-    if destination.exists():
-        if destination.samefile(source):
-            raise ConvertError(f"{destination} is the source itself: choose another output file")
-        if not force:
-            raise ConvertError(f"{destination} exists: choose another output file or pass --force")
-    free = shutil.disk_usage(folder).free
-    if free < header.file_size:
         raise ConvertError(
-            f"{destination} needs {header.file_size} bytes but {folder} has {free} free: "
-            "make room or choose another folder"
+            f"{header.path} is already annotated ({len(annotated)} {PREFIX}* keys): --force replaces them"
         )
+    check_output(destination, header.path, header.file_size, force=force)
 
 
 def splice(
@@ -113,32 +95,11 @@ def splice(
         ConvertError: as :func:`check_destination`; the source changed meanwhile; or reading or writing failed.
     """
     check_destination(header, destination, force=force)
-    destination = Path(destination)
     head = _encode_header(header, metadata)
     total = len(head) + max(header.file_size - header.data_offset, 0)
-    temporary = None
-    try:
-        with (
-            header.path.open("rb") as source,
-            tempfile.NamedTemporaryFile(
-                dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp", delete=False
-            ) as target,
-        ):
-            temporary = Path(target.name)
-            target.write(head)
-            _copy(header, source, target, len(head), total, progress or (lambda done, total: None))
-            target.flush()
-            os.fsync(target.fileno())
-        shutil.copymode(header.path, temporary)
-        os.replace(temporary, destination)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        full = error.errno in _OUT_OF_SPACE
-        remedy = "make room or choose another folder" if full else "check the disk and the rights of its folder"
-        raise ConvertError(f"{destination} cannot be written ({total} bytes): {error.strerror}; {remedy}") from error
+    with replacing(destination, header.path, total) as target, header.path.open("rb") as source:
+        target.write(head)
+        _copy(header, source, target, len(head), total, progress or (lambda done, total: None))
     return total
 
 

@@ -1,4 +1,4 @@
-"""From a GGUF model to its annotated copy: check, calibrate, rank, write."""
+"""From a GGUF model to its annotated copy, or to a profile alone: check, calibrate, rank, write."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .capture import ModelRun
 from .gguf_header import GgufHeader, read_header
 from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
+from .output import check_output, write_bytes
+from .profile import encode_profile
 from .text import read_text
 
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
@@ -30,12 +32,14 @@ class ConvertResult:
     """What :func:`convert` made.
 
     Attributes:
-        path: the annotated copy.
-        n_bytes: its size.
-        profile: what was written into it.
+        path: the annotated copy; None where only a profile was wanted.
+        profile_path: the stand-alone profile; None where none was wanted.
+        n_bytes: size of what was written, both together.
+        profile: what was written into them.
     """
 
-    path: Path
+    path: Path | None
+    profile_path: Path | None
     n_bytes: int
     profile: Profile
 
@@ -44,6 +48,7 @@ def convert(
     src: str | Path,
     out: str | Path | None = None,
     *,
+    profile: str | Path | None = None,
     text: str | Path | None = None,
     n_tip: int | None = None,
     objective: str = "lsq",
@@ -53,20 +58,21 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Finds the dominant frequency chunks of a model and writes a copy of it that carries them.
+    """Finds the dominant frequency chunks of a model and writes a copy that carries them, or a file of them alone.
 
     The same file, text, settings and number of threads give the same bytes.
 
     Args:
         src: a GGUF model in one file.
-        out: the copy; None for ``<stem>-fasa.gguf`` beside the source.
+        out: the copy; None for ``<stem>-fasa.gguf`` beside the source, or for no copy if ``profile`` is given.
+        profile: a stand-alone profile, a small GGUF that serves every quantization of the model.
         text: UTF-8 file to calibrate on; None for the documentation in ``pydoc_data.topics``.
         n_tip: chunks used per KV head; None for :func:`fasa_edge.config.default_n_tip` of the largest head.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
         tokens: length of the calibration; the model's context and the text limit it further.
         top_k: K of the contextual agreement, in tokens; other objectives do not use it.
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
-        force: replace an existing ``out``, and the ``fasa.*`` keys of a source that is already annotated.
+        force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
         progress: called with a stage, what is done and what there is to do: tokens in stage ``"calibrate"``, bytes in
             stage ``"write"``.
 
@@ -76,7 +82,10 @@ def convert(
         LibraryError: the patched llama.cpp is missing.
     """
     src = Path(src)
-    out = src.with_name(f"{src.stem}-fasa.gguf") if out is None else Path(out)
+    profile_path = None if profile is None else Path(profile)
+    if out is None and profile_path is None:
+        out = src.with_name(f"{src.stem}-fasa.gguf")
+    out = None if out is None else Path(out)
     if objective not in OBJECTIVES:
         raise ConvertError(f"objective {objective!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
     if tokens < MIN_TOKENS:
@@ -87,7 +96,12 @@ def convert(
 
     header = read_header(src)
     _check_model(header)
-    check_destination(header, out, force=force)
+    if out is not None:
+        check_destination(header, out, force=force)
+    if profile_path is not None:
+        check_output(profile_path, src, 0, force=force)
+        if out is not None and out.resolve() == profile_path.resolve():
+            raise ConvertError(f"{out} cannot be both the copy and the profile: choose two files")
     name, content = read_text(text)
 
     n_ctx = min(tokens, _context_length(header))
@@ -104,7 +118,7 @@ def convert(
             model, dims, prompt, objective, top_k, lambda done, total: progress("calibrate", done, total)
         )
         fingerprint = model.fingerprint
-    profile = Profile(
+    result = Profile(
         n_tip=n_tip,
         chunks=chunks,
         agreement=agreement,
@@ -118,10 +132,14 @@ def convert(
         ),
         fingerprint=fingerprint,
     )
-    n_bytes = splice(
-        header, out, to_metadata(profile), force=force, progress=lambda done, total: progress("write", done, total)
-    )
-    return ConvertResult(path=out, n_bytes=n_bytes, profile=profile)
+    metadata, n_bytes = to_metadata(result), 0
+    if out is not None:
+        n_bytes += splice(
+            header, out, metadata, force=force, progress=lambda done, total: progress("write", done, total)
+        )
+    if profile_path is not None:
+        n_bytes += write_bytes(profile_path, src, encode_profile(header, metadata), force=force)
+    return ConvertResult(path=out, profile_path=profile_path, n_bytes=n_bytes, profile=result)
 
 
 def _check_model(header: GgufHeader) -> None:
@@ -135,6 +153,8 @@ def _check_model(header: GgufHeader) -> None:
         raise ConvertError(
             f"{path} is one of {n_split} files of a split model: join them first with llama-gguf-split --merge"
         )
+    if (n_layer := header.get_integer(f"{arch}.block_count", 0)) < 1:
+        raise ConvertError(f"{path} has {arch}.block_count = {n_layer}, so no layers: the file is damaged")  # an abort
     if header.get_string("tokenizer.ggml.model") in (None, "no_vocab", "none"):
         raise ConvertError(
             f"{path} has no tokenizer, so no calibration text can be run: convert it with its vocabulary"

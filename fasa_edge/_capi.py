@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from itertools import count, takewhile
 
@@ -53,6 +54,13 @@ def _function(name: str, restype, *argtypes):
 
 _ptr = ctypes.c_void_p
 _model_has_profile = _function("llama_fasa_model_has_profile", ctypes.c_bool, _ptr)
+_model_load_profile = _function(
+    "llama_fasa_model_load_profile",
+    ctypes.c_bool,
+    _ptr,
+    ctypes.c_char_p,
+    ctypes.POINTER(llama_cpp.llama_model_kv_override),
+)
 _model_override_report = _function("llama_fasa_model_override_report", ctypes.c_char_p, _ptr)
 _get_params = _function("llama_fasa_get_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
 _set_params = _function("llama_fasa_set_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
@@ -122,6 +130,20 @@ class LayerGeometry:
 def has_profile(model: int) -> bool:
     """Whether the model (``llama_model *``) carries ``fasa.*`` metadata."""
     return _model_has_profile(model)
+
+
+def load_profile(model: int, path: str | os.PathLike, overrides=None) -> bool:
+    """Give a model (``llama_model *``) the profile in another GGUF file, before a context is made.
+
+    Args:
+        model: it.
+        path: a profile, or an annotated model.
+        overrides: ``kv_overrides`` of ``llama_model_params``, whose ``fasa.*`` settings apply.
+
+    Returns:
+        Whether it did; if not, llama.cpp's log says why and the model stays as it was.
+    """
+    return _model_load_profile(model, os.fsencode(path), overrides)
 
 
 def override_report(model: int) -> list[str]:

@@ -87,6 +87,7 @@ def _model_options(command: Callable) -> Callable:
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
+        click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="In place of the model's own."),
         click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
@@ -116,6 +117,7 @@ def _load(
     n_gpu_layers: int,
     type_k: str,
     type_v: str,
+    profile: str | None,
     budget: int | None,
     overrides: tuple[str, ...],
     verbose: bool,
@@ -129,6 +131,7 @@ def _load(
         type_k=_capi.cache_type(type_k),
         type_v=_capi.cache_type(type_v),
         kv_overrides=dict(map(_parse_override, overrides)),
+        fasa_profile=profile,
         fasa_budget=budget,
         verbose=verbose,
         **fasa,
@@ -138,6 +141,7 @@ def _load(
 @main.command(name="convert")
 @click.argument("src", type=click.Path(dir_okay=False))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The copy.  [default: SRC, -fasa before .gguf]")
+@click.option("--profile", type=click.Path(dir_okay=False), help="File of the chunks alone; no copy without -o.")
 @click.option(
     "--text", type=click.Path(dir_okay=False), help="UTF-8 text to calibrate on.  [default: pydoc_data.topics]"
 )
@@ -156,7 +160,10 @@ def _load(
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
     """Find the dominant frequency chunks of the GGUF model SRC and write a copy that carries them.
 
-    The settings from --budget on are defaults stored in the copy; each can be changed when it is loaded.
+    With --profile they go into a small file of their own, which serves every quantization of the model: give it to
+    `run` and `bench` with --profile.
+
+    The settings from --budget on are defaults stored with them; each can be changed when the model is loaded.
     """
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
@@ -164,7 +171,8 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         result = convert.convert(src, output, config=FasaConfig(**settings), progress=progress, **options)
     profile = result.profile
     report = {
-        "path": str(result.path),
+        "path": result.path and str(result.path),
+        "profile_path": result.profile_path and str(result.profile_path),
         "n_bytes": result.n_bytes,
         "seconds": round(time.perf_counter() - start, 1),
         "n_tip": profile.n_tip,
@@ -174,25 +182,28 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     if as_json:
         return _print_json(report)
     calibration = profile.calibration
+    written = " and ".join(str(path) for path in (result.path, result.profile_path) if path)
     click.echo(
-        f"{result.path}: {_bytes(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
+        f"{written}: {_bytes(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
         f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
     )
 
 
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="PNG", help="Draw the chunks of every head.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
 @_json_option
-def inspect(file: str, as_json: bool) -> None:
-    """Show what FASA metadata FILE holds."""
+def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
+    """Show what FASA metadata FILE holds, an annotated model or a profile."""
     report = convert.inspect(file)
+    if plot is not None:
+        convert.write_plot(report, plot, force=force)
     if as_json:
         return _print_json(report.to_dict())
-    click.echo(
-        f"{report.path}: {report.architecture}, {report.name or 'no name'}, {report.n_tensors} tensors, "
-        f"{_bytes(report.n_bytes)}"
-    )
     profile = report.profile
+    content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors"
+    click.echo(f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {_bytes(report.n_bytes)}")
     if profile is None:
         return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
     settings = asdict(profile.config) | {"n_tip": profile.n_tip}

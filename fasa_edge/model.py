@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -129,13 +130,16 @@ class Llama(llama_cpp.Llama):
             is free beside the weights does not hold its KV cache.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
+        fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
+            profile replaces that of the model, even a damaged one.
         fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
             ``fasa_min_ctx``, ``fasa_max_batch``, ``fasa_n_tip``; each replaces the default stored in the model.
         kwargs: every other argument of ``llama_cpp.Llama``.
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
-        ModelError: llama.cpp cannot load the model; the message holds what it logged.
+        ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
+            what it logged.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class Llama(llama_cpp.Llama):
         n_ctx: int = 0,
         flash_attn: bool = True,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
+        fasa_profile: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ closes it, also if construction ends here
@@ -157,12 +162,16 @@ class Llama(llama_cpp.Llama):
         for name in settings:
             if name.removeprefix("fasa_") not in _SETTINGS:
                 raise FasaError(
-                    f"{name} is no argument of fasa_edge.Llama: choose from {', '.join('fasa_' + s for s in _SETTINGS)}"
+                    f"{name} is no argument of fasa_edge.Llama: choose from fasa_profile, "
+                    f"{', '.join('fasa_' + s for s in _SETTINGS)}"
                 )
+        self._fasa_profile = fasa_profile
         overrides = dict(kv_overrides or {})
         overrides |= {
             f"fasa.{name.removeprefix('fasa_')}": value for name, value in settings.items() if value is not None
         }
+        if fasa_profile is not None:
+            overrides["fasa.version"] = 0  # the model's own is ignored, whatever its state
 
         with error_log() as errors:
             try:
@@ -182,12 +191,33 @@ class Llama(llama_cpp.Llama):
         for line in _capi.override_report(self.model):
             warnings.warn(f"override without effect: {line}", stacklevel=2)
 
+    @property
+    def _model(self) -> llama_cpp._internals.LlamaModel:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: llama_cpp._internals.LlamaModel) -> None:
+        """The parent assigns it once the model is loaded and before it makes the context, when a profile must come."""
+        self.__dict__["_model"] = model
+        if self._fasa_profile is None:
+            return
+        with llama_cpp._utils.suppress_stdout_stderr(disable=self.verbose):
+            loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
+        if not loaded:
+            raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"fasa_profile": self._fasa_profile}
+
 
 def _automatic_n_ctx(model_path: str) -> int:
     """The context that the model was trained for, as far as memory allows; 0 where the file does not load."""
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True  # reads the metadata, none of the weights
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
+    overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+    params.kv_overrides = overrides
     with llama_cpp._utils.suppress_stdout_stderr(disable=False):
         model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), params)
     if not model:

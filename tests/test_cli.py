@@ -10,6 +10,7 @@ from fasa_edge.cli import main
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_models import make_model
 
 PROMPT = "The capital of France is"
 
@@ -34,6 +35,27 @@ def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
 
     error = fasa("convert", model_path, "-o", out, code=1).stderr
     assert error.startswith("Error: ") and str(out) in error and "--force" in error
+
+
+def test_profile(tmp_path: Path) -> None:
+    model, profile, png = make_model(tmp_path / "tiny.gguf"), tmp_path / "profile.gguf", tmp_path / "heat.png"
+    assert str(profile) in fasa("convert", model, "--profile", profile, "--tokens", 512).stdout
+    assert not (tmp_path / "tiny-fasa.gguf").exists()
+    error = fasa("convert", model, "--profile", profile, code=1).stderr
+    assert error.startswith("Error: ") and str(profile) in error and "--force" in error
+
+    text = fasa("inspect", profile, "--plot", png).stdout
+    assert "a profile alone" in text and "layer    KV head  chunks, best first" in text
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "heat.png exists" in fasa("inspect", profile, "--plot", png, code=1).stderr
+    fasa("inspect", profile, "--plot", png, "--force")
+
+    options = ("--profile", profile, "--override-kv", "fasa.min_ctx=int:1", "--json")
+    report = json.loads(fasa("run", model, "-p", PROMPT, "-n", 4, "-c", 512, *options).stdout)
+    assert report["layers_sparse"] > 0 and report["settings"]["min_ctx"] == 1
+    rows = json.loads(fasa("bench", model, "-d", 100, "-n", 1, "-r", 1, *options).stdout)
+    assert [row["layers_sparse"] for row in rows] == [0, 0, 0.5]
+    assert "does not exist" in fasa("run", model, "-p", PROMPT, "--profile", tmp_path / "none", code=2).stderr
 
 
 def test_run(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:

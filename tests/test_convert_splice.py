@@ -5,7 +5,7 @@ import os
 import resource
 import struct
 
-from fasa_edge.convert import gguf_splice
+from fasa_edge.convert import gguf_splice, output
 from fasa_edge.convert.gguf_header import TENSOR_TYPES, read_header
 from fasa_edge.convert.gguf_splice import encode_entry, splice
 from fasa_edge.errors import ConvertError
@@ -209,8 +209,8 @@ def test_impossible_destination(source, tmp_path, name, message):
 
 
 def test_too_little_disk_is_known_before(source, tmp_path, monkeypatch):
-    usage = gguf_splice.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gguf_splice.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(ConvertError, match=r"needs \d+ bytes but .* has 100 free"):
         splice(read_header(source), source.parent / "out.gguf", OURS)
     assert only_source_is_left(source)
@@ -237,7 +237,7 @@ def test_failure_leaves_an_existing_destination_alone(source, monkeypatch, error
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(gguf_splice.os, "fsync", fail)
+    monkeypatch.setattr(output.os, "fsync", fail)
     with pytest.raises(ConvertError if isinstance(error, OSError) else KeyboardInterrupt):
         splice(read_header(source), out, OURS, force=True)
     assert out.read_text() == "precious"

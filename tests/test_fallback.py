@@ -46,6 +46,7 @@ def annotate(model: Path, out: Path, without: Iterable[int] = ()) -> Path:
         "fasa.chunk_count": np.array([n_chunk for _, n_chunk in shapes], np.int32),
         "fasa.chunks": np.concatenate([np.tile(np.arange(n_chunk, dtype=np.int32), n) for n, n_chunk in shapes]),
     }
+    values["fasa.agreement"] = np.zeros(len(values["fasa.chunks"]), np.float32)
     metadata = [(key, SCALARS.get(key, GGUFValueType.ARRAY), value) for key, value in values.items()]
     splice(read_header(model), out, metadata, progress=lambda done, total: None)
     return out

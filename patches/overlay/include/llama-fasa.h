@@ -1,7 +1,7 @@
 // FASA (Frequency-Aware Sparse Attention, arXiv 2602.03152) in llama.cpp: settings, counters and calibration.
 //
-// A model whose GGUF carries `fasa.*` metadata decodes sparsely without any call from here; without that metadata
-// the library is stock llama.cpp.
+// A model whose GGUF carries `fasa.*` metadata decodes sparsely without any call from here; without that metadata, or a
+// profile loaded beside it, the library is stock llama.cpp.
 
 #pragma once
 
@@ -29,7 +29,16 @@ extern "C" {
 
     LLAMA_API bool llama_fasa_model_has_profile(const struct llama_model * model);
 
-    // `fasa.*` overrides that had no effect, one line each; "" when all had one
+    // gives a model the profile in another GGUF file, in place of its own; call it before a context is made
+    // overrides: as in llama_model_params, may be NULL; fasa.version is left out, so that those of the model can be given
+    //            again: with fasa.version = 0 a model loads even if its own metadata is damaged
+    // false: the file is damaged, or its profile of another model (the log says which); the model stays as it was
+    LLAMA_API bool llama_fasa_model_load_profile(
+            struct llama_model * model,
+            const char * path,
+            const struct llama_model_kv_override * overrides);
+
+    // `fasa.*` overrides that had no effect, one line each; "" when all had one; until another profile is loaded
     LLAMA_API const char * llama_fasa_model_override_report(const struct llama_model * model);
 
     // false: the model has no profile

@@ -1,10 +1,11 @@
 #include "llama-fasa-profile.h"
 
+#include "ggml-cpp.h"
 #include "llama-impl.h"
 #include "llama-model.h"
-#include "llama-model-loader.h"
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <stdexcept>
 
@@ -100,12 +101,18 @@ namespace {
 // reads scalars from the metadata, or from the override of the same name
 class fasa_reader {
 public:
-    explicit fasa_reader(const llama_model_loader & ml) : ml(ml) {}
+    fasa_reader(const gguf_context * metadata, const llama_fasa_overrides & overrides) : metadata(metadata), overrides(overrides) {}
+
+    // whatever the state of the metadata
+    bool is_ignored() const {
+        const auto it = overrides.find("fasa.version");
+        return it != overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_INT && it->second.val_i64 == 0;
+    }
 
     void read(const char * key, uint32_t & value) {
         known.insert(key);
         const int id = find(key, GGUF_TYPE_UINT32);
-        value = gguf_get_val_u32(ml.metadata, id);
+        value = gguf_get_val_u32(metadata, id);
 
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_INT, "int")) {
             if (ovrd->val_i64 < 0 || ovrd->val_i64 > INT32_MAX) {
@@ -118,7 +125,7 @@ public:
 
     void read(const char * key, bool & value) {
         known.insert(key);
-        value = gguf_get_val_bool(ml.metadata, find(key, GGUF_TYPE_BOOL));
+        value = gguf_get_val_bool(metadata, find(key, GGUF_TYPE_BOOL));
 
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_BOOL, "bool")) {
             value = ovrd->val_bool;
@@ -126,21 +133,22 @@ public:
     }
 
     std::string str(const char * key) const {
-        return gguf_get_val_str(ml.metadata, find(key, GGUF_TYPE_STRING));
+        return gguf_get_val_str(metadata, find(key, GGUF_TYPE_STRING));
     }
 
-    std::vector<int32_t> ints(const char * key) const {
+    template <typename T>
+    std::vector<T> array(const char * key, gguf_type type) const {
         const int id = find(key, GGUF_TYPE_ARRAY);
-        if (gguf_get_arr_type(ml.metadata, id) != GGUF_TYPE_INT32) {
-            throw std::runtime_error(format("%s is not an array of int32: convert the model again", key));
+        if (gguf_get_arr_type(metadata, id) != type) {
+            throw std::runtime_error(format("%s is not an array of %s: convert the model again", key, gguf_type_name(type)));
         }
-        const auto * data = (const int32_t *) gguf_get_arr_data(ml.metadata, id);
-        return { data, data + gguf_get_arr_n(ml.metadata, id) };
+        const auto * data = (const T *) gguf_get_arr_data(metadata, id);
+        return { data, data + gguf_get_arr_n(metadata, id) };
     }
 
     // overrides that nothing has read, or not as they were meant
     std::string report() {
-        for (const auto & [key, ovrd] : ml.kv_overrides) {
+        for (const auto & [key, ovrd] : overrides) {
             if (key.rfind("fasa.", 0) == 0 && known.find(key) == known.end()) {
                 lines += key + ": no such setting\n";
             }
@@ -150,20 +158,20 @@ public:
 
 private:
     int find(const char * key, gguf_type type) const {
-        const int id = gguf_find_key(ml.metadata, key);
+        const int id = gguf_find_key(metadata, key);
         if (id < 0) {
             throw std::runtime_error(format("%s is missing: convert the model again", key));
         }
-        if (gguf_get_kv_type(ml.metadata, id) != type) {
+        if (gguf_get_kv_type(metadata, id) != type) {
             throw std::runtime_error(format("%s has type %s, expected %s: convert the model again",
-                    key, gguf_type_name(gguf_get_kv_type(ml.metadata, id)), gguf_type_name(type)));
+                    key, gguf_type_name(gguf_get_kv_type(metadata, id)), gguf_type_name(type)));
         }
         return id;
     }
 
     const llama_model_kv_override * find_override(const char * key, llama_model_kv_override_type type, const char * type_name) {
-        const auto it = ml.kv_overrides.find(key);
-        if (it == ml.kv_overrides.end()) {
+        const auto it = overrides.find(key);
+        if (it == overrides.end()) {
             return nullptr;
         }
         if (it->second.tag != type) {
@@ -173,7 +181,8 @@ private:
         return &it->second;
     }
 
-    const llama_model_loader & ml;
+    const gguf_context         * metadata;
+    const llama_fasa_overrides & overrides;
 
     std::set<std::string> known;
     std::string           lines;
@@ -207,15 +216,16 @@ static std::vector<int32_t> fasa_read_dims(const int32_t * chunks, int32_t n_chu
     return res;
 }
 
-std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_model_loader & ml, const llama_model & model) {
-    const bool has_profile = gguf_find_key(ml.metadata, "fasa.version") >= 0;
+std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model) {
+    fasa_reader reader(metadata, overrides);
 
-    fasa_reader reader(ml);
-
-    if (!has_profile) {
-        for (const auto & [key, ovrd] : ml.kv_overrides) {
+    if (reader.is_ignored()) {
+        return nullptr;
+    }
+    if (gguf_find_key(metadata, "fasa.version") < 0) {
+        for (const auto & [key, ovrd] : overrides) {
             if (key.rfind("fasa.", 0) == 0) {
-                LLAMA_LOG_WARN("%s: override %s has no effect: the model has no FASA profile\n", __func__, key.c_str());
+                LLAMA_LOG_WARN("%s: override %s has no effect: there is no FASA profile\n", __func__, key.c_str());
             }
         }
         return nullptr;
@@ -225,9 +235,6 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
 
     uint32_t version;
     reader.read("fasa.version", version);
-    if (version == 0) { // by override: ignore the profile, whatever its state
-        return nullptr;
-    }
     if (version != FASA_VERSION) {
         throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u: convert the model again", version, FASA_VERSION));
     }
@@ -249,9 +256,10 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
     reader.read("fasa.n_dense_layers", params.n_dense_layers);
     llama_fasa_params_validate(params);
 
-    const auto head_count_kv = reader.ints("fasa.head_count_kv");
-    const auto chunk_count   = reader.ints("fasa.chunk_count");
-    const auto chunks        = reader.ints("fasa.chunks");
+    const auto head_count_kv = reader.array<int32_t>("fasa.head_count_kv", GGUF_TYPE_INT32);
+    const auto chunk_count   = reader.array<int32_t>("fasa.chunk_count",   GGUF_TYPE_INT32);
+    const auto chunks        = reader.array<int32_t>("fasa.chunks",        GGUF_TYPE_INT32);
+    const auto agreement     = reader.array<float>  ("fasa.agreement",     GGUF_TYPE_FLOAT32);
 
     const int32_t n_layer = model.hparams.n_layer_all;
     if ((int32_t) head_count_kv.size() != n_layer || (int32_t) chunk_count.size() != n_layer) {
@@ -286,6 +294,13 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
     if (offset != chunks.size()) {
         throw std::runtime_error(format("fasa.chunks has %zu entries, expected %zu: convert the model again", chunks.size(), offset));
     }
+    // for tools only, but damage here tells of damage elsewhere
+    if (agreement.size() != chunks.size()) {
+        throw std::runtime_error(format("fasa.agreement has %zu entries, expected %zu: convert the model again", agreement.size(), chunks.size()));
+    }
+    if (!std::all_of(agreement.begin(), agreement.end(), [](float value) { return std::isfinite(value); })) {
+        throw std::runtime_error("fasa.agreement holds a value that is not finite: convert the model again");
+    }
 
     res->override_report = reader.report();
     if (!res->override_report.empty()) {
@@ -293,4 +308,29 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const llama_m
     }
 
     return res;
+}
+
+bool llama_fasa_model_load_profile(llama_model * model, const char * path, const llama_model_kv_override * overrides) {
+    try {
+        const gguf_context_ptr metadata(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+        if (!metadata) {
+            throw std::runtime_error("cannot be read as GGUF: make it again with `fasa-edge convert --profile`");
+        }
+
+        llama_fasa_overrides by_key;
+        for (const auto * ovrd = overrides; ovrd && ovrd->key[0]; ++ovrd) {
+            by_key.insert({ ovrd->key, *ovrd });
+        }
+        by_key.erase("fasa.version"); // concerns the model's own metadata
+
+        auto profile = llama_fasa_profile::load(metadata.get(), by_key, *model);
+        if (!profile) {
+            throw std::runtime_error("holds no FASA profile: make one with `fasa-edge convert --profile`");
+        }
+        model->fasa = std::move(profile);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s: %s\n", __func__, path, err.what());
+        return false;
+    }
+    return true;
 }

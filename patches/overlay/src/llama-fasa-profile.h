@@ -4,10 +4,13 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+struct gguf_context;
 struct llama_model;
-struct llama_model_loader;
+
+using llama_fasa_overrides = std::unordered_map<std::string, llama_model_kv_override>; // by key
 
 // what `fasa.*` metadata says of a model; belongs to the model and never changes
 struct llama_fasa_profile {
@@ -18,9 +21,10 @@ struct llama_fasa_profile {
 
     std::string override_report;
 
-    // nullptr: the model has no profile
-    // throws std::runtime_error: the metadata is damaged, or of another model
-    static std::unique_ptr<const llama_fasa_profile> load(const llama_model_loader & ml, const llama_model & model);
+    // metadata: of the model's own file, or of a profile file
+    // nullptr: it holds no profile, or fasa.version is overridden with 0
+    // throws std::runtime_error: the profile is damaged, or of another model
+    static std::unique_ptr<const llama_fasa_profile> load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model);
 };
 
 llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il);

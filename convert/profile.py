@@ -1,0 +1,25 @@
+"""A stand-alone profile: a GGUF without tensors that holds the ``fasa.*`` keys, for all quantizations of a model."""
+
+from __future__ import annotations
+
+import struct
+
+from fasa_edge.schema import GGUFValueType
+
+from .gguf_header import MAGIC, VERSIONS, GgufHeader
+from .gguf_splice import Metadata, encode_entry
+
+TYPE = "fasa-profile"  # general.type, beside llama.cpp's model, adapter, imatrix, mmproj
+_KEPT = ("general.architecture", "general.name")
+
+
+def encode_profile(header: GgufHeader, metadata: Metadata) -> bytes:
+    """The whole file.
+
+    Args:
+        header: of the model, whose architecture and name it repeats.
+        metadata: ``(key, type, value)``, see :func:`fasa_edge.convert.gguf_splice.encode_entry`.
+    """
+    pairs = [header.entries[key].raw for key in _KEPT if key in header.entries]
+    pairs += [encode_entry(*item) for item in (("general.type", GGUFValueType.STRING, TYPE), *metadata)]
+    return MAGIC + struct.pack("<IQQ", VERSIONS[-1], 0, len(pairs)) + b"".join(pairs)
