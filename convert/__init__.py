@@ -3,8 +3,18 @@
 Installed as ``fasa_edge.convert``. The runtime never imports it.
 """
 
+from .checkpoint import OUTTYPES
 from .inspect import FileReport, inspect
 from .objectives import OBJECTIVES
 from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
 
-__all__ = ["DEFAULT_TOKENS", "DEFAULT_TOP_K", "OBJECTIVES", "ConvertResult", "FileReport", "convert", "inspect"]
+__all__ = [
+    "DEFAULT_TOKENS",
+    "DEFAULT_TOP_K",
+    "OBJECTIVES",
+    "OUTTYPES",
+    "ConvertResult",
+    "FileReport",
+    "convert",
+    "inspect",
+]

@@ -1,8 +1,8 @@
 """Writes a copy of a GGUF file with more keys, every other byte unchanged.
 
 The copy holds the old key-value pairs verbatim (those of our prefix left out), the new ones after them, the tensor
-infos verbatim, padding to ``general.alignment``, and the tensor data verbatim. It is streamed into a temporary file
-beside the destination and renamed when complete, so that a failure leaves nothing behind.
+infos verbatim, padding to ``general.alignment``, and the tensor data verbatim. Of a split model that is the first file;
+the others are hard-linked beside it, or copied where that is impossible. A failure leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import errno
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +21,8 @@ from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
+from .split import output_paths
+from .staging import staged
 
 BLOCK = 8 * 2**20  # bytes copied at a time
 
@@ -55,37 +56,50 @@ def encode_entry(key: str, type_: GGUFValueType, value: object) -> bytes:
     return head + struct.pack("<IQ", element, value.size) + value.tobytes()
 
 
-def check_destination(header: GgufHeader, destination: str | Path, *, force: bool = False) -> None:
+def check_output(out: Path, count: int = 1, *, force: bool = False) -> None:
+    """Refuses files that cannot be written, knowing nothing of the model but the number of its files.
+
+    Raises:
+        ConvertError: a file exists without ``force`` or is a folder, its folder does not exist, or as
+            :func:`fasa_edge.convert.split.output_paths`.
+    """
+    for path in output_paths(out, count):
+        if not path.parent.is_dir():
+            raise ConvertError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
+        if path.is_dir():
+            raise ConvertError(f"{path} cannot be written: it is a folder; name a file")
+        if path.exists() and not force:
+            raise ConvertError(f"{path} exists: choose another output file or pass --force")
+
+
+def check_destination(
+    header: GgufHeader, destination: str | Path, others: Sequence[GgufHeader] = (), *, force: bool = False
+) -> None:
     """Refuses what :func:`splice` would refuse, before any time is spent on the model.
 
     Args:
         header: of the source file.
         destination: file to be written.
+        others: headers of the other files of a split model.
         force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
 
     Raises:
         ConvertError: the source is annotated or the destination exists without ``force``, the destination is the source
             itself or a folder, its folder does not exist, or the disk has too little space.
     """
-    source, destination = header.path, Path(destination)
+    source, destination = header.path, output_paths(Path(destination), 1 + len(others))[0]
     annotated = [key for key in header.entries if key.startswith(PREFIX)]
     if annotated and not force:
         raise ConvertError(f"{source} is already annotated ({len(annotated)} {PREFIX}* keys): --force replaces them")
+    if destination.is_file() and destination.samefile(source):
+        raise ConvertError(f"{destination} is the source itself: choose another output file")
+    check_output(destination, 1 + len(others), force=force)
     folder = destination.parent
-    if not folder.is_dir():
-        raise ConvertError(f"{destination} cannot be written: {folder} is not a folder; create it first")
-    if destination.is_dir():
-        raise ConvertError(f"{destination} cannot be written: it is a folder; name a file")
-    if destination.exists():
-        if destination.samefile(source):
-            raise ConvertError(f"{destination} is the source itself: choose another output file")
-        if not force:
-            raise ConvertError(f"{destination} exists: choose another output file or pass --force")
-    free = shutil.disk_usage(folder).free
-    if free < header.file_size:
+    free, device = shutil.disk_usage(folder).free, folder.stat().st_dev
+    need = header.file_size + sum(shard.file_size for shard in others if shard.path.stat().st_dev != device)
+    if free < need:
         raise ConvertError(
-            f"{destination} needs {header.file_size} bytes but {folder} has {free} free: "
-            "make room or choose another folder"
+            f"{destination} needs {need} bytes but {folder} has {free} free: make room or choose another folder"
         )
 
 
@@ -93,6 +107,7 @@ def splice(
     header: GgufHeader,
     destination: str | Path,
     metadata: Metadata,
+    others: Sequence[GgufHeader] = (),
     *,
     force: bool = False,
     progress: Progress | None = None,
@@ -103,43 +118,40 @@ def splice(
         header: of the source file, as read by :func:`fasa_edge.convert.gguf_header.read_header`.
         destination: file to be written, in an existing folder.
         metadata: ``(key, type, value)``, see :func:`encode_entry`.
+        others: headers of the other files of a split model; see :func:`fasa_edge.convert.split.output_paths` for what
+            they are called beside the destination.
         force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
         progress: called with the bytes written so far and those to write in all.
 
     Returns:
-        The size of the new file in bytes.
+        The size of the new model in bytes, all files together.
 
     Raises:
         ConvertError: as :func:`check_destination`; the source changed meanwhile; or reading or writing failed.
     """
-    check_destination(header, destination, force=force)
-    destination = Path(destination)
+    check_destination(header, destination, others, force=force)
+    first, *rest = output_paths(Path(destination), 1 + len(others))
     head = _encode_header(header, metadata)
-    total = len(head) + max(header.file_size - header.data_offset, 0)
-    temporary = None
+    size = len(head) + max(header.file_size - header.data_offset, 0)
     try:
-        with (
-            header.path.open("rb") as source,
-            tempfile.NamedTemporaryFile(
-                dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp", delete=False
-            ) as target,
-        ):
-            temporary = Path(target.name)
-            target.write(head)
-            _copy(header, source, target, len(head), total, progress or (lambda done, total: None))
-            target.flush()
-            os.fsync(target.fileno())
-        shutil.copymode(header.path, temporary)
-        os.replace(temporary, destination)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        with staged([*rest, first]) as (*temporaries, temporary):  # the first last: it makes them a model
+            pairs = [(s, t) for s, t in zip(others, temporaries, strict=True) if not _link(s.path, t)]
+            total = size + sum(shard.file_size for shard, _ in pairs)
+            report = _counter(total, progress)
+            with temporary.open("wb") as target:
+                target.write(head)
+                report(len(head))
+                _copy(header.path, header.data_offset, size - len(head), target, report)
+            shutil.copymode(header.path, temporary)
+            for shard, copy in pairs:
+                with copy.open("wb") as target:
+                    _copy(shard.path, 0, shard.file_size, target, report)
+                shutil.copymode(shard.path, copy)
+    except OSError as error:
         full = error.errno in _OUT_OF_SPACE
         remedy = "make room or choose another folder" if full else "check the disk and the rights of its folder"
-        raise ConvertError(f"{destination} cannot be written ({total} bytes): {error.strerror}; {remedy}") from error
-    return total
+        raise ConvertError(f"{first} cannot be written ({size} bytes): {error.strerror}; {remedy}") from error
+    return size + sum(shard.file_size for shard in others)
 
 
 def _encode_string(text: str) -> bytes:
@@ -156,14 +168,39 @@ def _encode_header(header: GgufHeader, metadata: Metadata) -> bytes:
     return head + bytes(-len(head) % header.alignment if header.n_tensors else 0)
 
 
-def _copy(header: GgufHeader, source: BinaryIO, target: BinaryIO, done: int, total: int, progress: Progress) -> None:
-    """Copies the tensor data, ``total - done`` bytes of it."""
-    source.seek(header.data_offset)
-    while done < total:
-        progress(done, total)
-        block = source.read(min(BLOCK, total - done))
-        if not block:
-            raise ConvertError(f"{header.path} ended {total - done} bytes early while it was copied: it has changed")
-        target.write(block)
-        done += len(block)
-    progress(done, total)
+def _link(source: Path, temporary: Path) -> bool:
+    """Makes the temporary file a hard link to the source; False where the file system has no such thing."""
+    try:
+        temporary.unlink()
+        os.link(source.resolve(), temporary)  # a hub's cache holds symlinks
+    except OSError:
+        return False
+    return True
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up what it is called with and passes the sum on."""
+    done = 0
+
+    def report(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(done, total)
+
+    return report
+
+
+def _copy(source: Path, offset: int, size: int, target: BinaryIO, report: Callable[[int], None]) -> None:
+    """Copies ``size`` bytes of a file from ``offset`` on, down to the disk."""
+    with source.open("rb") as file:
+        file.seek(offset)
+        while size > 0:
+            block = file.read(min(BLOCK, size))
+            if not block:
+                raise ConvertError(f"{source} ended {size} bytes early while it was copied: it has changed")
+            target.write(block)
+            size -= len(block)
+            report(len(block))
+    target.flush()
+    os.fsync(target.fileno())

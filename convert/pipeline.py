@@ -1,4 +1,4 @@
-"""From a GGUF model to its annotated copy: check, calibrate, rank, write."""
+"""From a model to its annotated copy: find, check, calibrate, rank, write."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .capture import ModelRun
 from .gguf_header import GgufHeader, read_header
 from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
+from .source import find_source, local_gguf
+from .split import output_paths, read_shards
 from .text import read_text
 
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
@@ -30,8 +32,8 @@ class ConvertResult:
     """What :func:`convert` made.
 
     Attributes:
-        path: the annotated copy.
-        n_bytes: its size.
+        path: the annotated copy, the first file of a split one.
+        n_bytes: its size, all files together.
         profile: what was written into it.
     """
 
@@ -44,6 +46,7 @@ def convert(
     src: str | Path,
     out: str | Path | None = None,
     *,
+    outtype: str = "auto",
     text: str | Path | None = None,
     n_tip: int | None = None,
     objective: str = "lsq",
@@ -58,8 +61,11 @@ def convert(
     The same file, text, settings and number of threads give the same bytes.
 
     Args:
-        src: a GGUF model in one file.
-        out: the copy; None for ``<stem>-fasa.gguf`` beside the source.
+        src: a GGUF file, the first file of a split one, the folder of a Hugging Face checkpoint, or a model on a hub as
+            ``user/model[:quant]``; see :mod:`fasa_edge.convert.source`.
+        out: the copy; None for ``<name>-fasa.gguf`` beside the source, or in the current folder for one of a hub. The
+            copy of a split model is split likewise: ``<out without .gguf>-00001-of-00003.gguf`` and so on.
+        outtype: type of the weights made of a checkpoint, ``--outtype`` of llama.cpp's ``convert_hf_to_gguf.py``.
         text: UTF-8 file to calibrate on; None for the documentation in ``pydoc_data.topics``.
         n_tip: chunks used per KV head; None for :func:`fasa_edge.config.default_n_tip` of the largest head.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
@@ -67,16 +73,15 @@ def convert(
         top_k: K of the contextual agreement, in tokens; other objectives do not use it.
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
         force: replace an existing ``out``, and the ``fasa.*`` keys of a source that is already annotated.
-        progress: called with a stage, what is done and what there is to do: tokens in stage ``"calibrate"``, bytes in
-            stage ``"write"``.
+        progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
+            stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, bytes in stage ``"write"``.
 
     Raises:
-        ConvertError: a bad argument; a file that is damaged, split, or no model; a model without RoPE planes in a plain
-            KV cache; a text too short; or a destination that cannot be written. Nothing is left behind.
+        ConvertError: a bad argument; a source that cannot be found, downloaded or converted; a file that is damaged,
+            missing or no model; a model without RoPE planes in a plain KV cache; a text too short; or a destination
+            that cannot be written. Nothing is left behind but the hub's cache.
         LibraryError: the patched llama.cpp is missing.
     """
-    src = Path(src)
-    out = src.with_name(f"{src.stem}-fasa.gguf") if out is None else Path(out)
     if objective not in OBJECTIVES:
         raise ConvertError(f"objective {objective!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
     if tokens < MIN_TOKENS:
@@ -84,11 +89,30 @@ def convert(
     if top_k < 1:
         raise ConvertError(f"top_k = {top_k} is out of range: choose at least 1")
     progress = progress or (lambda stage, done, total: None)
+    calibration_text = read_text(text)
+    source = find_source(src)
+    out = source.default_output if out is None else Path(out)
+    with local_gguf(source, out, outtype=outtype, force=force, progress=progress) as path:
+        return _annotate(path, out, calibration_text, n_tip, objective, tokens, top_k, config, force, progress)
 
-    header = read_header(src)
-    _check_model(header)
-    check_destination(header, out, force=force)
-    name, content = read_text(text)
+
+def _annotate(
+    src: Path,
+    out: Path,
+    calibration_text: tuple[str, str],
+    n_tip: int | None,
+    objective: str,
+    tokens: int,
+    top_k: int,
+    config: FasaConfig | None,
+    force: bool,
+    progress: Progress,
+) -> ConvertResult:
+    """:func:`convert` for a GGUF on this machine, and checked arguments."""
+    header, *others = shards = read_shards(read_header(src))
+    _check_model(header, sum(shard.n_tensors for shard in shards))
+    check_destination(header, out, others, force=force)
+    name, content = calibration_text
 
     n_ctx = min(tokens, _context_length(header))
     annotated = any(key.startswith(PREFIX) for key in header.entries)
@@ -119,22 +143,23 @@ def convert(
         fingerprint=fingerprint,
     )
     n_bytes = splice(
-        header, out, to_metadata(profile), force=force, progress=lambda done, total: progress("write", done, total)
+        header,
+        out,
+        to_metadata(profile),
+        others,
+        force=force,
+        progress=lambda done, total: progress("write", done, total),
     )
-    return ConvertResult(path=out, n_bytes=n_bytes, profile=profile)
+    return ConvertResult(path=output_paths(out, len(shards))[0], n_bytes=n_bytes, profile=profile)
 
 
-def _check_model(header: GgufHeader) -> None:
+def _check_model(header: GgufHeader, n_tensors: int) -> None:
     """Refuses what the header alone shows to be impossible."""
     path, arch = header.path, header.get_string("general.architecture")
     if arch is None:
         raise ConvertError(f"{path} has no general.architecture: it is not a model")
-    if header.n_tensors == 0:
+    if n_tensors == 0:
         raise ConvertError(f"{path} holds no tensors: it is a vocabulary or a profile, give a model")
-    if (n_split := header.get_integer("split.count", 1)) > 1:
-        raise ConvertError(
-            f"{path} is one of {n_split} files of a split model: join them first with llama-gguf-split --merge"
-        )
     if header.get_string("tokenizer.ggml.model") in (None, "no_vocab", "none"):
         raise ConvertError(
             f"{path} has no tokenizer, so no calibration text can be run: convert it with its vocabulary"

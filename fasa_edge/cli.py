@@ -127,8 +127,9 @@ def _load(
 
 
 @main.command(name="convert")
-@click.argument("src", type=click.Path(dir_okay=False))
+@click.argument("src")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The copy.  [default: SRC, -fasa before .gguf]")
+@click.option("--outtype", type=click.Choice(convert.OUTTYPES), default="auto", help="Of a checkpoint's weights.")
 @click.option(
     "--text", type=click.Path(dir_okay=False), help="UTF-8 text to calibrate on.  [default: pydoc_data.topics]"
 )
@@ -145,7 +146,11 @@ def _load(
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @_json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
-    """Find the dominant frequency chunks of the GGUF model SRC and write a copy that carries them.
+    """Find the dominant frequency chunks of the model SRC and write a GGUF copy that carries them.
+
+    SRC is a GGUF file (of a split model the first), the folder of a Hugging Face checkpoint (which takes
+    `pip install 'fasa-edge[hf]'`), or a model on a hub as user/model or user/model:quant. The copy of what comes from a
+    hub goes into the current folder; a split model stays split.
 
     The settings from --budget on are defaults stored in the copy; each can be changed when it is loaded.
     """
