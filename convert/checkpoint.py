@@ -86,7 +86,7 @@ def _run(command: list, folder: Path, progress: Progress) -> None:
             for line in process.stdout:  # tqdm's carriage returns end lines, too
                 if match := _WRITTEN.match(line):
                     progress("convert", int(match[1]), 100)
-                elif line.strip():
+                elif line.strip(" ^~\n"):  # not the marks of a traceback
                     tail.append(line.rstrip())
         except BaseException:
             process.kill()

@@ -17,7 +17,6 @@ from fasa_edge.errors import ConvertError
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
 from .split import SplitName, parse_name
@@ -155,8 +154,7 @@ def _is_model(name: str) -> bool:
 def _list_files(repo: str) -> dict[str, int]:
     """The files of a repository and their sizes in bytes; those in the cache where the hub cannot be reached."""
     try:
-        tree = HfApi().list_repo_tree(repo, recursive=True)
-        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        return {file.rfilename: file.size or 0 for file in HfApi().model_info(repo, files_metadata=True).siblings}
     except HFValidationError as error:
         raise ConvertError(f"{repo} is no name of a model on a hub: {_first_line(error)}") from error
     except RepositoryNotFoundError as error:
