@@ -71,19 +71,27 @@ def nmse(expected: np.ndarray, found: np.ndarray) -> float:
     return float(np.square(found - expected).sum() / np.square(expected).sum())
 
 
-@pytest.mark.parametrize("options", [["--outtype", "f32", "-o", "out.gguf"], []], ids=["f32", "defaults"])
-def test_logits_are_those_of_transformers(checkpoint, tmp_path, options):
-    done = subprocess.run(
-        [FASA, "convert", checkpoint, *options, "--tokens", "512", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    out = tmp_path / options[-1] if options else checkpoint.with_name("Tiny-Llama-1.5-fasa.gguf")
-    assert tmp_path / json.loads(done.stdout)["path"] == out and done.stderr == ""
-    assert names(out.parent) == ([out.name] if options else [checkpoint.name, out.name])  # no temporary file
+def by_command(checkpoint: Path, tmp_path: Path) -> Path:
+    """With what a user may choose; as 32-bit floats."""
+    command = [FASA, "convert", checkpoint, "-o", "out.gguf", "--outtype", "f32", "--tokens", "512", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["path"] == "out.gguf" and done.stderr == ""
+    assert names(tmp_path) == ["out.gguf"]
+    return tmp_path / "out.gguf"
 
+
+def by_default(checkpoint: Path, tmp_path: Path) -> Path:
+    """Beside the checkpoint; as 16-bit floats."""
+    seen: list[tuple[str, int, int]] = []
+    out = convert(checkpoint, tokens=512, progress=lambda *at: seen.append(at)).path
+    assert out == checkpoint.with_name("Tiny-Llama-1.5-fasa.gguf") and names(out.parent) == [checkpoint.name, out.name]
+    assert seen[0] == ("convert", 0, 100) and ("convert", 100, 100) in seen and seen[-1][0] == "write"
+    return out
+
+
+@pytest.mark.parametrize("make", [by_command, by_default])
+def test_logits_are_those_of_transformers(checkpoint, tmp_path, make):
+    out = make(checkpoint, tmp_path)
     llm = fasa_edge.Llama(str(out), n_ctx=512, fasa_budget=320, fasa_min_ctx=1, verbose=False)
     assert llm.fasa.available
     tokens = llm.tokenize(TEXT[:1000].encode())[:300]
@@ -142,17 +150,3 @@ def test_failures_say_what_the_converter_said(checkpoint, tmp_path, damage, mess
     with pytest.raises(ConvertError, match=rf"(?s)cannot convert {broken} \(exit status 1\); it said:.*{message}"):
         convert(broken)
     assert names(broken.parent) == ["broken"] and names(broken) == before
-
-
-def test_progress_and_interruption(checkpoint):
-    def interrupt(stage: str, done: int, total: int) -> None:
-        seen.append((stage, done, total))
-        if stage == "calibrate":
-            raise KeyboardInterrupt
-
-    seen: list[tuple[str, int, int]] = []
-    before = names(checkpoint.parent)
-    with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, checkpoint.with_name("out.gguf"), progress=interrupt)
-    assert seen[0] == ("convert", 0, 100) and ("convert", 100, 100) in seen
-    assert names(checkpoint.parent) == before
