@@ -50,12 +50,8 @@ def made_gguf(folder: Path, name: str, beside: Path, outtype: str, progress: Pro
         progress: called with stage ``"convert"``, the percentage done and 100.
 
     Raises:
-        ConvertError: the folder is no checkpoint, ``beside`` cannot be written, or the script fails.
+        ConvertError: ``beside`` cannot be written, or the script fails.
     """
-    if not (folder / "config.json").is_file():
-        raise ConvertError(
-            f"{folder} holds no config.json: give a GGUF file or the folder of a Hugging Face checkpoint"
-        )
     try:
         work = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside)
     except OSError as error:

@@ -60,7 +60,7 @@ class HubModel:
         """Brings the files into the hub's cache, unless they are there.
 
         Args:
-            progress: called with stage ``"download"``, the bytes done and those to do.
+            progress: called with stage ``"download"``, the bytes done and those to do; also from other threads.
 
         Returns:
             The GGUF, the first file of a split one, or the folder of the checkpoint.

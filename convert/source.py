@@ -49,6 +49,10 @@ def find_source(src: str | Path) -> Source:
     """
     path = Path(src)
     if os.path.isdir(path):
+        if not (path / "config.json").is_file():
+            raise ConvertError(
+                f"{src} holds no config.json: give a GGUF file or the folder of a Hugging Face checkpoint"
+            )
         path = path.resolve()  # "." has no name
         return Source(path.name, path.parent, False, lambda progress: path)
     if os.path.exists(path):

@@ -33,8 +33,8 @@ def parse_name(name: str) -> SplitName:
     return SplitName(match[1], int(match[2] or 1), int(match[3] or 1))
 
 
-def _paths(folder: Path, prefix: str, count: int) -> list[Path]:
-    return [folder / f"{prefix}-{no:05}-of-{count:05}.gguf" for no in range(1, count + 1)]
+def _name(prefix: str, no: int, count: int) -> str:
+    return f"{prefix}-{no:05}-of-{count:05}.gguf"
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
@@ -53,9 +53,9 @@ def output_paths(out: Path, count: int) -> list[Path]:
     if name.count > 1 and (name.no, name.count) != (1, count):
         raise ConvertError(
             f"{out} is named as file {name.no} of {name.count} but the model has {count}: "
-            f"choose {name.prefix}.gguf or {_paths(out.parent, name.prefix, count)[0].name}"
+            f"choose {name.prefix}.gguf or {_name(name.prefix, 1, count)}"
         )
-    return _paths(out.parent, name.prefix, count)
+    return [out.with_name(_name(name.prefix, no, count)) for no in range(1, count + 1)]
 
 
 def read_shards(header: GgufHeader) -> list[GgufHeader]:
@@ -73,22 +73,23 @@ def read_shards(header: GgufHeader) -> list[GgufHeader]:
     """
     path, name = header.path, parse_name(header.path.name)
     count = max(header.get_integer("split.count", 1), 1)
-    paths = _paths(path.parent, name.prefix, count)
+    first = _name(name.prefix, 1, count)
     if name.count == 1:
         if count == 1:
             return [header]
         raise ConvertError(
             f"{path} is one of {count} files of a split model, which llama.cpp finds by their names: "
-            f"name them {paths[0].name} and so on, and give the first"
+            f"name them {first} and so on, and give the first"
         )
     if count != name.count:
         raise ConvertError(
             f"{path} is named as one of {name.count} files but its split.count is {count}: download it again"
         )
     if name.no != 1:
-        raise ConvertError(f"{path} is file {name.no} of {count} of a split model: give the first, {paths[0].name}")
+        raise ConvertError(f"{path} is file {name.no} of {count} of a split model: give the first, {first}")
     shards = [header]
-    for other in paths[1:]:
+    for no in range(2, count + 1):
+        other = path.with_name(_name(name.prefix, no, count))
         if not other.is_file():
             raise ConvertError(f"{other} is missing: {path.name} is split into {count} files, put them in one folder")
         shards.append(read_header(other))

@@ -220,11 +220,11 @@ def test_source_that_is_nowhere(tmp_path, src):
 
 
 def test_checkpoint_without_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_NEEDS", ("json", "no_such_package"))
     (tmp_path / "in").mkdir()
     with pytest.raises(ConvertError, match="holds no config.json: give"):
         convert(tmp_path / "in")
     (tmp_path / "in/config.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "_NEEDS", ("json", "no_such_package"))
     with pytest.raises(ConvertError, match=r"checkpoint, which takes no_such_package .* pip install 'fasa-edge\[hf\]'"):
         convert(tmp_path / "in")
     monkeypatch.setattr(checkpoint, "_NEEDS", ())

@@ -194,6 +194,12 @@ def test_another_type_of_split_no_would_abort_llama_cpp(split):
         convert(split)
 
 
+def test_absurd_count(tmp_path):
+    model = make_model(tmp_path / "tiny-00001-of-00002.gguf", split__count=2**32 - 1)
+    with pytest.raises(ConvertError, match=f"named as one of 2 files but its split.count is {2**32 - 1}"):
+        convert(model)
+
+
 @pytest.mark.parametrize("out", ["copy-00002-of-00003.gguf", "copy-00001-of-00004.gguf"])
 def test_output_named_as_another_file(split, tmp_path, out):
     with pytest.raises(ConvertError, match=r"the model has 3: choose copy\.gguf or copy-00001-of-00003\.gguf"):
