@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test demo bench lint clean FORCE
+.PHONY: help install stock model test test-torch demo bench lint clean FORCE
 
 PYTHON ?= python3
 VENV   := .venv
@@ -34,7 +34,7 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 PIP_BUILD := $(PIP) install --no-build-isolation
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: $(VENV)/.installed ## build the patched llama.cpp and install all into .venv; leaves .venv/bin/fasa-edge
 
@@ -44,6 +44,9 @@ model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 
 test: install stock $(SMALL_MODEL) ## run all tests
 	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
+
+test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
+	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch
 
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -85,6 +88,10 @@ $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt pat
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build-stock --config-settings=cmake.define.FASA_STOCK=ON \
 	    --no-deps --target $(VENV)/stock --upgrade .
 	@ln -sfn fasa_edge/lib $(VENV)/stock/lib
+	@touch $@
+
+$(VENV)/.torch: pyproject.toml | install
+	$(PIP) install --group test-torch
 	@touch $@
 
 $(SMALL_MODEL): tests/model.txt | $(VENV)/.tools

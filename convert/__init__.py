@@ -3,6 +3,7 @@
 Installed as ``fasa_edge.convert``. The runtime never imports it.
 """
 
+from .checkpoint import OUTTYPES
 from .inspect import FileReport, inspect
 from .objectives import OBJECTIVES
 from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
@@ -12,6 +13,7 @@ __all__ = [
     "DEFAULT_TOKENS",
     "DEFAULT_TOP_K",
     "OBJECTIVES",
+    "OUTTYPES",
     "ConvertResult",
     "FileReport",
     "convert",

@@ -1,14 +1,16 @@
 """Writes a copy of a GGUF file with more keys, every other byte unchanged.
 
 The copy holds the old key-value pairs verbatim (those of our prefix left out), the new ones after them, the tensor
-infos verbatim, padding to ``general.alignment``, and the tensor data verbatim. It is streamed into a temporary file
-beside the destination and renamed when complete, so that a failure leaves nothing behind.
+infos verbatim, padding to ``general.alignment``, and the tensor data verbatim. Of a split model that is the first file;
+the others are hard-linked beside it, or copied where that is impossible. A failure leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +20,8 @@ from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
-from .output import check_output, replacing
+from .output import check_output, staged
+from .split import output_paths
 
 BLOCK = 8 * 2**20  # bytes copied at a time
 
@@ -51,30 +54,43 @@ def encode_entry(key: str, type_: GGUFValueType, value: object) -> bytes:
     return head + struct.pack("<IQ", element, value.size) + value.tobytes()
 
 
-def check_destination(header: GgufHeader, destination: str | Path, *, force: bool = False) -> None:
+def check_destination(
+    header: GgufHeader, destination: str | Path, others: Sequence[GgufHeader] = (), *, force: bool = False
+) -> None:
     """Refuses what :func:`splice` would refuse, before any time is spent on the model.
 
     Args:
         header: of the source file.
         destination: file to be written.
+        others: headers of the other files of a split model.
         force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
 
     Raises:
-        ConvertError: the source is annotated and ``force`` is not given; or as
+        ConvertError: the source is annotated and ``force`` is not given, the disk has too little space, or as
             :func:`fasa_edge.convert.output.check_output`.
     """
+    destinations = output_paths(Path(destination), 1 + len(others))
     annotated = [key for key in header.entries if key.startswith(PREFIX)]
     if annotated and not force:
         raise ConvertError(
             f"{header.path} is already annotated ({len(annotated)} {PREFIX}* keys): --force replaces them"
         )
-    check_output(destination, header.path, header.file_size, force=force)
+    for path in destinations:
+        check_output(path, header.path, force=force)
+    folder = destinations[0].parent
+    free, device = shutil.disk_usage(folder).free, folder.stat().st_dev
+    need = header.file_size + sum(shard.file_size for shard in others if shard.path.stat().st_dev != device)
+    if free < need:
+        raise ConvertError(
+            f"{destinations[0]} needs {need} bytes but {folder} has {free} free: make room or choose another folder"
+        )
 
 
 def splice(
     header: GgufHeader,
     destination: str | Path,
     metadata: Metadata,
+    others: Sequence[GgufHeader] = (),
     *,
     force: bool = False,
     progress: Progress | None = None,
@@ -85,22 +101,34 @@ def splice(
         header: of the source file, as read by :func:`fasa_edge.convert.gguf_header.read_header`.
         destination: file to be written, in an existing folder.
         metadata: ``(key, type, value)``, see :func:`encode_entry`.
+        others: headers of the other files of a split model; see :func:`fasa_edge.convert.split.output_paths` for what
+            they are called beside the destination.
         force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
         progress: called with the bytes written so far and those to write in all.
 
     Returns:
-        The size of the new file in bytes.
+        The size of the new model in bytes, all files together.
 
     Raises:
         ConvertError: as :func:`check_destination`; the source changed meanwhile; or reading or writing failed.
     """
-    check_destination(header, destination, force=force)
+    check_destination(header, destination, others, force=force)
+    first, *rest = output_paths(Path(destination), 1 + len(others))
     head = _encode_header(header, metadata)
-    total = len(head) + max(header.file_size - header.data_offset, 0)
-    with replacing(destination, header.path, total) as target, header.path.open("rb") as source:
-        target.write(head)
-        _copy(header, source, target, len(head), total, progress or (lambda done, total: None))
-    return total
+    size = len(head) + max(header.file_size - header.data_offset, 0)
+    with staged([*rest, first], size) as (*temporaries, temporary):  # the first last: it makes them a model
+        pairs = [(s, t) for s, t in zip(others, temporaries, strict=True) if not _link(s.path, t)]
+        report = _counter(size + sum(shard.file_size for shard, _ in pairs), progress)
+        with temporary.open("wb") as target:
+            target.write(head)
+            report(len(head))
+            _copy(header.path, header.data_offset, size - len(head), target, report)
+        shutil.copymode(header.path, temporary)
+        for shard, copy in pairs:
+            with copy.open("wb") as target:
+                _copy(shard.path, 0, shard.file_size, target, report)
+            shutil.copymode(shard.path, copy)
+    return size + sum(shard.file_size for shard in others)
 
 
 def _encode_string(text: str) -> bytes:
@@ -117,14 +145,39 @@ def _encode_header(header: GgufHeader, metadata: Metadata) -> bytes:
     return head + bytes(-len(head) % header.alignment if header.n_tensors else 0)
 
 
-def _copy(header: GgufHeader, source: BinaryIO, target: BinaryIO, done: int, total: int, progress: Progress) -> None:
-    """Copies the tensor data, ``total - done`` bytes of it."""
-    source.seek(header.data_offset)
-    while done < total:
-        progress(done, total)
-        block = source.read(min(BLOCK, total - done))
-        if not block:
-            raise ConvertError(f"{header.path} ended {total - done} bytes early while it was copied: it has changed")
-        target.write(block)
-        done += len(block)
-    progress(done, total)
+def _link(source: Path, temporary: Path) -> bool:
+    """Makes the temporary file a hard link to the source; False where the file system has no such thing."""
+    try:
+        temporary.unlink()
+        os.link(source.resolve(), temporary)  # a hub's cache holds symlinks
+    except OSError:
+        return False
+    return True
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up what it is called with and passes the sum on."""
+    done = 0
+
+    def report(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress(done, total)
+
+    return report
+
+
+def _copy(source: Path, offset: int, size: int, target: BinaryIO, report: Callable[[int], None]) -> None:
+    """Copies ``size`` bytes of a file from ``offset`` on, down to the disk."""
+    with source.open("rb") as file:
+        file.seek(offset)
+        while size > 0:
+            block = file.read(min(BLOCK, size))
+            if not block:
+                raise ConvertError(f"{source} ended {size} bytes early while it was copied: it has changed")
+            target.write(block)
+            size -= len(block)
+            report(len(block))
+    target.flush()
+    os.fsync(target.fileno())

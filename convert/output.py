@@ -1,4 +1,4 @@
-"""Output files: checked before any time is spent, written beside their place, renamed when complete."""
+"""Output files: checked before any time is spent, complete or not there at all."""
 
 from __future__ import annotations
 
@@ -6,83 +6,93 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from fasa_edge.errors import ConvertError
 
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_output(destination: str | Path, source: Path, n_bytes: int, *, force: bool = False) -> None:
-    """Refuses a destination that could not be written.
+def check_output(path: Path, source: Path | None = None, *, force: bool = False) -> None:
+    """Refuses a file that could not be written.
 
     Args:
-        destination: file to be written.
-        source: file that it is made from.
-        n_bytes: space that it needs.
-        force: allow an existing destination.
+        path: file to be written.
+        source: file that it is made from, which it must not replace.
+        force: allow an existing one.
 
     Raises:
-        ConvertError: the destination exists without ``force``, is the source itself or a folder, its folder does not
-            exist, or the disk has too little space.
+        ConvertError: the file exists without ``force``, is the source itself or a folder, or its folder does not exist.
     """
-    destination = Path(destination)
-    folder = destination.parent
-    if not folder.is_dir():
-        raise ConvertError(f"{destination} cannot be written: {folder} is not a folder; create it first")
-    if destination.is_dir():
-        raise ConvertError(f"{destination} cannot be written: it is a folder; name a file")
-    if destination.exists():
-        if destination.samefile(source):
-            raise ConvertError(f"{destination} is the source itself: choose another output file")
+    if not path.parent.is_dir():
+        raise ConvertError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
+    if path.is_dir():
+        raise ConvertError(f"{path} cannot be written: it is a folder; name a file")
+    if path.exists():
+        if source is not None and path.samefile(source):
+            raise ConvertError(f"{path} is the source itself: choose another output file")
         if not force:
-            raise ConvertError(f"{destination} exists: choose another output file or pass --force")
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise ConvertError(
-            f"{destination} needs {n_bytes} bytes but {folder} has {free} free: make room or choose another folder"
-        )
+            raise ConvertError(f"{path} exists: choose another output file or pass --force")
 
 
 @contextmanager
-def replacing(destination: str | Path, source: Path, n_bytes: int) -> Iterator[BinaryIO]:
-    """A temporary file that takes the destination's place at the end of the context, and after an error is removed.
+def staged(destinations: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
+    """Makes an empty temporary file beside each destination; they take their places when the block ends.
+
+    If the block or a rename fails, the temporary files and all destinations that did not exist before are removed.
 
     Args:
-        destination: file to be written, in an existing folder.
-        source: file that it is made from, whose permissions it gets.
-        n_bytes: its size, for the message of an error.
+        destinations: in the order of the renames; the file that makes the others useful belongs last.
+        n_bytes: what will be written, for the message of an error.
 
     Raises:
-        ConvertError: reading or writing failed.
+        ConvertError: the system refuses to read or write.
     """
-    destination = Path(destination)
-    temporary = None
+    temporaries: list[Path] = []
+    new: list[Path] = []
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp", delete=False
-        ) as target:
-            temporary = Path(target.name)
-            yield target
-            target.flush()
-            os.fsync(target.fileno())
-        shutil.copymode(source, temporary)
-        os.replace(temporary, destination)
+        for destination in destinations:
+            handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.", suffix=".tmp")
+            os.close(handle)
+            temporaries.append(Path(name))
+        yield temporaries
+        for temporary, destination in zip(temporaries, destinations, strict=True):
+            if not destination.exists():
+                new.append(destination)
+            os.replace(temporary, destination)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for path in new:
+            path.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         full = error.errno in _OUT_OF_SPACE
         remedy = "make room or choose another folder" if full else "check the disk and the rights of its folder"
-        raise ConvertError(f"{destination} cannot be written ({n_bytes} bytes): {error.strerror}; {remedy}") from error
+        raise ConvertError(
+            f"{destinations[-1]} cannot be written ({n_bytes} bytes): {error.strerror}; {remedy}"
+        ) from error
+    finally:
+        for path in temporaries:  # also a hard link to what its destination is already: renaming that does nothing
+            path.unlink(missing_ok=True)
 
 
-def write_bytes(destination: str | Path, source: Path, data: bytes, *, force: bool = False) -> int:
-    """Writes a small file under the rules of :func:`check_output` and :func:`replacing`, and returns its size."""
-    check_output(destination, source, len(data), force=force)
-    with replacing(destination, source, len(data)) as target:
-        return target.write(data)
+def write_bytes(path: Path, source: Path, data: bytes, *, force: bool = False) -> int:
+    """Writes a small file under the rules of :func:`check_output` and :func:`staged`.
+
+    Args:
+        path: file to be written.
+        source: file that it is made from, whose permissions it gets.
+        data: its content.
+        force: replace an existing one.
+
+    Returns:
+        Its size.
+    """
+    check_output(path, source, force=force)
+    with staged([path], len(data)) as (temporary,), temporary.open("wb") as target:
+        target.write(data)
+        target.flush()
+        os.fsync(target.fileno())
+        shutil.copymode(source, temporary)
+    return len(data)

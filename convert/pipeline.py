@@ -1,9 +1,10 @@
-"""From a GGUF model to its annotated copy, or to a profile alone: check, calibrate, rank, write."""
+"""From a model to its annotated copy, or to a profile alone: find, check, calibrate, rank, write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fasa_edge import __version__
@@ -18,6 +19,8 @@ from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
 from .output import check_output, write_bytes
 from .profile import encode_profile
+from .source import find_source, local_gguf
+from .split import output_paths, read_shards
 from .text import read_text
 
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
@@ -32,9 +35,9 @@ class ConvertResult:
     """What :func:`convert` made.
 
     Attributes:
-        path: the annotated copy; None where only a profile was wanted.
+        path: the annotated copy, the first file of a split one; None where only a profile was wanted.
         profile_path: the stand-alone profile; None where none was wanted.
-        n_bytes: size of what was written, both together.
+        n_bytes: size of what was written, all files together.
         profile: what was written into them.
     """
 
@@ -49,6 +52,7 @@ def convert(
     out: str | Path | None = None,
     *,
     profile: str | Path | None = None,
+    outtype: str = "auto",
     text: str | Path | None = None,
     n_tip: int | None = None,
     objective: str = "lsq",
@@ -63,9 +67,13 @@ def convert(
     The same file, text, settings and number of threads give the same bytes.
 
     Args:
-        src: a GGUF model in one file.
-        out: the copy; None for ``<stem>-fasa.gguf`` beside the source, or for no copy if ``profile`` is given.
+        src: a GGUF file, the first file of a split one, the folder of a Hugging Face checkpoint, or a model on a hub as
+            ``user/model[:quant]``; see :mod:`fasa_edge.convert.source`.
+        out: the copy; None for ``<name>-fasa.gguf`` beside the source, or in the current folder for one of a hub; with
+            ``profile`` None for no copy. The copy of a split model is split likewise:
+            ``<out without .gguf>-00001-of-00003.gguf`` and so on.
         profile: a stand-alone profile, a small GGUF that serves every quantization of the model.
+        outtype: type of the weights made of a checkpoint, ``--outtype`` of llama.cpp's ``convert_hf_to_gguf.py``.
         text: UTF-8 file to calibrate on; None for the documentation in ``pydoc_data.topics``.
         n_tip: chunks used per KV head; None for :func:`fasa_edge.config.default_n_tip` of the largest head.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
@@ -73,19 +81,15 @@ def convert(
         top_k: K of the contextual agreement, in tokens; other objectives do not use it.
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
         force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
-        progress: called with a stage, what is done and what there is to do: tokens in stage ``"calibrate"``, bytes in
-            stage ``"write"``.
+        progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
+            stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, bytes in stage ``"write"``.
 
     Raises:
-        ConvertError: a bad argument; a file that is damaged, split, or no model; a model without RoPE planes in a plain
-            KV cache; a text too short; or a destination that cannot be written. Nothing is left behind.
+        ConvertError: a bad argument; a source that cannot be found, downloaded or converted; a file that is damaged,
+            missing or no model; a model without RoPE planes in a plain KV cache; a text too short; or a destination
+            that cannot be written. Nothing is left behind but the hub's cache.
         LibraryError: the patched llama.cpp is missing.
     """
-    src = Path(src)
-    profile_path = None if profile is None else Path(profile)
-    if out is None and profile_path is None:
-        out = src.with_name(f"{src.stem}-fasa.gguf")
-    out = None if out is None else Path(out)
     if objective not in OBJECTIVES:
         raise ConvertError(f"objective {objective!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
     if tokens < MIN_TOKENS:
@@ -93,20 +97,48 @@ def convert(
     if top_k < 1:
         raise ConvertError(f"top_k = {top_k} is out of range: choose at least 1")
     progress = progress or (lambda stage, done, total: None)
+    calibration_text = read_text(text)
+    source = find_source(src)
+    profile_path = None if profile is None else Path(profile)
+    if out is None and profile_path is None:
+        out = source.default_output
+    copies = [] if out is None else output_paths(Path(out), source.n_files)
+    outputs = copies if profile_path is None else [*copies, profile_path]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ConvertError(f"{profile_path} cannot be both the copy and the profile: choose two files")
 
-    header = read_header(src)
-    _check_model(header)
-    if out is not None:
-        check_destination(header, out, force=force)
-    if profile_path is not None:
-        check_output(profile_path, src, 0, force=force)
-        if out is not None and out.resolve() == profile_path.resolve():
-            raise ConvertError(f"{out} cannot be both the copy and the profile: choose two files")
-    name, content = read_text(text)
+    with local_gguf(source, outputs, outtype=outtype, force=force, progress=progress) as path:
+        header, *others = shards = read_shards(read_header(path))
+        _check_model(header, sum(shard.n_tensors for shard in shards))
+        if copies:
+            check_destination(header, copies[0], others, force=force)
+        if profile_path is not None:
+            check_output(profile_path, path, force=force)
+        made = _make_profile(header, calibration_text, n_tip, objective, tokens, top_k, config, progress)
+        metadata, n_bytes = to_metadata(made), 0
+        if copies:
+            report = partial(progress, "write")
+            n_bytes += splice(header, copies[0], metadata, others, force=force, progress=report)
+        if profile_path is not None:
+            n_bytes += write_bytes(profile_path, path, encode_profile(header, metadata), force=force)
+    return ConvertResult(copies[0] if copies else None, profile_path, n_bytes, made)
 
+
+def _make_profile(
+    header: GgufHeader,
+    calibration_text: tuple[str, str],
+    n_tip: int | None,
+    objective: str,
+    tokens: int,
+    top_k: int,
+    config: FasaConfig | None,
+    progress: Progress,
+) -> Profile:
+    """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked."""
+    name, content = calibration_text
     n_ctx = min(tokens, _context_length(header))
     annotated = any(key.startswith(PREFIX) for key in header.entries)
-    with ModelRun(src, n_ctx, annotated=annotated) as model:
+    with ModelRun(header.path, n_ctx, annotated=annotated) as model:
         dims = plan_chunks(model)
         n_tip = _choose_n_tip(n_tip, [len(planes) for planes in dims.values()])
         prompt = model.tokenize(content, n_ctx)
@@ -114,11 +146,9 @@ def convert(
             raise ConvertError(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
-        chunks, agreement = rank_chunks(
-            model, dims, prompt, objective, top_k, lambda done, total: progress("calibrate", done, total)
-        )
+        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, partial(progress, "calibrate"))
         fingerprint = model.fingerprint
-    result = Profile(
+    return Profile(
         n_tip=n_tip,
         chunks=chunks,
         agreement=agreement,
@@ -132,29 +162,17 @@ def convert(
         ),
         fingerprint=fingerprint,
     )
-    metadata, n_bytes = to_metadata(result), 0
-    if out is not None:
-        n_bytes += splice(
-            header, out, metadata, force=force, progress=lambda done, total: progress("write", done, total)
-        )
-    if profile_path is not None:
-        n_bytes += write_bytes(profile_path, src, encode_profile(header, metadata), force=force)
-    return ConvertResult(path=out, profile_path=profile_path, n_bytes=n_bytes, profile=result)
 
 
-def _check_model(header: GgufHeader) -> None:
+def _check_model(header: GgufHeader, n_tensors: int) -> None:
     """Refuses what the header alone shows to be impossible."""
     path, arch = header.path, header.get_string("general.architecture")
     if arch is None:
         raise ConvertError(f"{path} has no general.architecture: it is not a model")
-    if header.n_tensors == 0:
+    if n_tensors == 0:
         raise ConvertError(f"{path} holds no tensors: it is a vocabulary or a profile, give a model")
-    if (n_split := header.get_integer("split.count", 1)) > 1:
-        raise ConvertError(
-            f"{path} is one of {n_split} files of a split model: join them first with llama-gguf-split --merge"
-        )
-    if (n_layer := header.get_integer(f"{arch}.block_count", 0)) < 1:
-        raise ConvertError(f"{path} has {arch}.block_count = {n_layer}, so no layers: the file is damaged")  # an abort
+    if (n_layer := header.get_integer(f"{arch}.block_count", 1)) < 1:  # llama.cpp would end the process
+        raise ConvertError(f"{path} has {arch}.block_count = {n_layer}, so no layers: the file is damaged")
     if header.get_string("tokenizer.ggml.model") in (None, "no_vocab", "none"):
         raise ConvertError(
             f"{path} has no tokenizer, so no calibration text can be run: convert it with its vocabulary"

@@ -63,7 +63,8 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
     """
     if report.profile is None:
         raise ConvertError(f"{report.path} has no FASA profile to plot: make one with `fasa-edge convert`")
-    check_output(path, report.path, 0, force=force)
+    path = Path(path)
+    check_output(path, report.path, force=force)
     objective = report.profile.calibration.objective
     title = f"{report.name or report.path.stem}\n{objective}, n_tip = {report.profile.n_tip}"
     figure, png = draw(heatmap(report.profile), title), io.BytesIO()

@@ -139,9 +139,10 @@ def _load(
 
 
 @main.command(name="convert")
-@click.argument("src", type=click.Path(dir_okay=False))
+@click.argument("src")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The copy.  [default: SRC, -fasa before .gguf]")
 @click.option("--profile", type=click.Path(dir_okay=False), help="File of the chunks alone; no copy without -o.")
+@click.option("--outtype", type=click.Choice(convert.OUTTYPES), default="auto", help="Of a checkpoint's weights.")
 @click.option(
     "--text", type=click.Path(dir_okay=False), help="UTF-8 text to calibrate on.  [default: pydoc_data.topics]"
 )
@@ -158,7 +159,11 @@ def _load(
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @_json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
-    """Find the dominant frequency chunks of the GGUF model SRC and write a copy that carries them.
+    """Find the dominant frequency chunks of the model SRC and write a GGUF copy that carries them.
+
+    SRC is a GGUF file (of a split model the first), the folder of a Hugging Face checkpoint (which takes
+    `pip install 'fasa-edge[hf]'`), or a model on a hub as user/model or user/model:quant. The copy of what comes from a
+    hub goes into the current folder; a split model stays split.
 
     With --profile they go into a small file of their own, which serves every quantization of the model: give it to
     `run` and `bench` with --profile.

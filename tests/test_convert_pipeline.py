@@ -207,7 +207,7 @@ def read_header_of(data: bytes, folder):
 
 def test_files_that_are_no_whole_model(tmp_path, refuses):
     refuses(make_model(tmp_path / "part.gguf", split__count=3), "one of 3 files of a split model")
-    refuses(make_model(tmp_path / "none.gguf", shape=Shape(n_layer=0)), "cannot be run by llama.cpp: .*n_layer_all > 0")
+    refuses(make_model(tmp_path / "none.gguf", shape=Shape(n_layer=0)), "llama.block_count = 0, so no layers")
     refuses(make_model(tmp_path / "short.gguf", shape=Shape(n_ctx=256)), "context of 256 tokens")
     text = make_model(tmp_path / "text.gguf").read_bytes()
     (tmp_path / "text.gguf").write_bytes(text.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.madel"))

@@ -1,0 +1,95 @@
+"""From a Hugging Face checkpoint to a GGUF: runs the converter of the pinned llama.cpp, which the build installs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fasa_edge.errors import ConvertError
+
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # --outtype of the script
+
+_SCRIPT = Path(__file__).parent.parent / "llama.cpp" / "convert_hf_to_gguf.py"
+_NEEDS = ("torch", "transformers", "sentencepiece")
+_REMEDY = "pip install 'fasa-edge[hf]'"
+_TAIL = 8  # lines of the script that an error shows
+_WRITTEN = re.compile(r"Writing:\s+(\d+)%")  # tqdm in gguf_writer.py
+
+Progress = Callable[[str, int, int], None]
+
+
+def check_packages(name: str) -> None:
+    """Refuses to convert the checkpoint ``name`` where this installation cannot, before it is downloaded.
+
+    Raises:
+        ConvertError: packages of the extra are missing, or the converter itself.
+    """
+    if missing := [package for package in _NEEDS if importlib.util.find_spec(package) is None]:
+        raise ConvertError(f"{name} is a checkpoint, which takes {', '.join(missing)} to convert: {_REMEDY}")
+    if not _SCRIPT.is_file():
+        raise ConvertError(f"{_SCRIPT} is missing: reinstall fasa-edge (a source tree on sys.path has no converter)")
+
+
+@contextmanager
+def made_gguf(folder: Path, name: str, beside: Path, outtype: str, progress: Progress) -> Iterator[Path]:
+    """Converts a checkpoint into a temporary GGUF, which is gone when the block ends.
+
+    Args:
+        folder: the checkpoint.
+        name: of the model; the script derives metadata from it.
+        beside: folder for the temporary file, which has the size of the model.
+        outtype: one of :data:`OUTTYPES`; auto keeps 16-bit weights as they are and makes others f16.
+        progress: called with stage ``"convert"``, the percentage done and 100.
+
+    Raises:
+        ConvertError: ``beside`` cannot be written, or the script fails.
+    """
+    try:
+        work = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside)
+    except OSError as error:
+        raise ConvertError(f"{beside} cannot be written: {error.strerror}; choose another output file") from error
+    with work:
+        checkpoint, gguf = Path(work.name, name), Path(work.name, "model.gguf")
+        checkpoint.symlink_to(folder.resolve())  # in a hub's cache the folder is named after a commit
+        _run([sys.executable, _SCRIPT, checkpoint, "--outfile", gguf, "--outtype", outtype], folder, progress)
+        yield gguf
+
+
+def _run(command: list, folder: Path, progress: Progress) -> None:
+    # All files are there. Offline, neither can a config make transformers fetch code from elsewhere.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONSAFEPATH", None)  # the script imports what lies beside it
+    tail: deque[str] = deque(maxlen=_TAIL)
+    progress("convert", 0, 100)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            for line in process.stdout:  # tqdm's carriage returns end lines, too
+                if match := _WRITTEN.match(line):
+                    progress("convert", int(match[1]), 100)
+                elif line.strip(" ^~\n"):  # not the marks of a traceback
+                    tail.append(line.rstrip())
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        said = "\n  ".join(tail)
+        raise ConvertError(
+            f"llama.cpp's converter cannot convert {folder} (exit status {process.returncode}); it said:\n  {said}\n"
+            f"check that the checkpoint is complete; if a package is missing: {_REMEDY}"
+        )
