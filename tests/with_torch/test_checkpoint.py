@@ -29,7 +29,7 @@ from test_convert_source import downloads, environment_of
 
 FASA = Path(sys.executable).with_name("fasa-edge")
 N_VOCAB = 512
-TEXT = "\n".join(topics[key] for key in sorted(topics))[:400_000]
+TEXT = "\n".join(topics[key] for key in sorted(topics))[:100_000]
 
 
 @pytest.fixture(scope="module")
