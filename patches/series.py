@@ -38,21 +38,21 @@ def git(tree: Path, *arguments: str, text: str | None = None) -> str:
 
 def commit_stock(tree: Path) -> None:
     """Commit what the folder holds as the pinned llama.cpp."""
-    git(tree, "add", "--all", "--", ".", f":!/{STAMP}")
-    git(tree, *IDENTITY, "commit", "--quiet", "--message=llama.cpp as it is")
+    git(tree, "add", "--all")
+    git(tree, *IDENTITY, "commit", "--quiet", "--allow-empty", "--message=llama.cpp as it is")
     git(tree, "tag", "--force", BASE)
 
 
 def make_tree(tree: Path) -> None:
     """Make the repository in a new or empty folder."""
     if tree.exists() and any(tree.iterdir()):
-        raise PrepareError(f"{tree} holds files already\n  remedy: name another folder, or remove it if nothing is lost")
+        raise PrepareError(f"{tree} is not empty\n  remedy: name another folder, or remove it if nothing is lost")
     prepare(tree, stock=True)
+    links = own_files()
     git(tree, "init", "--quiet", f"--initial-branch={BRANCH}")
+    (tree / ".git/info/exclude").write_text("".join(f"/{name}\n" for name in (STAMP, *sorted(links))), encoding="utf-8")
     commit_stock(tree)
 
-    links = own_files()
-    (tree / ".git/info/exclude").write_text("".join(f"/{name}\n" for name in (STAMP, *sorted(links))), encoding="utf-8")
     for name, source in links.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).symlink_to(source)
@@ -74,7 +74,7 @@ def check_tree(tree: Path) -> None:
 
 
 def rebase(tree: Path) -> None:
-    """Replace the commit `stock` by the llama.cpp that is pinned now, and the series' commits onto it by three-way merge."""
+    """Move the series' commits from the llama.cpp of the tree to the one that is pinned now, by three-way merges."""
     check_tree(tree)
     old = git(tree, "rev-parse", f"{BASE}^{{commit}}").strip()
     git(tree, "checkout", "--quiet", "--detach", BASE)
