@@ -23,9 +23,6 @@ from prepare import PATCHES, STAMP, PrepareError, own_files, patch_series, prepa
 BASE = "stock"  # the tag of the pinned llama.cpp as it is
 BRANCH = "series"
 
-# who made a commit in the tree reaches no patch
-IDENTITY = ("-c", "user.name=fasa-edge", "-c", "user.email=fasa-edge@localhost")
-
 
 def git(tree: Path, *arguments: str, text: str | None = None) -> str:
     """What git prints, or its refusal."""
@@ -39,7 +36,7 @@ def git(tree: Path, *arguments: str, text: str | None = None) -> str:
 def commit_stock(tree: Path) -> None:
     """Commit what the folder holds as the pinned llama.cpp."""
     git(tree, "add", "--all")
-    git(tree, *IDENTITY, "commit", "--quiet", "--allow-empty", "--message=llama.cpp as it is")
+    git(tree, "commit", "--quiet", "--allow-empty", "--message=llama.cpp as it is")
     git(tree, "tag", "--force", BASE)
 
 
@@ -50,6 +47,9 @@ def make_tree(tree: Path) -> None:
     prepare(tree, stock=True)
     links = own_files()
     git(tree, "init", "--quiet", f"--initial-branch={BRANCH}")
+    # git asks for one, and it reaches no patch
+    git(tree, "config", "user.name", "fasa-edge")
+    git(tree, "config", "user.email", "fasa-edge@localhost")
     (tree / ".git/info/exclude").write_text("".join(f"/{name}\n" for name in (STAMP, *sorted(links))), encoding="utf-8")
     commit_stock(tree)
 
@@ -59,7 +59,7 @@ def make_tree(tree: Path) -> None:
     for patch in patch_series():
         message, _, _ = patch.read_text(encoding="utf-8").partition("\ndiff --git ")
         git(tree, "apply", "--index", str(patch))
-        git(tree, *IDENTITY, "commit", "--quiet", "--file=-", text=message)
+        git(tree, "commit", "--quiet", "--file=-", text=message)
 
 
 def check_tree(tree: Path) -> None:
@@ -84,7 +84,7 @@ def rebase(tree: Path) -> None:
         git(tree, "rm", "-r", "--quiet", ".")
         shutil.copytree(stock, tree, dirs_exist_ok=True)
     commit_stock(tree)
-    git(tree, *IDENTITY, "rebase", "--quiet", "--onto", BASE, old, BRANCH)
+    git(tree, "rebase", "--quiet", "--onto", BASE, old, BRANCH)
 
 
 def refresh(tree: Path) -> list[str]:
