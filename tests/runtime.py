@@ -118,11 +118,15 @@ class Context:
 
     Args:
         path: an annotated model.
+        model_params: fields of ``llama_model_params``.
         params: fields of ``llama_context_params``.
     """
 
-    def __init__(self, path: Path, **params) -> None:
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    def __init__(self, path: Path, model_params: dict[str, object] | None = None, **params) -> None:
+        c_model_params = llama_cpp.llama_model_default_params()
+        for name, value in (model_params or {}).items():
+            setattr(c_model_params, name, value)
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), c_model_params)
         assert self.model
         defaults = {"n_ctx": 4096, "n_batch": 2048, "n_threads": 2, "n_threads_batch": 2, "flash_attn_type": 1}
         c_params = llama_cpp.llama_context_default_params()
