@@ -72,7 +72,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps_on(model: Path, device: int, n_gpu_layers: int) -> tuple[np.ndarray, dict[str, int]]:
     """Logits of :data:`STEPS` and what the layers did, with so many layers on the device."""
     devices = (ctypes.c_void_p * 2)(device, None)
-    with Context(model, model_params={"devices": devices, "n_gpu_layers": n_gpu_layers}) as ctx:
+    model_params = {"devices": ctypes.cast(devices, ctypes.c_void_p), "n_gpu_layers": n_gpu_layers}
+    with Context(model, model_params) as ctx:
         ctx.read(TEXTS[0][:N_PROMPT])
         ctx.reasons()
         logits = np.stack([ctx.step(token, N_PROMPT + i) for i, token in enumerate(STEPS)])
