@@ -78,6 +78,7 @@ _get_capture = _function(
 )
 
 _type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int)
+_row_size = _function("ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """Types of K and V in a cache, as ``--cache-type-k`` of llama.cpp names them (common/arg.cpp)."""
@@ -86,6 +87,11 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 def type_name(ggml_type: int) -> str:
     """Name of a value of ``enum ggml_type``."""
     return _type_name(ggml_type).decode()
+
+
+def row_size(ggml_type: int, n: int) -> int:
+    """Bytes of ``n`` elements of a value of ``enum ggml_type``, a multiple of its block."""
+    return _row_size(ggml_type, n)
 
 
 def cache_type(name: str) -> int:

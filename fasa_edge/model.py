@@ -177,7 +177,7 @@ class Llama(llama_cpp.Llama):
             try:
                 super().__init__(
                     model_path,
-                    n_ctx=n_ctx or _automatic_n_ctx(model_path),
+                    n_ctx=n_ctx or _automatic_n_ctx(model_path, kwargs.get("type_k"), kwargs.get("type_v")),
                     flash_attn=True,
                     kv_overrides=overrides or None,
                     **kwargs,
@@ -210,8 +210,14 @@ class Llama(llama_cpp.Llama):
         return super().__getstate__() | {"fasa_profile": self._fasa_profile}
 
 
-def _automatic_n_ctx(model_path: str) -> int:
-    """The context that the model was trained for, as far as memory allows; 0 where the file does not load."""
+def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) -> int:
+    """The context that the model was trained for, as far as memory allows; 0 where the file does not load.
+
+    Args:
+        model_path: GGUF model.
+        type_k: ``enum ggml_type`` of cached keys; None for f16, the default of llama.cpp.
+        type_v: the same for values.
+    """
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True  # reads the metadata, none of the weights
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
@@ -225,8 +231,9 @@ def _automatic_n_ctx(model_path: str) -> int:
     try:
         n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
         free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
-        # K and V in f16
-        bytes_per_cell = sum(4 * layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model))
+        types = [llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v)]
+        widths = [layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model)]
+        bytes_per_cell = sum(_capi.row_size(type_, width) for type_ in types for width in widths)
     finally:
         llama_cpp.llama_model_free(model)
     fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))

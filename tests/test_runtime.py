@@ -314,6 +314,8 @@ def test_context_is_the_models_own_unless_given(model_path, monkeypatch) -> None
     free = llama_cpp.llama_model_size(llm.model) + 2 * 1000 * 30 * 3 * 2 * 64 * 2
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
     assert fasa_edge.Llama(str(model_path), verbose=False).n_ctx() == 768
+    q8_0 = llama_cpp.GGML_TYPE_Q8_0  # 34 bytes for 32 elements
+    assert fasa_edge.Llama(str(model_path), type_k=q8_0, type_v=q8_0, verbose=False).n_ctx() == 1792
 
 
 def test_damaged_metadata_is_refused(fasa_model_path, tmp_path) -> None:
