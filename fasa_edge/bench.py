@@ -40,7 +40,7 @@ class BenchRow:
         samples_ns: nanoseconds of each repetition.
         samples_ts: tokens per second of each repetition.
         read_ratio: bytes that attention read over those that dense attention reads.
-        layers_sparse: share of the attention layers that ran sparse.
+        layers_sparse: share of the layers that ran sparse.
         ratio: median, over the interleaved rounds, of the faster dense method's time over this one's.
         ratio_min: least of them.
         ratio_max: greatest of them.

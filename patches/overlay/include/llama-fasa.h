@@ -102,7 +102,7 @@ extern "C" {
         int32_t n_head_kv;   // KV heads with a K cache of their own; 0: none (recurrent, MLA, or the cache of another layer)
         int32_t n_embd_head; // dims of a K head
         int32_t n_rot;       // dims that RoPE turns; 0: none
-        int32_t rope_type;   // enum llama_rope_type
+        int32_t rope_type;   // enum llama_rope_type; NONE with ALiBi, whatever the architecture
         bool    is_swa;
     };
 
