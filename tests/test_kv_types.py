@@ -38,4 +38,4 @@ def test_all_cells_decode_as_dense(model: Path, n_embd_head: int) -> None:
             assert ctx.reasons() == {"none": 2}
             llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
             ctx.configure(enabled=False)
-            assert nmse(ctx.decode(batch), everything) <= 1e-5, (type_k, type_v)
+            assert nmse(ctx.decode(batch), everything) <= 5e-5, (type_k, type_v)

@@ -110,4 +110,4 @@ def test_context_shift(one_layer: Path, type_kv: str) -> None:
     with Context(one_layer, type_k=type_kv, type_v=type_kv) as ctx:
         ctx.read(kept)
         wanted = [ctx.step(token, len(kept) + i) for i, token in enumerate(TEXTS[1][:4])]
-    check(np.stack(wanted), np.stack(found), 5e-4)  # shifted keys are rounded twice
+    check(np.stack(wanted), np.stack(found), 2e-3)  # shifted keys are rounded twice; with the tips of before it is .1

@@ -19,8 +19,9 @@ from runtime import GGML_TYPES, SAME, TEXTS, Context, annotated_tiny, check, fre
 N_PROMPT = 700
 PROMPT, NEXT = TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT]
 
-# NMSE of a restored context: its tips come from what quantization has left of K, the first ones came from K itself
-KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-4, "q4_0": 2e-2, "q5_1": 5e-3}
+# NMSE of a restored context, .3 and more without new tips, or with those of rotated keys: they come from what
+# quantization has left of K, the first ones came from K itself
+KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-4, "q4_0": 2e-2, "q5_1": 2e-2}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_pat
     with Context(model, **params) as ctx:
         ctx.read(TEXTS[2][:N_PROMPT])  # is forgotten
         load(ctx, state)
-        check(wanted, ctx.decode(batch), 1e-5)  # sliding windows are restored to other cells, by stock too
+        check(wanted, ctx.decode(batch), 2e-4)  # sliding windows are restored to other cells, by stock too
         assert nmse(*wanted) > 1e-3
 
 
@@ -172,7 +173,7 @@ def test_the_prompt_cache_of_the_bindings(model: Path) -> None:
     llm.fasa.reset_stats()
     cached = llm.create_completion(longer, max_tokens=12, temperature=0)
     stats = llm.fasa.stats()
-    assert stats.n_steps_prompt == 1 and stats.n_layers_sparse == 11 * 2
+    assert stats.n_steps_prompt == 1 and stats.n_layers_sparse == 2 * stats.n_steps_decode > 0
     found = last_logits(llm)
     fresh = open_llama(model)
     assert fresh.create_completion(longer, max_tokens=12, temperature=0)["choices"] == cached["choices"]
