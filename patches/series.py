@@ -13,6 +13,7 @@ head of a patch, and their first line its name.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import shutil
 import sys
 import tempfile
@@ -57,13 +58,13 @@ def make_tree(tree: Path) -> None:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).symlink_to(source)
     for patch in patch_series():
-        message, _, _ = patch.read_text(encoding="utf-8").partition("\ndiff --git ")
+        message, _, _ = patch.read_bytes().partition(b"\ndiff --git ")
         git(tree, "apply", "--index", str(patch))
-        git(tree, "commit", "--quiet", "--file=-", text=message)
+        git(tree, "commit", "--quiet", "--file=-", text=message.decode())
 
 
 def check_tree(tree: Path) -> None:
-    """Refuse a folder that is not the repository, or whose changes no commit holds."""
+    """Refuse a folder that is not the repository, or where the branch does not hold all of the work."""
     if not (tree / ".git").is_dir():
         raise PrepareError(f"{tree} is no repository\n  remedy: make one with `make patches-tree`")
     if changes := git(tree, "status", "--porcelain"):
@@ -71,16 +72,21 @@ def check_tree(tree: Path) -> None:
             f"{tree} has changes that no commit holds:\n{changes}"
             "  remedy: commit or amend; a file of our own belongs into patches/overlay or ggml_kernels instead"
         )
+    if git(tree, "branch", "--show-current").strip() != BRANCH:
+        raise PrepareError(
+            f"{tree}: a rebase is under way, or another branch is checked out than {BRANCH}\n"
+            f"  remedy: `git rebase --continue` or `git switch {BRANCH}` there"
+        )
 
 
 def rebase(tree: Path) -> None:
     """Move the series' commits from the llama.cpp of the tree to the one that is pinned now, by three-way merges."""
     check_tree(tree)
     old = git(tree, "rev-parse", f"{BASE}^{{commit}}").strip()
-    git(tree, "checkout", "--quiet", "--detach", BASE)
     with tempfile.TemporaryDirectory(prefix=f"{tree.name}.", dir=tree.parent) as work:
         stock = Path(work) / "stock"
         prepare(stock, stock=True)
+        git(tree, "checkout", "--quiet", "--detach", BASE)
         git(tree, "rm", "-r", "--quiet", ".")
         shutil.copytree(stock, tree, dirs_exist_ok=True)
     commit_stock(tree)
@@ -90,24 +96,22 @@ def rebase(tree: Path) -> None:
 def refresh(tree: Path) -> list[str]:
     """Write the commits of the tree as the series; the names of the patches that changed."""
     check_tree(tree)
-    series = {}
-    for number, commit in enumerate(git(tree, "rev-list", "--reverse", f"{BASE}..HEAD").split(), 1):
-        name = git(tree, "log", "-1", "--format=%f", commit).strip().lower()
-        # Nothing that differs from one machine or day to the next: no author, no date, no hash of the commit.
-        text = git(tree, "show", "--format=%B", "--unified=3", "--abbrev=9", "--no-renames", "--no-color", commit)
-        series[f"{number:04}-{name}.patch"] = text
-
-    before = {path.name: path.read_text(encoding="utf-8") for path in patch_series()}
-    changed = [name for name in sorted(before.keys() | series.keys()) if before.get(name) != series.get(name)]
     with tempfile.TemporaryDirectory(prefix="series.", dir=PATCHES) as work:
+        for number, commit in enumerate(git(tree, "rev-list", "--reverse", f"{BASE}..HEAD").split(), 1):
+            name = git(tree, "log", "-1", "--format=%f", commit).strip().lower()
+            # Nothing that differs from one machine or day to the next: no author, no date, no hash of the commit.
+            options = ("--format=%B", "--unified=3", "--abbrev=9", "--no-renames", "--no-color")
+            git(tree, "show", *options, f"--output={work}/{number:04}-{name}.patch", commit)
+
+        series = {path.name: path for path in Path(work).iterdir()}
+        before = {path.name: path for path in patch_series()}
+        kept = filecmp.cmpfiles(work, PATCHES, series.keys() & before.keys(), shallow=False)[0]
+        changed = sorted((series.keys() | before.keys()) - set(kept))
         for name in changed:
             if name in series:
-                (Path(work) / name).write_text(series[name], encoding="utf-8", newline="\n")
-        for name in changed:
-            if name in series:
-                (Path(work) / name).rename(PATCHES / name)
+                series[name].rename(PATCHES / name)
             else:
-                (PATCHES / name).unlink()
+                before[name].unlink()
     return changed
 
 

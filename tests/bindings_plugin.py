@@ -1,20 +1,24 @@
 """A pytest plugin that runs llama-cpp-python's own tests on our library: `make test-bindings`.
 
 Those tests download the models they run. Here every one is stood in for by a model at hand, annotated where it has
-attention, so that all of them but the recurrent one run through FASA's tip cache.
+attention, and run by `fasa_edge.Llama` with settings that make contexts as short as theirs sparse.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-import fasa_edge  # noqa: F401  before llama_cpp, which the tests import
+import fasa_edge  # before llama_cpp, which the tests import
 from fasa_edge.convert import convert
 
 import huggingface_hub
+import llama_cpp
 import pytest
 from conftest import model_path  # noqa: F401  the small model of `make model`
 from tiny_models import Shape, make_model
+
+SPARSE = {"fasa_budget": 8, "fasa_min_ctx": 1, "fasa_n_sink": 1, "fasa_n_recent": 2, "fasa_n_dense_layers": 0}
 
 # What only the weights that upstream names can answer. The unpatched library fails them with our models as well.
 DESELECTED = {
@@ -55,6 +59,11 @@ def models(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(autouse=True)
 def hub(models: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the download, which a test module has imported by name."""
+    """Stand in for the download, which a test module has imported by name, and for the class that runs the model."""
+
+    def download(repo_id: str, filename: str) -> str:
+        monkeypatch.setattr(llama_cpp, "Llama", partial(fasa_edge.Llama, **SPARSE))
+        return str(models[repo_id])
+
     for module in (huggingface_hub, request.module):
-        monkeypatch.setattr(module, "hf_hub_download", lambda repo_id, filename: str(models[repo_id]), raising=False)
+        monkeypatch.setattr(module, "hf_hub_download", download, raising=False)

@@ -98,6 +98,13 @@ def test_conflict_is_left_to_git(series):
     assert "CONFLICT (content): Merge conflict in src/llama.cpp" in done.stderr
     assert "git rebase --continue" in done.stderr
 
+    before = series.patches()
+    series.git("checkout", "--theirs", "src/llama.cpp")
+    series.git("add", "src/llama.cpp")
+    series.git("commit", "--message=resolved, with more of the series to come")
+    assert "a rebase is under way" in series.run("refresh").stderr
+    assert series.patches() == before
+
 
 @pytest.mark.parametrize("task", ["refresh", "rebase"])
 def test_changes_that_no_commit_holds(series, task):
