@@ -89,9 +89,9 @@ def type_name(ggml_type: int) -> str:
     return _type_name(ggml_type).decode()
 
 
-def row_size(ggml_type: int, n: int) -> int:
-    """Bytes of ``n`` elements of a value of ``enum ggml_type``, a multiple of its block."""
-    return _row_size(ggml_type, n)
+def bytes_per_element(ggml_type: int) -> float:
+    """Of a value of ``enum ggml_type``."""
+    return _row_size(ggml_type, 256) / 256  # every block of a KV cache's types divides it
 
 
 def cache_type(name: str) -> int:

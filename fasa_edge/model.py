@@ -19,6 +19,8 @@ import psutil
 _SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 
+_N_CTX_UNKNOWN = 512
+
 _KV_MEMORY_SHARE = 0.5
 """Of the memory that is free beside the weights, what the KV cache of an automatic ``n_ctx`` may take."""
 
@@ -211,7 +213,9 @@ class Llama(llama_cpp.Llama):
 
 
 def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) -> int:
-    """The context that the model was trained for, as far as memory allows; 0 where the file does not load.
+    """The context that the model was trained for, as far as memory allows.
+
+    That of ``llama_cpp.Llama`` where there is none: a vocabulary, or a file that does not load.
 
     Args:
         model_path: GGUF model.
@@ -227,14 +231,14 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) ->
     with llama_cpp._utils.suppress_stdout_stderr(disable=False):
         model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), params)
     if not model:
-        return 0
+        return _N_CTX_UNKNOWN
     try:
         n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
         free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
         types = [llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v)]
-        widths = [layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model)]
-        bytes_per_cell = sum(_capi.row_size(type_, width) for type_ in types for width in widths)
+        width = sum(layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model))
+        bytes_per_cell = width * sum(map(_capi.bytes_per_element, types))
     finally:
         llama_cpp.llama_model_free(model)
     fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
-    return min(n_ctx_train, max(fits // 256 * 256, 256))
+    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // 256 * 256, 256))

@@ -318,6 +318,11 @@ def test_context_is_the_models_own_unless_given(model_path, monkeypatch) -> None
     assert fasa_edge.Llama(str(model_path), type_k=q8_0, type_v=q8_0, verbose=False).n_ctx() == 1792
 
 
+def test_a_vocabulary_alone(model_path) -> None:
+    llm = fasa_edge.Llama(str(model_path), vocab_only=True, verbose=False)
+    assert llm.detokenize(llm.tokenize(b"Hello")) == b"Hello"
+
+
 def test_damaged_metadata_is_refused(fasa_model_path, tmp_path) -> None:
     data = bytearray(fasa_model_path.read_bytes())
     chunks = data.index(b"fasa.chunks") + len(b"fasa.chunks") + 4 + 4 + 8
