@@ -236,7 +236,8 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) ->
         n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
         free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
         types = [llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v)]
-        width = sum(layer.n_head_kv * layer.n_embd_head for layer in _capi.layer_geometry(model))
+        # a layer without KV heads may keep one row for all of them (MLA)
+        width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in _capi.layer_geometry(model))
         bytes_per_cell = width * sum(map(_capi.bytes_per_element, types))
     finally:
         llama_cpp.llama_model_free(model)

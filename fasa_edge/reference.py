@@ -51,9 +51,9 @@ def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, s
     n_head_kv, n_dim = dims.shape
     grouped = q.reshape(n_tokens, n_head_kv, n_head // n_head_kv, n_embd_head)
     dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
-    heads = (
-        scale * np.einsum("thgd,chd->thgc", dom.astype(np.float64), tips.astype(np.float64)) + mask[:, None, None, :]
-    )
+    with np.errstate(invalid="ignore"):
+        heads = scale * np.einsum("thgd,chd->thgc", dom.astype(np.float64), tips.astype(np.float64))
+    heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
     if heads.shape[2] > 1:
         with np.errstate(invalid="ignore"):
             heads = heads - np.logaddexp.reduce(heads, axis=3, keepdims=True)

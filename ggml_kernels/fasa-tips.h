@@ -16,10 +16,6 @@ static inline size_t fasa_tips_block_size(int64_t n_dim) {
     return FASA_TIPS_CELLS*(sizeof(uint16_t) + (size_t) n_dim);
 }
 
-static inline int64_t fasa_tips_n_dim(size_t block_size) {
-    return (int64_t) (block_size/FASA_TIPS_CELLS - sizeof(uint16_t));
-}
-
 static inline uint16_t * fasa_tips_scales(void * block) {
     return (uint16_t *) block;
 }

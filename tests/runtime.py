@@ -144,12 +144,11 @@ class Context:
         llama_cpp.llama_free(self.ctx)
         llama_cpp.llama_model_free(self.model)
 
-    def decode(self, entries: list[tuple[int, int, tuple[int, ...]]], expected: int = 0) -> np.ndarray:
+    def decode(self, entries: list[tuple[int, int, tuple[int, ...]]]) -> np.ndarray:
         """Decode one batch.
 
         Args:
             entries: token, position and sequences of each.
-            expected: status of ``llama_decode``.
 
         Returns:
             The logits of each, float32 [n_entries, n_vocab].
@@ -162,7 +161,7 @@ class Context:
                 batch.seq_id[i][j] = seq
         status = llama_cpp.llama_decode(self.ctx, batch)
         llama_cpp.llama_batch_free(batch)
-        assert status == expected
+        assert status == 0
         logits = llama_cpp.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(logits, (len(entries), self.n_vocab)).copy()
 
@@ -191,6 +190,26 @@ class Context:
         for name, value in settings.items():
             setattr(params, name, value)
         _capi.set_params(self.ctx, params)
+
+
+def save(ctx: Context, seq: int | None = None) -> ctypes.Array:
+    """The state of a context, or of one sequence."""
+    size = llama_cpp.llama_state_get_size(ctx.ctx) if seq is None else llama_cpp.llama_state_seq_get_size(ctx.ctx, seq)
+    data = (ctypes.c_uint8 * size)()
+    if seq is None:
+        assert llama_cpp.llama_state_get_data(ctx.ctx, data, size)
+    else:
+        assert llama_cpp.llama_state_seq_get_data(ctx.ctx, data, size, seq)
+    return data
+
+
+def load(ctx: Context, data: ctypes.Array, seq: int | None = None, ok: bool = True) -> None:
+    """Restore what :func:`save` returned; ``ok``: whether that has to succeed."""
+    if seq is None:
+        n_read = llama_cpp.llama_state_set_data(ctx.ctx, data, len(data))
+    else:
+        n_read = llama_cpp.llama_state_seq_set_data(ctx.ctx, data, len(data), seq)
+    assert bool(n_read) == ok
 
 
 def annotated_tiny(folder: Path, arch: str = "llama", **shape: int) -> Path:

@@ -169,6 +169,14 @@ def test_select_takes_forced_cells_if_they_are_visible() -> None:
     assert_same_cells(idx, reference.select(scores, 16, forced), scores)
 
 
+@pytest.mark.parametrize("n_head_kv", [9, 3])
+def test_select_minds_no_masked_cell_whatever_it_holds(n_head_kv: int) -> None:
+    case = make_case(Shape(n_head_kv=n_head_kv))
+    wanted = run_select(case, 16)
+    case.k[3] = 1e6  # beyond f16, so its tips are infinite
+    assert (run_select(case, 16) == wanted).all() and (wanted >= 0).all()
+
+
 def test_select_without_a_visible_cell_lists_none() -> None:
     case = make_case(Shape())
     case.mask[:] = -np.inf

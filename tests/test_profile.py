@@ -183,6 +183,16 @@ def test_a_refused_profile_leaves_the_model_as_it_was(bare_model, model, profile
     assert not _capi.load_profile(bare_model, tmp_path) and _capi.has_profile(bare_model)
 
 
+def test_a_context_keeps_the_profile_it_was_made_with(model, annotated, tokens, tmp_path) -> None:
+    llm = load(annotated)
+    wanted = decode(llm, tokens)
+    fewer = convert(model, profile=tmp_path / "fewer.gguf", tokens=512, n_tip=1, objective="energy").profile_path
+    assert _capi.load_profile(llm.model, fewer)
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
+    assert (decode(llm, tokens) == wanted).all()
+    assert llm.fasa.settings["n_tip"] == load(annotated).fasa.settings["n_tip"]
+
+
 # Damage
 
 

@@ -14,7 +14,7 @@ from fasa_edge._lib import llama_cpp
 
 import numpy as np
 import pytest
-from runtime import GGML_TYPES, SAME, TEXTS, Context, annotated_tiny, check, fresh_steps, last_logits, nmse
+from runtime import GGML_TYPES, SAME, TEXTS, Context, annotated_tiny, check, fresh_steps, last_logits, load, nmse, save
 
 N_PROMPT = 700
 PROMPT, NEXT = TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT]
@@ -27,23 +27,6 @@ KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-4, "q4_0": 2e-2, "q5_1": 2e-2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return annotated_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def save(ctx: Context, seq: int | None = None) -> ctypes.Array:
-    size = llama_cpp.llama_state_get_size(ctx.ctx) if seq is None else llama_cpp.llama_state_seq_get_size(ctx.ctx, seq)
-    data = (ctypes.c_uint8 * size)()
-    if seq is None:
-        assert llama_cpp.llama_state_get_data(ctx.ctx, data, size)
-    else:
-        assert llama_cpp.llama_state_seq_get_data(ctx.ctx, data, size, seq)
-    return data
-
-
-def load(ctx: Context, data: ctypes.Array, seq: int | None = None) -> None:
-    if seq is None:
-        assert llama_cpp.llama_state_set_data(ctx.ctx, data, len(data))
-    else:
-        assert llama_cpp.llama_state_seq_set_data(ctx.ctx, data, len(data), seq)
 
 
 @pytest.mark.parametrize(("type_kv", "tolerance"), KV_TYPES.items(), ids=KV_TYPES)
@@ -83,6 +66,30 @@ def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_pat
         load(ctx, state)
         check(wanted, ctx.decode(batch), 2e-4)  # sliding windows are restored to other cells, by stock too
         assert nmse(*wanted) > 1e-3
+
+
+def test_tips_are_made_again_in_pieces(tmp_path: Path) -> None:
+    """Of more cells than one graph takes."""
+    model = annotated_tiny(tmp_path, n_layer=1, n_head=1, n_head_kv=1)
+    params = {"n_ctx": 10240, "n_batch": 10240}
+    prompt = [3 + token % 256 for token in range(0, 9000 * 7, 7)]
+    with Context(model, **params) as ctx:
+        ctx.read(prompt)
+        state = save(ctx)
+        wanted = ctx.step(NEXT, len(prompt))
+    with Context(model, **params) as ctx:
+        load(ctx, state)
+        check(wanted, ctx.step(NEXT, len(prompt)))
+
+
+@pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
+def test_a_truncated_state_leaves_nothing_behind(model: Path, seq: int | None) -> None:
+    with Context(model) as ctx:
+        ctx.read(TEXTS[1][:N_PROMPT])
+        state = save(ctx, seq)
+        load(ctx, (ctypes.c_uint8 * (len(state) // 2)).from_buffer(state), seq, ok=False)
+        ctx.read(PROMPT)
+        check(fresh_steps(model, PROMPT, NEXT)[0], ctx.step(NEXT, N_PROMPT))
 
 
 # Runs in a child process on the stock library: saves a state, or loads one and decodes a token after it.

@@ -200,7 +200,10 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         for (int64_t ig = 0; ig < n_group; ++ig) {
             float * head = heads + ig*n_kv;
 
-            ggml_vec_acc_f32(n_kv, head, mask_f32);
+            // not by adding: whatever a masked cell holds must not reach the others
+            for (int64_t i = 0; i < n_kv; ++i) {
+                head[i] = mask_f32[i] > FASA_MASKED ? head[i] : FASA_MASKED;
+            }
 
             const float max = fasa_max(head, n_kv);
             if (max == FASA_MASKED) {

@@ -29,7 +29,7 @@ extern "C" {
 
     LLAMA_API bool llama_fasa_model_has_profile(const struct llama_model * model);
 
-    // gives a model the profile in another GGUF file, in place of its own; call it before a context is made
+    // gives a model the profile in another GGUF file, in place of its own; contexts that are there keep theirs
     // overrides: as in llama_model_params, may be NULL; fasa.version is left out, so that those of the model can be given
     //            again: with fasa.version = 0 a model loads even if its own metadata is damaged
     // false: the file is damaged, or its profile of another model (the log says which); the model stays as it was

@@ -13,9 +13,9 @@
 #include <limits>
 #include <map>
 
-llama_fasa_context::llama_fasa_context(const llama_fasa_profile * profile) : profile(profile) {
-    if (profile) {
-        params = profile->params;
+llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile) : profile(std::move(profile)) {
+    if (this->profile) {
+        params = this->profile->params;
     }
 }
 
@@ -24,18 +24,11 @@ static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch 
     std::map<llama_seq_id, uint32_t> n_tokens;
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        // the worst-case batch that memory is reserved for names no sequences
-        const llama_seq_id seq_id = ubatch.n_seq_id[i] > 0 ? ubatch.seq_id[i][0] : i/ubatch.n_seq_tokens;
-
-        if (++n_tokens[seq_id] > params.max_batch) {
+        if (++n_tokens[ubatch.seq_id[i][0]] > params.max_batch) {
             return true;
         }
     }
     return false;
-}
-
-static bool fasa_is_stale(const llama_fasa_tips * tips) {
-    return tips && !tips->is_valid();
 }
 
 //
@@ -214,7 +207,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), is_stale(fasa_is_stale(tips)) {
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)) {
 }
 
 llama_fasa_graph_input::~llama_fasa_graph_input() {
@@ -246,8 +239,9 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 }
 
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
-    // the number of tokens and the settings are compared by llm_graph_params, n_kv by the attention input
-    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch) && is_stale == fasa_is_stale(tips);
+    // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
+    // which alone changes what is stale, ends all reuse
+    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch);
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {

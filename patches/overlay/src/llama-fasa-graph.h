@@ -3,6 +3,7 @@
 #include "llama-fasa.h"
 #include "llama-graph.h"
 
+#include <memory>
 #include <set>
 #include <vector>
 
@@ -13,9 +14,9 @@ class  llama_fasa_tips;
 
 // what a llama_context knows of FASA; the graph reaches it through cparams
 struct llama_fasa_context {
-    explicit llama_fasa_context(const llama_fasa_profile * profile);
+    explicit llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile);
 
-    const llama_fasa_profile * profile; // nullptr: calibration of a model without one
+    const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one
 
     llama_fasa_params params  = {};
     bool              capture = false;
@@ -96,9 +97,7 @@ private:
     const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
     const uint32_t          n_kv;
 
-    // what the graph was built for
-    const bool is_prompt;
-    const bool is_stale;
+    const bool is_prompt; // what the graph was built for
 
     ggml_tensor * forced = nullptr;
 

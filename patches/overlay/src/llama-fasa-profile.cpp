@@ -19,8 +19,9 @@ static constexpr uint32_t FASA_MAX_BATCH = 64;
 llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il) {
     const auto & hparams = model.hparams;
 
-    // MLA caches one compressed row for all heads, recurrent layers none, shared layers read another layer's cache
-    const bool has_heads = hparams.has_kv(il) && !hparams.is_recr(il) && !hparams.is_mla();
+    // MLA caches one compressed row for all heads, recurrent layers none, shared layers read another layer's cache,
+    // DFlash writes its keys outside of build_attn, where no tips are stored
+    const bool has_heads = hparams.has_kv(il) && !hparams.is_recr(il) && !hparams.is_mla() && model.arch != LLM_ARCH_DFLASH;
 
     llama_fasa_layer layer = {};
 
@@ -216,7 +217,7 @@ static std::vector<int32_t> fasa_read_dims(const int32_t * chunks, int32_t n_chu
     return res;
 }
 
-std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model) {
+std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model) {
     fasa_reader reader(metadata, overrides);
 
     if (reader.is_ignored()) {
@@ -231,7 +232,7 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         return nullptr;
     }
 
-    auto res = std::make_unique<llama_fasa_profile>();
+    auto res = std::make_shared<llama_fasa_profile>();
 
     uint32_t version;
     reader.read("fasa.version", version);
@@ -241,7 +242,7 @@ std::unique_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
 
     const std::string fingerprint = llama_fasa_model_fingerprint(model);
     if (reader.str("fasa.fingerprint") != fingerprint) {
-        throw std::runtime_error(format("the FASA profile was made for another model: fasa.fingerprint is '%s', this model is '%s'",
+        throw std::runtime_error(format("the FASA profile was made for another model: fasa.fingerprint is '%s', this model is '%s'; convert it, or ignore the profile with --override-kv fasa.version=int:0",
                 reader.str("fasa.fingerprint").c_str(), fingerprint.c_str()));
     }
 

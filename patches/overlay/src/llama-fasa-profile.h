@@ -12,7 +12,7 @@ struct llama_model;
 
 using llama_fasa_overrides = std::unordered_map<std::string, llama_model_kv_override>; // by key
 
-// what `fasa.*` metadata says of a model; belongs to the model and never changes
+// what `fasa.*` metadata says of a model; never changes, and who was made by it keeps it when the model gets another
 struct llama_fasa_profile {
     llama_fasa_params params;
 
@@ -24,7 +24,7 @@ struct llama_fasa_profile {
     // metadata: of the model's own file, or of a profile file
     // nullptr: it holds no profile, or fasa.version is overridden with 0
     // throws std::runtime_error: the profile is damaged, or of another model
-    static std::unique_ptr<const llama_fasa_profile> load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model);
+    static std::shared_ptr<const llama_fasa_profile> load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model);
 };
 
 llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il);

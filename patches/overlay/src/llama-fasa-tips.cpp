@@ -8,6 +8,7 @@
 #include "ggml-fasa.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 
@@ -16,6 +17,12 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     const auto buft = ggml_backend_buffer_get_type(k->buffer);
     if (ggml_backend_buft_is_host(buft)) {
         return true;
+    }
+
+    auto * dev = ggml_backend_buft_get_device(buft);
+    auto * reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+    if (!reg || strncmp(ggml_backend_reg_name(reg), "RPC", 3) == 0) {
+        return false; // the RPC backend claims every op, whatever its server can do
     }
 
     ggml_context_ptr ctx { ggml_init({
@@ -42,9 +49,7 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     ggml_tensor * tips    = ggml_fasa_new_tips(ctx.get(), n_kv, n_dim, n_head_kv, 1);
     ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, mask, nullptr, n_fac, 1.0f);
 
-    auto * dev = ggml_backend_buft_get_device(buft);
-
-    return dev &&
+    return
         ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&
         ggml_backend_dev_supports_op(dev, idx) &&
         ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, 1.0f, 0.0f));
@@ -82,7 +87,7 @@ llama_fasa_tips::llama_fasa_tips(
         const llama_kv_cache & kv,
         const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
         bool v_trans,
-        bool no_alloc) : model(model), kv(kv) {
+        bool no_alloc) : model(model), kv(kv), profile(model.fasa) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (const auto & [il, kv_tensors] : layers_kv) {
@@ -109,7 +114,7 @@ llama_fasa_tips::llama_fasa_tips(
         }
 
         const int64_t n_head_kv = model.hparams.n_head_kv(il);
-        const int64_t n_dim     = model.fasa->dims[il].size()/n_head_kv;
+        const int64_t n_dim     = profile->dims[il].size()/n_head_kv;
 
         layer.tips = ggml_fasa_new_tips(ctx.get(), k->ne[1], n_dim, n_head_kv, k->ne[2]);
         layer.dims = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
@@ -132,13 +137,16 @@ llama_fasa_tips::llama_fasa_tips(
         if (!buf) {
             throw std::runtime_error("failed to allocate buffer for the FASA tip cache");
         }
+        LLAMA_LOG_INFO("%s: %10s tip buffer size = %8.2f MiB\n", __func__,
+                ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
+
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
 
     clear();
 
     if (!ctxs_bufs.empty()) {
-        LLAMA_LOG_INFO("%s: size = %7.2f MiB (%u chunks of each key)\n", __func__, size()/(1024.0*1024.0), model.fasa->params.n_tip);
+        LLAMA_LOG_INFO("%s: size = %7.2f MiB (%u chunks of each key)\n", __func__, size()/(1024.0*1024.0), profile->params.n_tip);
     }
 }
 
@@ -148,7 +156,7 @@ void llama_fasa_tips::clear() {
     }
     for (auto & [il, layer] : layers) {
         if (layer.dims && layer.dims->data) {
-            ggml_backend_tensor_set(layer.dims, model.fasa->dims[il].data(), 0, ggml_nbytes(layer.dims));
+            ggml_backend_tensor_set(layer.dims, profile->dims[il].data(), 0, ggml_nbytes(layer.dims));
         }
     }
     stale.clear();
@@ -281,6 +289,10 @@ bool llama_fasa_tips::rebuild(llama_context * lctx) {
         stale.clear();
         return true;
     }
+
+    // what has failed before is named again
+    std::sort(stale.begin(), stale.end());
+    stale.erase(std::unique(stale.begin(), stale.end()), stale.end());
 
     auto * sched = lctx->get_sched();
     auto * res   = lctx->get_gf_res_reserve();

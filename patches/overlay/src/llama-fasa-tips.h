@@ -8,6 +8,8 @@
 #include <set>
 #include <vector>
 
+struct llama_fasa_profile;
+
 // The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
 //
 // Tips follow from K and are never serialized: whoever changes K other than through the graph's own store
@@ -55,6 +57,8 @@ private:
 
     const llama_model    & model;
     const llama_kv_cache & kv;
+
+    const std::shared_ptr<const llama_fasa_profile> profile; // of the model when the tips were made
 
     std::map<int32_t, layer> layers;
 
