@@ -21,6 +21,7 @@ from fasa_edge.schema import to_metadata
 import numpy as np
 import pytest
 from runtime import kl_divergence, last_logits, logits_on, teacher_forced
+from tiny_models import Shape, make_model
 
 N_PROMPT = 1500
 N_DECODE = 48
@@ -316,6 +317,14 @@ def test_context_is_the_models_own_unless_given(model_path, monkeypatch) -> None
     assert fasa_edge.Llama(str(model_path), verbose=False).n_ctx() == 768
     q8_0 = llama_cpp.GGML_TYPE_Q8_0  # 34 bytes for 32 elements
     assert fasa_edge.Llama(str(model_path), type_k=q8_0, type_v=q8_0, verbose=False).n_ctx() == 1792
+
+
+def test_context_of_a_model_without_kv_heads(tmp_path, monkeypatch) -> None:
+    """Latent attention keeps one row of 96 dims for all heads; V, which has none, is counted as if it had one."""
+    model = make_model(tmp_path / "tiny.gguf", "deepseek2", Shape(n_ctx=1 << 20))
+    free = model.stat().st_size + 2 * 1000 * 2 * 2 * 96 * 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
+    assert 512 <= fasa_edge.Llama(str(model), verbose=False).n_ctx() <= 1024
 
 
 def test_a_vocabulary_alone(model_path) -> None:
