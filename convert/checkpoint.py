@@ -19,7 +19,8 @@ OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # --outtype
 
 _SCRIPT = Path(__file__).parent.parent / "llama.cpp" / "convert_hf_to_gguf.py"
 _NEEDS = ("torch", "transformers", "sentencepiece")
-_REMEDY = "pip install 'fasa-edge[hf]'"
+_REMEDY = "run pip install '.[hf]' in the clone of fasa-edge"
+_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE")  # which would count for more than HF_HOME
 _TAIL = 8  # lines of the script that an error shows
 _WRITTEN = re.compile(r"Writing:\s+(\d+)%")  # tqdm in gguf_writer.py
 
@@ -39,11 +40,11 @@ def check_packages(name: str) -> None:
 
 
 @contextmanager
-def made_gguf(folder: Path, name: str, beside: Path, outtype: str, progress: Progress) -> Iterator[Path]:
+def made_gguf(files: list[Path], name: str, beside: Path, outtype: str, progress: Progress) -> Iterator[Path]:
     """Converts a checkpoint into a temporary GGUF, which is gone when the block ends.
 
     Args:
-        folder: the checkpoint.
+        files: the checkpoint, all of one folder; of what else lies there, code above all, nothing is read.
         name: of the model; the script derives metadata from it.
         beside: folder for the temporary file, which has the size of the model.
         outtype: one of :data:`OUTTYPES`; auto keeps 16-bit weights as they are and makes others f16.
@@ -57,15 +58,20 @@ def made_gguf(folder: Path, name: str, beside: Path, outtype: str, progress: Pro
     except OSError as error:
         raise ConvertError(f"{beside} cannot be written: {error.strerror}; choose another output file") from error
     with work:
-        checkpoint, gguf = Path(work.name, name), Path(work.name, "model.gguf")
-        checkpoint.symlink_to(folder.resolve())  # in a hub's cache the folder is named after a commit
-        _run([sys.executable, _SCRIPT, checkpoint, "--outfile", gguf, "--outtype", outtype], folder, progress)
+        checkpoint, gguf = Path(work.name, "checkpoint", name), Path(work.name, "model.gguf")
+        checkpoint.mkdir(parents=True)
+        for file in files:
+            (checkpoint / file.name).symlink_to(file.resolve())
+        command = [sys.executable, _SCRIPT, checkpoint, "--outfile", gguf, "--outtype", outtype]
+        _run(command, files[0].parent, Path(work.name, "home"), progress)
         yield gguf
 
 
-def _run(command: list, folder: Path, progress: Progress) -> None:
-    # All files are there. Offline, neither can a config make transformers fetch code from elsewhere.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+def _run(command: list, folder: Path, home: Path, progress: Progress) -> None:
+    # All files are there. A config can name code in other repositories: offline and with an empty cache of its own,
+    # transformers neither downloads that nor finds it.
+    environment = {name: value for name, value in os.environ.items() if name not in _CACHES}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
     environment.pop("PYTHONSAFEPATH", None)  # the script imports what lies beside it
     tail: deque[str] = deque(maxlen=_TAIL)
     progress("convert", 0, 100)
@@ -91,5 +97,5 @@ def _run(command: list, folder: Path, progress: Progress) -> None:
         said = "\n  ".join(tail)
         raise ConvertError(
             f"llama.cpp's converter cannot convert {folder} (exit status {process.returncode}); it said:\n  {said}\n"
-            f"check that the checkpoint is complete; if a package is missing: {_REMEDY}"
+            f"check that the checkpoint is complete; if a package is missing, {_REMEDY}"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,7 @@ from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
-from .output import check_output, staged
+from .output import check_output, fill, staged
 from .split import output_paths
 
 BLOCK = 8 * 2**20  # bytes copied at a time
@@ -92,6 +92,7 @@ def splice(
     metadata: Metadata,
     others: Sequence[GgufHeader] = (),
     *,
+    beside: Mapping[Path, bytes] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
@@ -103,20 +104,26 @@ def splice(
         metadata: ``(key, type, value)``, see :func:`encode_entry`.
         others: headers of the other files of a split model; see :func:`fasa_edge.convert.split.output_paths` for what
             they are called beside the destination.
-        force: allow an existing destination, and a source that already holds ``fasa.*`` keys.
-        progress: called with the bytes written so far and those to write in all.
+        beside: small files to be written as well; they take their places with the copy or not at all.
+        force: allow existing destinations, and a source that already holds ``fasa.*`` keys.
+        progress: called with the bytes of the model written so far and those to write in all.
 
     Returns:
-        The size of the new model in bytes, all files together.
+        The size of what was written in bytes, all files together.
 
     Raises:
         ConvertError: as :func:`check_destination`; the source changed meanwhile; or reading or writing failed.
     """
     check_destination(header, destination, others, force=force)
+    beside = beside or {}
+    for path in beside:
+        check_output(path, header.path, force=force)
     first, *rest = output_paths(Path(destination), 1 + len(others))
     head = _encode_header(header, metadata)
     size = len(head) + max(header.file_size - header.data_offset, 0)
-    with staged([*rest, first], size) as (*temporaries, temporary):  # the first last: it makes them a model
+    with staged([*beside, *rest, first], size) as (*temporaries, temporary):  # the first last: it makes them a model
+        for data in beside.values():
+            fill(temporaries.pop(0), header.path, data)
         pairs = [(s, t) for s, t in zip(others, temporaries, strict=True) if not _link(s.path, t)]
         report = _counter(size + sum(shard.file_size for shard, _ in pairs), progress)
         with temporary.open("wb") as target:
@@ -128,7 +135,7 @@ def splice(
             with copy.open("wb") as target:
                 _copy(shard.path, 0, shard.file_size, target, report)
             shutil.copymode(shard.path, copy)
-    return size + sum(shard.file_size for shard in others)
+    return size + sum(shard.file_size for shard in others) + sum(map(len, beside.values()))
 
 
 def _encode_string(text: str) -> bytes:

@@ -41,12 +41,14 @@ class HubModel:
 
     Attributes:
         repo: ``user/model``.
+        commit: whose files were listed.
         files: what is to be downloaded: the files of one GGUF, in order, or those of a checkpoint.
         n_bytes: their size.
         is_gguf: which of both.
     """
 
     repo: str
+    commit: str
     files: tuple[str, ...]
     n_bytes: int
     is_gguf: bool
@@ -56,33 +58,41 @@ class HubModel:
         """File name of the GGUF, or the name of the model."""
         return PurePosixPath(self.files[0] if self.is_gguf else self.repo).name
 
-    def download(self, progress: Progress) -> Path:
+    def download(self, progress: Progress) -> list[Path]:
         """Brings the files into the hub's cache, unless they are there.
 
         Args:
             progress: called with stage ``"download"``, the bytes done and those to do; also from other threads.
 
         Returns:
-            The GGUF, the first file of a split one, or the folder of the checkpoint.
+            :attr:`files` in the cache, where others may lie beside them.
 
         Raises:
-            ConvertError: the hub or the disk fails, or the hub is offline and the cache lacks a file.
+            ConvertError: the hub or the disk fails, the hub is offline and the cache lacks a file, the repository got a
+                new commit meanwhile, or whatever ``progress`` raises of this kind.
         """
         try:
-            folder = snapshot_download(
-                self.repo,
-                allow_patterns=[glob.escape(name) for name in self.files],
-                tqdm_class=_bars(lambda done: progress("download", min(done, self.n_bytes), self.n_bytes)),
+            # not by commit: then the cache would not learn which one is the latest, and know nothing when offline
+            folder = Path(
+                snapshot_download(
+                    self.repo,
+                    allow_patterns=[glob.escape(name) for name in self.files],
+                    tqdm_class=_bars(lambda done: progress("download", min(done, self.n_bytes), self.n_bytes)),
+                )
             )
+        except ConvertError:  # of the callback
+            raise
         except RepositoryNotFoundError as error:
             raise _no_access(self.repo) from error
         except Exception as error:  # of the HTTP library underneath, too
             raise ConvertError(f"{self.repo} cannot be downloaded: {_first_line(error)}; try again") from error
+        if folder.name != self.commit:
+            raise ConvertError(f"{self.repo} changed from {self.commit} to {folder.name} meanwhile: try again")
         progress("download", self.n_bytes, self.n_bytes)
         for name in self.files:
-            if not Path(folder, name).is_file():
+            if not (folder / name).is_file():
                 raise ConvertError(f"{name} of {self.repo} is not in the cache, and the hub is offline: go online once")
-        return Path(folder, self.files[0]) if self.is_gguf else Path(folder)
+        return [folder / name for name in self.files]
 
 
 def parse_source(text: str) -> tuple[str, str | None] | None:
@@ -98,9 +108,9 @@ def find_model(repo: str, quant: str | None) -> HubModel:
         ConvertError: there is no such repository or quant, the repository holds no model, or the hub cannot be reached
             and its cache does not know the repository.
     """
-    sizes = _list_files(repo)
+    commit, sizes = _list_files(repo)
     if files := choose_gguf(repo, sizes, quant):
-        return HubModel(repo, tuple(files), sum(sizes[name] for name in files), is_gguf=True)
+        return HubModel(repo, commit, tuple(files), sum(sizes[name] for name in files), is_gguf=True)
     if quant is not None:
         raise ConvertError(f"{repo} holds no GGUF, so no quant {quant}: leave out :{quant} to convert its checkpoint")
     top = [name for name in sorted(sizes) if "/" not in name]
@@ -110,7 +120,7 @@ def find_model(repo: str, quant: str | None) -> HubModel:
             f"{repo} holds neither a GGUF nor a checkpoint (config.json and {_WEIGHTS}): choose another repository"
         )
     files = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in _CHECKPOINT)] + weights
-    return HubModel(repo, tuple(files), sum(sizes[name] for name in files), is_gguf=False)
+    return HubModel(repo, commit, tuple(files), sum(sizes[name] for name in files), is_gguf=False)
 
 
 def choose_gguf(repo: str, names: Iterable[str], quant: str | None) -> list[str]:
@@ -151,10 +161,11 @@ def _is_model(name: str) -> bool:
     return file.endswith(".gguf") and not any(part in file for part in _NO_MODELS)
 
 
-def _list_files(repo: str) -> dict[str, int]:
-    """The files of a repository and their sizes in bytes; those in the cache where the hub cannot be reached."""
+def _list_files(repo: str) -> tuple[str, dict[str, int]]:
+    """Commit, files and their sizes in bytes of a repository; of the cache where the hub cannot be reached."""
     try:
-        return {file.rfilename: file.size or 0 for file in HfApi().model_info(repo, files_metadata=True).siblings}
+        info = HfApi().model_info(repo, files_metadata=True)
+        return info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
     except HFValidationError as error:
         raise ConvertError(f"{repo} is no name of a model on a hub: {_first_line(error)}") from error
     except RepositoryNotFoundError as error:
@@ -168,7 +179,8 @@ def _list_files(repo: str) -> dict[str, int]:
                 f"{repo} is not in the cache and {constants.ENDPOINT} cannot be asked: {_first_line(error)}; "
                 "check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or give a file that is on this machine"
             ) from error
-        return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return folder.name, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _no_access(repo: str) -> ConvertError:
@@ -183,14 +195,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _bars(report: Callable[[int], None]) -> type:
-    """A tqdm that shows nothing and reports the bytes done instead."""
+    """A tqdm that shows nothing and reports the bytes done instead, never fewer than before."""
+    most = 0  # there may be several bars of bytes, of what is received and of what is written
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **(kwargs | {"file": io.StringIO()}))
 
         def display(self, *_, **__):
-            if self.unit == "B":  # others count files
-                report(int(self.n))
+            nonlocal most
+            if self.unit == "B" and self.n > most:  # others count files
+                most = int(self.n)
+                report(most)
 
     return Bar

@@ -8,7 +8,8 @@ from pathlib import Path
 from fasa_edge.errors import SchemaError
 from fasa_edge.schema import PREFIX, Profile, from_metadata
 
-from .gguf_header import read_header
+from .gguf_header import GgufHeader, read_header
+from .split import output_paths, parse_name, read_shards
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,16 @@ class FileReport:
 
     Attributes:
         path: the file.
-        n_bytes: its size.
+        n_files: of a split model, of which the first was given and the others lie beside it, their number; else 1.
+        n_bytes: their size.
         architecture: ``general.architecture``, None where the file names none.
         name: ``general.name``, None likewise.
-        n_tensors: number of tensors; 0 for a profile.
+        n_tensors: number of tensors in them; 0 for a profile.
         profile: the FASA profile, None where the file is not annotated.
     """
 
     path: Path
+    n_files: int
     n_bytes: int
     architecture: str | None
     name: str | None
@@ -40,6 +43,7 @@ class FileReport:
         """The same as plain values for JSON; of each ranking only the ``n_tip`` chunks that the runtime uses."""
         report = {
             "path": str(self.path),
+            "n_files": self.n_files,
             "n_bytes": self.n_bytes,
             "architecture": self.architecture,
             "name": self.name,
@@ -69,10 +73,10 @@ class FileReport:
 
 
 def inspect(path: str | Path) -> FileReport:
-    """Reads the header of a GGUF model or profile.
+    """Reads the header of a GGUF model or profile, and those of the files that belong to the first of a split model.
 
     Raises:
-        ConvertError: the file is not a readable GGUF.
+        ConvertError: the file is not a readable GGUF, or as :func:`fasa_edge.convert.split.read_shards`.
         SchemaError: its ``fasa.*`` keys are not valid; the message names file, key, value and limit.
     """
     header = read_header(path)
@@ -81,11 +85,19 @@ def inspect(path: str | Path) -> FileReport:
         profile = from_metadata(metadata) if metadata else None
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from error
+    shards = read_shards(header) if _is_whole(header) else [header]
     return FileReport(
         path=header.path,
-        n_bytes=header.file_size,
+        n_files=len(shards),
+        n_bytes=sum(shard.file_size for shard in shards),
         architecture=header.get_string("general.architecture"),
         name=header.get_string("general.name"),
-        n_tensors=header.n_tensors,
+        n_tensors=sum(shard.n_tensors for shard in shards),
         profile=profile,
     )
+
+
+def _is_whole(header: GgufHeader) -> bool:
+    """Whether this is the first file of a split model and the others lie beside it."""
+    _, no, count = parse_name(header.path.name)
+    return no == 1 < count and all(path.is_file() for path in output_paths(header.path, count))

@@ -41,7 +41,8 @@ def check_output(path: Path, source: Path | None = None, *, force: bool = False)
 def staged(destinations: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
     """Makes an empty temporary file beside each destination; they take their places when the block ends.
 
-    If the block or a rename fails, the temporary files and all destinations that did not exist before are removed.
+    If the block or a rename fails, the temporary files and all destinations that did not exist before are removed. Of
+    those that did exist, the ones renamed before the failure keep their new content: the old one is gone.
 
     Args:
         destinations: in the order of the renames; the file that makes the others useful belongs last.
@@ -90,9 +91,15 @@ def write_bytes(path: Path, source: Path, data: bytes, *, force: bool = False) -
         Its size.
     """
     check_output(path, source, force=force)
-    with staged([path], len(data)) as (temporary,), temporary.open("wb") as target:
+    with staged([path], len(data)) as (temporary,):
+        fill(temporary, source, data)
+    return len(data)
+
+
+def fill(temporary: Path, source: Path, data: bytes) -> None:
+    """Writes a small temporary file of :func:`staged` down to the disk; its permissions are those of ``source``."""
+    with temporary.open("wb") as target:
         target.write(data)
         target.flush()
         os.fsync(target.fileno())
-        shutil.copymode(source, temporary)
-    return len(data)
+    shutil.copymode(source, temporary)

@@ -87,7 +87,8 @@ def convert(
     Raises:
         ConvertError: a bad argument; a source that cannot be found, downloaded or converted; a file that is damaged,
             missing or no model; a model without RoPE planes in a plain KV cache; a text too short; or a destination
-            that cannot be written. Nothing is left behind but the hub's cache.
+            that cannot be written. Nothing is left behind but the hub's cache; only where ``force`` was to replace
+            several files and a rename failed, some may be replaced already.
         LibraryError: the patched llama.cpp is missing.
     """
     if objective not in OBJECTIVES:
@@ -115,12 +116,13 @@ def convert(
         if profile_path is not None:
             check_output(profile_path, path, force=force)
         made = _make_profile(header, calibration_text, n_tip, objective, tokens, top_k, config, progress)
-        metadata, n_bytes = to_metadata(made), 0
+        metadata = to_metadata(made)
+        beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
         if copies:
             report = partial(progress, "write")
-            n_bytes += splice(header, copies[0], metadata, others, force=force, progress=report)
-        if profile_path is not None:
-            n_bytes += write_bytes(profile_path, path, encode_profile(header, metadata), force=force)
+            n_bytes = splice(header, copies[0], metadata, others, beside=beside, force=force, progress=report)
+        else:
+            n_bytes = sum(write_bytes(path, header.path, data, force=force) for path, data in beside.items())
     return ConvertResult(copies[0] if copies else None, profile_path, n_bytes, made)
 
 

@@ -81,7 +81,7 @@ def draw(data: Heatmap, title: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConvertError("plotting needs matplotlib: pip install 'fasa-edge[plot]'") from error
+        raise ConvertError("plotting needs matplotlib: run pip install '.[plot]' in the clone of fasa-edge") from error
 
     n_row, n_chunk = data.values.shape
     figure = Figure(figsize=(3 + 0.1 * n_chunk, 2 + 0.1 * n_row), layout="constrained")  # inches, 0.1 for a chunk

@@ -3,8 +3,9 @@
 RoPE turns plane ``i`` by ``base^(-2i / n_rot)`` per position. The pairs follow ggml_rope_ext and ggml_rope_multi
 (ggml/src/ggml-cpu/ops.cpp): consecutive dimensions in NORM models, dimensions ``n_rot / 2`` apart in NEOX models, the
 convention of Hugging Face. Multimodal RoPE (M-RoPE, interleaved or not) turns the planes of NEOX, each by one of a
-token's several positions, which are all the same in text. The dimensions from ``n_rot`` on are not rotated (partial
-rotary); any two of them form a plane of frequency 0.
+token's several positions, which are all the same in text. With partial rotary, the dimensions from ``n_rot`` on are
+not rotated; any two of them form a plane of frequency 0. A few architectures rotate the *last* dimensions instead
+(MiniCPM3, PLM): there, chunks are pairs of dimensions that do not all turn as one, see docs/design.md.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ def chunk_dims(n_embd_head: int, n_rot: int, rope_type: int) -> np.ndarray:
 
     Args:
         n_embd_head: dimensions of a key head.
-        n_rot: rotated ones, the leading dimensions of the head.
+        n_rot: number of rotated ones, taken for the leading dimensions of the head.
         rope_type: of ``enum llama_rope_type``.
 
     Returns:
-        int32 ``[n_embd_head / 2, 2]``: rotated planes by falling frequency, then the unrotated ones.
+        int32 ``[n_embd_head / 2, 2]``: rotated planes by falling frequency, then the unrotated ones; where the last
+        dimensions are rotated, pairs that partition the head all the same.
 
     Raises:
         ConvertError: a RoPE type without such planes, or sizes that are odd or out of range.

@@ -24,13 +24,14 @@ class Source(NamedTuple):
         name: of the GGUF file, the first one of a split model, or of the checkpoint.
         folder: where its copy goes unless told otherwise.
         is_gguf: whether it is no checkpoint.
-        fetch: brings it onto this machine; returns the file, or the folder of a checkpoint.
+        fetch: brings it onto this machine; returns its files, a GGUF's in order. Those of a local checkpoint are
+            all that its folder holds; beside others there may lie what does not belong to them.
     """
 
     name: str
     folder: Path
     is_gguf: bool
-    fetch: Callable[[Progress], Path]
+    fetch: Callable[[Progress], list[Path]]
 
     @property
     def n_files(self) -> int:
@@ -59,9 +60,9 @@ def find_source(src: str | Path) -> Source:
                 f"{src} holds no config.json: give a GGUF file or the folder of a Hugging Face checkpoint"
             )
         path = path.resolve()  # "." has no name
-        return Source(path.name, path.parent, False, lambda progress: path)
+        return Source(path.name, path.parent, False, lambda progress: sorted(path.iterdir()))
     if os.path.exists(path):
-        return Source(path.name, path.parent, True, lambda progress: path)
+        return Source(path.name, path.parent, True, lambda progress: [path])
 
     from . import hub  # huggingface_hub takes a while to import
 
@@ -104,7 +105,7 @@ def local_gguf(
     for path in outputs:
         check_output(path, force=force)
     if source.is_gguf:
-        yield source.fetch(progress)
+        yield source.fetch(progress)[0]
         return
     check_packages(source.name)
     with made_gguf(source.fetch(progress), source.name, outputs[0].parent, outtype, progress) as path:

@@ -162,8 +162,8 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     """Find the dominant frequency chunks of the model SRC and write a GGUF copy that carries them.
 
     SRC is a GGUF file (of a split model the first), the folder of a Hugging Face checkpoint (which takes
-    `pip install 'fasa-edge[hf]'`), or a model on a hub as user/model or user/model:quant. The copy of what comes from a
-    hub goes into the current folder; a split model stays split.
+    `pip install '.[hf]'` in the clone of fasa-edge), or a model on a hub as user/model or user/model:quant. The copy of
+    what comes from a hub goes into the current folder; a split model stays split.
 
     With --profile they go into a small file of their own, which serves every quantization of the model: give it to
     `run` and `bench` with --profile.
@@ -207,7 +207,8 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     if as_json:
         return _print_json(report.to_dict())
     profile = report.profile
-    content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors"
+    files = f" in {report.n_files} files" if report.n_files > 1 else ""
+    content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors{files}"
     click.echo(f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {_bytes(report.n_bytes)}")
     if profile is None:
         return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")

@@ -21,12 +21,14 @@ class Hub:
     Attributes:
         repos: ``user/model`` to the folder with its files; ``gated/`` ones are readable with :data:`TOKEN` only.
         requests: method and path of what was asked for.
+        restless: repositories that get a new commit with each request for their list of files.
         endpoint: its address, for HF_ENDPOINT.
     """
 
     def __init__(self, endpoint: str) -> None:
         self.repos: dict[str, Path] = {}
         self.requests: list[str] = []
+        self.restless: set[str] = set()
         self.endpoint = endpoint
 
     def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
@@ -38,7 +40,8 @@ class Hub:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
         if folder.name.startswith("gated") and token != f"Bearer {TOKEN}":
             return 403, {"X-Error-Code": "GatedRepo"}, b""
-        commit = hashlib.sha1(str(folder).encode()).hexdigest()
+        version = len(self.requests) if (api or file)[1] in self.restless and not file else 0
+        commit = hashlib.sha1(f"{folder} {version}".encode()).hexdigest()
         if file:
             if not (folder / file[2]).is_file():
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""

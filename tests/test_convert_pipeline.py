@@ -1,6 +1,10 @@
 """Conversion from end to end on random-weight models, and every bad input that it must refuse cleanly."""
 
+import errno
+import itertools
+import os
 import sys
+import tempfile
 
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import capture, convert, inspect, pipeline
@@ -232,6 +236,20 @@ def test_interruption_leaves_nothing_behind(model):
     with pytest.raises(KeyboardInterrupt):
         convert(model, tokens=512, progress=interrupt)
     assert names(model.parent) == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(("module", "call"), [(tempfile, "mkstemp"), (os, "fsync"), (os, "replace")])
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_copy_and_profile_are_written_both_or_neither(model, refuses, monkeypatch, module, call, n_before):
+    original, n_calls = getattr(module, call), itertools.count()
+
+    def fail(*args, **kwargs):
+        if next(n_calls) == n_before:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, call, fail)
+    refuses(model, "Input/output error", out=model.with_name("copy.gguf"), profile=model.with_name("profile.gguf"))
 
 
 def test_layers_that_decoding_leaves_out_have_no_chunks(model, refuses, monkeypatch):

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from fasa_edge.convert import checkpoint, convert, inspect
-from fasa_edge.convert.hub import choose_gguf, parse_source
+from fasa_edge.convert import hub as fasa_hub
+from fasa_edge.convert.hub import HubModel, choose_gguf, parse_source
+from fasa_edge.convert.source import find_source, local_gguf
 from fasa_edge.errors import ConvertError
 
 import gguf
@@ -118,13 +120,96 @@ def test_download_progress_cache_and_offline(hub, child, tmp_path):
 
 
 def test_split_model(hub, child, tmp_path):
-    ((path, _),) = child("user/split")
+    ((path, seen),) = child("user/split", TQDM_MININTERVAL="0")  # reports each step
+    done = [n for stage, n, _ in seen if stage == "download"]
+    assert done == sorted(done) and len(set(done)) > 2 and done[-1] == seen[0][2]
     shards = [f"tiny-F32-0000{no}-of-00003.gguf" for no in (1, 2, 3)]
     assert path == "tiny-F32-fasa-00001-of-00003.gguf" and sorted(downloads(hub)) == shards
     assert inspect(tmp_path / path).annotated
     for no in (2, 3):
         source = hub.repos["user/split"] / f"F32/{shards[no - 1]}"
         assert (tmp_path / f"tiny-F32-fasa-0000{no}-of-00003.gguf").read_bytes() == source.read_bytes()
+
+
+def test_files_are_of_the_commit_that_was_listed(hub, child, monkeypatch):
+    monkeypatch.setattr(hub, "restless", {"user/tiny"})
+    assert re.search("error: user/tiny changed from [0-9a-f]{40} to [0-9a-f]{40} meanwhile", child("user/tiny")[0][0])
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """A checkpoint in the cache, whose code came there by another way, and the bars that a download shows."""
+    snapshot = tmp_path / "snapshots/commit"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "code.py", "pytorch_model.bin"):
+        (snapshot / name).write_text('{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}}')
+    bars: list[dict] = []
+
+    def snapshot_download(repo, *, allow_patterns, tqdm_class):
+        shown = [tqdm_class(**bar) for bar in bars]
+        for n in (60, 30, 10):
+            for bar in shown:
+                bar.update(n)
+                bar.refresh()
+                n //= 2
+        return str(snapshot)
+
+    monkeypatch.setattr(fasa_hub, "snapshot_download", snapshot_download)
+    return HubModel("user/model", "commit", ("config.json", "model.safetensors"), 100, is_gguf=False), bars
+
+
+@pytest.mark.parametrize(
+    ("bars", "seen"),
+    [
+        ([{"unit": "B"}, {"unit": "B"}], [60, 90, 100, 100]),
+        ([{"unit": "it"}], [100]),
+        ([{"disable": True}], [100]),
+        ([], [100]),
+    ],
+    ids=["two of bytes", "none of bytes", "disabled", "ignored"],
+)
+def test_progress_whatever_bars_there_are(downloaded, bars, seen):
+    model, shown = downloaded
+    shown += bars
+    at: list[tuple] = []
+    model.download(lambda *progress: at.append(progress))
+    assert at == [("download", n, 100) for n in seen]
+
+
+def test_error_of_the_progress_is_no_failed_download(downloaded):
+    def stop(*_):
+        raise ConvertError("enough")
+
+    model, bars = downloaded
+    bars.append({"unit": "B"})
+    with pytest.raises(ConvertError, match="^enough$"):
+        model.download(stop)
+
+
+def test_checkpoint_runs_no_code_from_the_cache(downloaded, tmp_path, monkeypatch):
+    """Neither what lies beside the files that were listed, nor what a config names in another repository."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys; from huggingface_hub import constants as c; from pathlib import Path\n"
+        "links = {p.name: p.read_text() for p in Path(sys.argv[1]).iterdir()}\n"
+        "caches = [c.HF_HOME, c.HF_HUB_CACHE]\n"
+        "seen = [Path(sys.argv[1]).name, links, caches, c.HF_HUB_OFFLINE, os.environ.get('HF_MODULES_CACHE')]\n"
+        "Path(sys.argv[3]).write_text(json.dumps(seen))\n"
+    )
+    monkeypatch.setattr(checkpoint, "_SCRIPT", script)
+    monkeypatch.setattr(checkpoint, "_NEEDS", ())
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(fasa_hub, "find_model", lambda repo, quant: downloaded[0])
+    (tmp_path / "out").mkdir()
+    source = find_source("user/model")
+    outputs = [tmp_path / "out/copy.gguf"]
+    with local_gguf(source, outputs, outtype="auto", force=False, progress=lambda *_: None) as gguf_path:
+        name, links, caches, offline, modules = json.loads(gguf_path.read_text())
+        assert not any(Path(cache).exists() for cache in caches)
+    assert name == "model" and sorted(links) == ["config.json", "model.safetensors"] and links["config.json"]
+    assert all(Path(cache).is_relative_to(tmp_path / "out") for cache in caches) and offline and modules is None
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_token_opens_a_gated_model(child):
@@ -225,7 +310,7 @@ def test_checkpoint_without_the_extra(tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match="holds no config.json: give"):
         convert(tmp_path / "in")
     (tmp_path / "in/config.json").write_text("{}")
-    with pytest.raises(ConvertError, match=r"checkpoint, which takes no_such_package .* pip install 'fasa-edge\[hf\]'"):
+    with pytest.raises(ConvertError, match=r"which takes no_such_package .* pip install '\.\[hf\]' in the clone"):
         convert(tmp_path / "in")
     monkeypatch.setattr(checkpoint, "_NEEDS", ())
     monkeypatch.setattr(checkpoint, "_SCRIPT", tmp_path / "script.py")

@@ -6,7 +6,8 @@ import os
 import shutil
 
 import fasa_edge
-from fasa_edge.convert import convert, gguf_splice
+from fasa_edge.cli import main
+from fasa_edge.convert import convert, gguf_splice, inspect
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.split import output_paths, parse_name
 from fasa_edge.errors import ConvertError
@@ -14,6 +15,7 @@ from fasa_edge.errors import ConvertError
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from runtime import teacher_forced
 from tiny_models import make_model
 
@@ -135,6 +137,20 @@ def test_too_little_disk_counts_what_is_copied(split, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_splice.shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
     with pytest.raises(ConvertError, match=f"needs {need} bytes but .* has {need - 1} free"):
         convert(split, tmp_path / "copy.gguf", tokens=TOKENS)
+
+
+def test_inspect_counts_all_files_that_are_there(split):
+    whole = make_model(split.with_name("whole.gguf"))
+    n_bytes = [path.stat().st_size for path in output_paths(split, 3)]
+    report = inspect(split)
+    assert (report.n_files, report.n_tensors, report.n_bytes) == (3, inspect(whole).n_tensors, sum(n_bytes))
+    assert report.to_dict()["n_files"] == 3
+    assert " 21 tensors in 3 files, " in CliRunner().invoke(main, ["inspect", str(split)]).stdout
+    report = inspect(nth(split, 2))
+    assert (report.n_files, report.n_bytes) == (1, n_bytes[1])
+    nth(split, 3).unlink()
+    report = inspect(split)
+    assert (report.n_files, report.n_tensors, report.n_bytes) == (1, 8, n_bytes[0])
 
 
 # Damaged sets

@@ -52,10 +52,12 @@ def device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("server")
     with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as server:
         try:
+            deadline = time.monotonic() + 30
             while server.poll() is None:
                 with socket.socket() as probe:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
+                assert time.monotonic() < deadline, f"no server on port {port}: {(folder / 'log').read_text()}"
                 time.sleep(0.1)
             assert server.poll() is None, (folder / "log").read_text()
             rpc, lib = ctypes.CDLL(str(rpc_lib)), _lib.llama_cpp.llama_cpp._lib

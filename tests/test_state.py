@@ -19,9 +19,9 @@ from runtime import GGML_TYPES, SAME, TEXTS, Context, annotated_tiny, check, fre
 N_PROMPT = 700
 PROMPT, NEXT = TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT]
 
-# NMSE of a restored context, .3 and more without new tips, or with those of rotated keys: they come from what
-# quantization has left of K, the first ones came from K itself
-KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-4, "q4_0": 2e-2, "q5_1": 2e-2}
+# NMSE of a restored context, from which dense attention is .15 away: its tips come from what quantization has left of
+# K, the first ones came from K itself, so a few of the cells may be others
+KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-2, "q4_0": 5e-2, "q5_1": 5e-2}
 
 
 @pytest.fixture(scope="module")
