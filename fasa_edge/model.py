@@ -204,6 +204,8 @@ class Llama(llama_cpp.Llama):
                     type_v=type_v,
                     **kwargs,
                 )
+                if self.lora_path and not self._lora_adapter:  # the parent compares a null pointer with None
+                    raise RuntimeError(f"Failed to load LoRA adapter: {self.lora_path}")
             except (ValueError, RuntimeError) as error:
                 reason = "; ".join([str(error), *dict.fromkeys(errors)])
                 raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error

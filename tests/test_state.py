@@ -164,9 +164,10 @@ def open_llama(model: Path, **kwargs) -> fasa_edge.Llama:
     return fasa_edge.Llama(str(model), n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, **kwargs)
 
 
-def test_the_prompt_cache_of_the_bindings(model: Path) -> None:
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_the_prompt_caches_of_the_bindings(model: Path, kind: str, tmp_path: Path) -> None:
     llm = open_llama(model)
-    llm.set_cache(llama_cpp.LlamaRAMCache())
+    llm.set_cache(llama_cpp.LlamaRAMCache() if kind == "memory" else llama_cpp.LlamaDiskCache(str(tmp_path)))
     for text in (TEXTS[0], TEXTS[1]):
         llm.create_completion(text[:N_PROMPT], max_tokens=1, temperature=0)
     longer = TEXTS[0][: N_PROMPT + 50]
@@ -195,7 +196,7 @@ def test_speculative_decoding(model: Path) -> None:
     n = 60
     plain = open_llama(model)
     text = PROMPT + list(itertools.islice(plain.generate(PROMPT, temp=0), n))
-    llm = open_llama(model, draft_model=_Draft(text), logits_all=True)  # without, its prompts end at n_batch
+    llm = open_llama(model, draft_model=_Draft(text))
     assert list(itertools.islice(llm.generate(PROMPT, temp=0), n)) == text[N_PROMPT:]
     stats = llm.fasa.stats()
     assert n / 8 < stats.n_steps_decode < n / 2  # drafts were taken, and some rejected
