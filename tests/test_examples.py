@@ -34,7 +34,7 @@ def test_demo(run, tmp_path: Path) -> None:
 def test_chat_document(run, fasa_model_path: Path, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text("The name of the cat is Wilhelmina. " * 100)
-    args = (fasa_model_path, "--document", document, "--n-ctx", 1024, "--max-tokens", 16, "--budget", 128)
+    args = (fasa_model_path, "--document", document, "--n-ctx", 512, "--max-tokens", 16, "--budget", 128)
     done = run("chat_document", *args, "What is the name of the cat?", "Say it again.")
     assert done.stdout.count("Wilhelmina") >= 2
     assert re.search(r"document cut to \d+ of \d+ tokens", done.stderr) and done.stderr.count("of dense]") == 2

@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 import pytest
 from hub_server import hub_server
-from llama_cpp import llama_chat_format, mtmd_cpp
+from llama_cpp import LlamaGrammar, llama_chat_format, mtmd_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits, nmse, teacher_forced
 from test_convert_source import environment_of
@@ -107,6 +107,18 @@ def test_types_of_the_cache(model: Path) -> None:
     assert sizes[llm.context_params.type_k] < 0.5 * sizes[None]
 
 
+def test_a_prompt_cache_on_disk(model: Path, tmp_path: Path) -> None:
+    texts = []
+    for n_prompt, n_cached in ((N_PROMPT, 0), (N_PROMPT + 3, N_PROMPT)):  # the second as another process would
+        llm = load(model, n_batch=512)
+        llm.set_cache(llama_cpp.LlamaDiskCache(str(tmp_path)))
+        texts.append(llm.create_completion(TOKENS[:n_prompt], max_tokens=8, temperature=0)["choices"][0]["text"])
+        stats = llm.fasa.stats()
+        assert stats.n_steps_prompt == (0 if n_cached else 2)
+        assert stats.n_layers_sparse == N_LAYER * stats.n_steps_decode > 0
+    assert load(model).create_completion(TOKENS, max_tokens=8, temperature=0)["choices"][0]["text"] == texts[1]
+
+
 # Embeddings
 
 EMBEDDED = [bytes(token - 3 for token in text[:n]).decode() for text in TEXTS for n in (9, 400)]
@@ -159,6 +171,22 @@ def test_logprobs(model: Path) -> None:
     choice = llm.create_completion(TOKENS[:N_PROMPT], max_tokens=4, temperature=0, logprobs=2)["choices"][0]
     assert llm.fasa.stats().n_layers_sparse > 0
     assert [max(top.values()) for top in choice["logprobs"]["top_logprobs"]] == choice["logprobs"]["token_logprobs"]
+
+
+def test_what_constrains_sampling(model: Path) -> None:
+    llm = load(model)
+    prompt = TOKENS[:N_PROMPT]
+
+    def text(**kwargs) -> str:
+        return llm.create_completion(prompt, max_tokens=8, temperature=0, **kwargs)["choices"][0]["text"]
+
+    assert text(grammar=LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)) in ("yes", "no")
+    x = np.eye(llm.n_vocab(), dtype=np.float32)[3 + ord("x")]
+    only_x = llama_cpp.LogitsProcessorList([lambda ids, logits: x])
+    assert text(logits_processor=only_x) == 8 * "x" and text(logits_processor=only_x, stop=["xx"]) == ""
+    three = llama_cpp.StoppingCriteriaList([lambda ids, logits: len(ids) >= N_PROMPT + 3])
+    assert text(logits_processor=only_x, stopping_criteria=three) == 3 * "x"
+    assert llm.fasa.stats().n_layers_sparse > 0
 
 
 def test_the_library_of_vision_models_is_ours() -> None:

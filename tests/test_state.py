@@ -164,10 +164,9 @@ def open_llama(model: Path, **kwargs) -> fasa_edge.Llama:
     return fasa_edge.Llama(str(model), n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_the_prompt_caches_of_the_bindings(model: Path, kind: str, tmp_path: Path) -> None:
+def test_the_prompt_cache_of_the_bindings(model: Path) -> None:
     llm = open_llama(model)
-    llm.set_cache(llama_cpp.LlamaRAMCache() if kind == "memory" else llama_cpp.LlamaDiskCache(str(tmp_path)))
+    llm.set_cache(llama_cpp.LlamaRAMCache())
     for text in (TEXTS[0], TEXTS[1]):
         llm.create_completion(text[:N_PROMPT], max_tokens=1, temperature=0)
     longer = TEXTS[0][: N_PROMPT + 50]
