@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fasa_edge import _lib  # noqa: F401  first: it decides which libllama the process gets
 from fasa_edge.config import FasaConfig
-from fasa_edge.errors import ConvertError, FasaError, LibraryError, ModelError, SchemaError
+from fasa_edge.errors import AdapterError, ChatError, ConvertError, FasaError, LibraryError, ModelError, SchemaError
 from fasa_edge.model import Fasa, FasaStats, Llama
 
 try:
@@ -23,6 +23,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "AdapterError",
+    "ChatError",
     "ConvertError",
     "Fasa",
     "FasaConfig",

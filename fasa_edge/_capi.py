@@ -138,7 +138,9 @@ def has_profile(model: int) -> bool:
     return _model_has_profile(model)
 
 
-def load_profile(model: int, path: str | os.PathLike, overrides=None) -> bool:
+def load_profile(
+    model: int, path: str | os.PathLike[str], overrides: ctypes.Array | ctypes._Pointer | None = None
+) -> bool:
     """Give a model (``llama_model *``) the profile in another GGUF file, before a context is made.
 
     Args:

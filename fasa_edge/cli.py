@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import fasa_edge
 from fasa_edge import _capi, _lib, bench, convert
+from fasa_edge.chat import Chat
 from fasa_edge.config import FasaConfig
-from fasa_edge.errors import FasaError
+from fasa_edge.errors import ChatError, FasaError
 
 import click
 from rich.console import Console
@@ -38,7 +39,7 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each stage: call with its name, what is done and what there is to do."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -166,7 +167,7 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     what comes from a hub goes into the current folder; a split model stays split.
 
     With --profile they go into a small file of their own, which serves every quantization of the model: give it to
-    `run` and `bench` with --profile.
+    `run`, `chat` and `bench` with --profile.
 
     The settings from --budget on are defaults stored with them; each can be changed when the model is loaded.
     """
@@ -230,9 +231,27 @@ def _reasons(layers_dense: dict[str, int]) -> str:
     return ", ".join(f"{n} ({reason})" for reason, n in layers_dense.items()) or "0"
 
 
-def _report_run(llm: fasa_edge.Llama, n_tokens: int, seconds: float) -> dict[str, Any]:
+def _generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -> dict[str, Any]:
+    """Print a text as it is generated; the text, and what it took."""
+    text: list[str] = []
+    first = start = time.perf_counter()
+    n_prompt = 0
+    for piece in pieces:
+        if not text:  # the prompt and the first token
+            first, n_prompt = time.perf_counter(), llm.n_tokens
+            llm.fasa.reset_stats()
+        text.append(piece)
+        if not quiet:
+            click.echo(piece, nl=False)
+    if not quiet:
+        click.echo()
+    n_prompt = n_prompt or llm.n_tokens
+    n_tokens, seconds = llm.n_tokens - n_prompt, time.perf_counter() - first
     stats = llm.fasa.stats()
     return {
+        "text": "".join(text),
+        "prompt_tokens": n_prompt,
+        "prompt_seconds": first - start,
         "n_tokens": n_tokens,
         "tokens_per_second": n_tokens / seconds if seconds > 0 else 0.0,
         "layers_sparse": stats.n_layers_sparse,
@@ -242,6 +261,24 @@ def _report_run(llm: fasa_edge.Llama, n_tokens: int, seconds: float) -> dict[str
         "bytes_kv_dense": stats.bytes_kv_dense,
         "settings": stats.settings,
     }
+
+
+def _attention(report: dict[str, Any], model: str) -> str:
+    """What the attention of a generated text read."""
+    if not report["settings"]:
+        return f"dense: {model} has no FASA profile, make one with `fasa-edge convert`"
+    return (
+        f"KV read {_bytes(report['bytes_kv'] + report['bytes_tips'])} (tips {_bytes(report['bytes_tips'])}), "
+        f"dense reads {_bytes(report['bytes_kv_dense'])}; "
+        f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}"
+    )
+
+
+def _read_text(file: Any) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise FasaError(f"{file.name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
 
 
 @main.command()
@@ -269,47 +306,95 @@ def run(
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
     llm = _load(**model, fasa_enabled=False if dense else None)
-    try:
-        tokens = llm.tokenize((prompt if prompt is not None else prompt_file.read()).encode())
-    except UnicodeDecodeError as error:
-        raise FasaError(f"{prompt_file.name} is not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    tokens = llm.tokenize((prompt if prompt is not None else _read_text(prompt_file)).encode())
     if len(tokens) + n_predict > llm.n_ctx():
         raise FasaError(
             f"{len(tokens)} tokens of prompt and {n_predict} to generate exceed the context of {llm.n_ctx()}: "
             "shorten the prompt or raise -c"
         )
-    pieces: list[str] = []
-    first = start = time.perf_counter()
-    for chunk in llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True):
-        if not pieces:
-            first = time.perf_counter()  # the prompt and the first token
-            llm.fasa.reset_stats()
-        pieces.append(chunk["choices"][0]["text"])
-        if not as_json:
-            click.echo(pieces[-1], nl=False)
-    n_tokens = llm.n_tokens - len(tokens)
-    report = {
-        "prompt_tokens": len(tokens),
-        "prompt_seconds": first - start,
-        **_report_run(llm, n_tokens, time.perf_counter() - first),
-    }
+    chunks = llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True)
+    report = _generate(llm, (chunk["choices"][0]["text"] for chunk in chunks), quiet=as_json)
     if as_json:
-        return _print_json({"text": "".join(pieces)} | report)
-    click.echo()
+        return _print_json(report)
     click.echo(
-        f"\nprompt {len(tokens)} tokens in {report['prompt_seconds']:.1f} s, "
-        f"then {n_tokens} tokens at {report['tokens_per_second']:.1f} tokens/s",
+        f"\nprompt {report['prompt_tokens']} tokens in {report['prompt_seconds']:.1f} s, "
+        f"then {report['n_tokens']} tokens at {report['tokens_per_second']:.1f} tokens/s",
         err=True,
     )
-    if not report["settings"]:
-        return click.echo(f"dense: {model['model']} has no FASA profile, make one with `fasa-edge convert`", err=True)
-    read = report["bytes_kv"] + report["bytes_tips"]
-    click.echo(
-        f"KV read {_bytes(read)} (tips {_bytes(report['bytes_tips'])}), "
-        f"dense reads {_bytes(report['bytes_kv_dense'])}; "
-        f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}",
-        err=True,
-    )
+    click.echo(_attention(report, model["model"]), err=True)
+
+
+@main.command()
+@_model_options
+@click.option("--system", help="System message.")
+@click.option(
+    "-f", "--file", "document_file", type=click.File(encoding="utf-8"), help="Text put before the first question."
+)
+@click.option("-n", "--n-predict", type=click.IntRange(1), default=512, help="Tokens of an answer at most.")
+@click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
+@click.option("--seed", type=int, default=0, help="Of the sampling.")
+@click.option("--dense", is_flag=True, help="Switch FASA off.")
+def chat(
+    system: str | None,
+    document_file: Any,
+    n_predict: int,
+    temperature: float,
+    seed: int,
+    dense: bool,
+    **model: Any,
+) -> None:
+    """Chat with MODEL: a question a line, from the terminal or a pipe.
+
+    /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off. The
+    exit status is 1 if a question found no room in the context.
+    """
+    document = _read_text(document_file) if document_file else None
+    llm = _load(**model, fasa_enabled=False if dense else None)
+    conversation = Chat(llm, system=system, document=document)
+    status = 0
+    for question in _questions():
+        if question == "/clear":
+            conversation.clear()
+            continue
+        pieces = conversation.ask(question, max_tokens=n_predict, temperature=temperature, seed=seed)
+        try:
+            report = _generate(llm, pieces)
+        except KeyboardInterrupt:
+            pieces.close()
+            click.echo()
+            continue
+        except ChatError as error:
+            click.echo(f"Error: {error}", err=True)
+            status = 1
+            continue
+        click.echo(
+            f"[{report['prompt_tokens']} tokens, {report['prompt_seconds']:.1f} s to the first word, "
+            f"then {report['n_tokens']} at {report['tokens_per_second']:.1f} tokens/s; "
+            f"{_attention(report, model['model'])}]",
+            err=True,
+        )
+        if conversation.is_full:
+            click.echo(f"the context of {llm.n_ctx()} tokens is full: /clear, or start with a larger -c", err=True)
+    sys.exit(status)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input that are not empty, until /exit."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  input() edits lines with it
+    while True:
+        try:
+            question = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise FasaError(f"standard input is not UTF-8 at byte {error.start}: recode it") from error
+        if question == "/exit":
+            return
+        if question:
+            yield question
 
 
 @main.command(name="bench")

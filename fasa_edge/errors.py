@@ -17,5 +17,13 @@ class ModelError(FasaError, ValueError):
     """llama.cpp cannot load a model; a ``ValueError`` as ``llama_cpp.Llama`` raises."""
 
 
+class AdapterError(FasaError, RuntimeError):
+    """llama.cpp cannot load a LoRA adapter; a ``RuntimeError`` as ``llama_cpp.Llama`` raises."""
+
+
+class ChatError(FasaError, ValueError):
+    """A chat cannot go on: its context is full, or the model's chat format refuses it."""
+
+
 class LibraryError(FasaError):
     """The patched llama.cpp library is missing, or it is not the one that these Python files were made for."""

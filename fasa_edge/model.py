@@ -12,9 +12,10 @@ from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.config import FasaConfig
-from fasa_edge.errors import FasaError, ModelError
+from fasa_edge.errors import AdapterError, FasaError, ModelError
 
 import psutil
+from llama_cpp.llama_speculative import LlamaDraftModel
 
 _SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
@@ -22,7 +23,7 @@ _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 _N_CTX_UNKNOWN = 512
 
 _KV_MEMORY_SHARE = 0.5
-"""Of the memory that is free beside the weights, what the KV cache of an automatic ``n_ctx`` may take."""
+"""Of the memory that is free beside the weights, what an automatic ``n_ctx`` may take: KV cache, and logits if kept."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ class Llama(llama_cpp.Llama):
             is free beside the weights does not hold its KV cache.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
+        logits_all: keep the logits of all tokens, for logprobs; n_ctx x n_vocab floats, which an automatic ``n_ctx``
+            counts. On with a draft model.
+        draft_model: proposes tokens, as ``LlamaPromptLookupDecoding``; up to ``max_batch`` - 1 at a time are checked
+            sparsely.
+        type_k: ``enum ggml_type`` of cached keys; None for f16.
+        type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
         fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
@@ -140,6 +147,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
+        AdapterError: the adapter of ``lora_path`` cannot be loaded.
         ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
             what it logged.
     """
@@ -151,7 +159,11 @@ class Llama(llama_cpp.Llama):
         n_ctx: int = 0,
         flash_attn: bool = True,
         kv_overrides: dict[str, bool | int | float | str] | None = None,
-        fasa_profile: str | os.PathLike | None = None,
+        logits_all: bool = False,
+        draft_model: LlamaDraftModel | None = None,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        fasa_profile: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ closes it, also if construction ends here
@@ -167,6 +179,10 @@ class Llama(llama_cpp.Llama):
                     f"{name} is no argument of fasa_edge.Llama: choose from fasa_profile, "
                     f"{', '.join('fasa_' + s for s in _SETTINGS)}"
                 )
+        if kwargs.get("lora_base") is not None:
+            warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)
+        # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.
+        logits_all = logits_all or draft_model is not None
         self._fasa_profile = fasa_profile
         overrides = dict(kv_overrides or {})
         overrides |= {
@@ -179,13 +195,20 @@ class Llama(llama_cpp.Llama):
             try:
                 super().__init__(
                     model_path,
-                    n_ctx=n_ctx or _automatic_n_ctx(model_path, kwargs.get("type_k"), kwargs.get("type_v")),
+                    n_ctx=n_ctx or _automatic_n_ctx(model_path, type_k, type_v, logits_all),
                     flash_attn=True,
                     kv_overrides=overrides or None,
+                    logits_all=logits_all,
+                    draft_model=draft_model,
+                    type_k=type_k,
+                    type_v=type_v,
                     **kwargs,
                 )
-            except ValueError as error:
-                raise ModelError("; ".join([str(error), *dict.fromkeys(errors)])) from error
+                if self.lora_path and not self._lora_adapter:  # the parent compares a null pointer with None
+                    raise RuntimeError(f"Failed to load LoRA adapter: {self.lora_path}")
+            except (ValueError, RuntimeError) as error:
+                reason = "; ".join([str(error), *dict.fromkeys(errors)])
+                raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
         self.fasa = Fasa(self)
 
         if not self.fasa.available and (ignored := [key for key in overrides if key.startswith("fasa.")]):
@@ -212,7 +235,7 @@ class Llama(llama_cpp.Llama):
         return super().__getstate__() | {"fasa_profile": self._fasa_profile}
 
 
-def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) -> int:
+def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, logits_all: bool) -> int:
     """The context that the model was trained for, as far as memory allows.
 
     That of ``llama_cpp.Llama`` where there is none: a vocabulary, or a file that does not load.
@@ -221,6 +244,7 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) ->
         model_path: GGUF model.
         type_k: ``enum ggml_type`` of cached keys; None for f16, the default of llama.cpp.
         type_v: the same for values.
+        logits_all: whether ``llama_cpp.Llama`` keeps the logits of all cells, too.
     """
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True  # reads the metadata, none of the weights
@@ -239,6 +263,8 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None) ->
         # a layer without KV heads may keep one row for all of them (MLA)
         width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in _capi.layer_geometry(model))
         bytes_per_cell = width * sum(map(_capi.bytes_per_element, types))
+        if logits_all:
+            bytes_per_cell += 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     finally:
         llama_cpp.llama_model_free(model)
     fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))

@@ -84,6 +84,41 @@ def test_run_says_what_is_wrong(fasa_model_path: Path, tmp_path: Path) -> None:
     assert fasa("run", tmp_path / "broken.gguf", "-p", "x", code=1).stderr.startswith("Error: Failed to load model")
 
 
+def test_chat(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:
+    sparse = ("--override-kv", "fasa.min_ctx=int:1", "--budget", 64)
+    args = ("chat", fasa_model_path, "-c", 1024, "-n", 24, "--temp", 0)
+    questions = "What is the capital of France?\n\nWhat did I ask about?\n/exit\nWhat is left?\n"
+    result = fasa(*args, *sparse, "--system", "You are a helpful assistant.", input=questions)
+    answers, numbers = result.stdout.splitlines(), result.stderr.splitlines()
+    assert "Paris" in answers[0] and "France" in "".join(answers[1:])  # the history was kept
+    assert len(numbers) == 2 and all("tokens/s" in line and "layers sparse" in line for line in numbers)
+    assert "layers sparse 0" not in numbers[0] and "layers sparse 0" in fasa(*args, "--dense", input="Hi").stderr
+    assert fasa(*args, input="").stdout == ""
+
+    (tmp_path / "document.txt").write_text("The name of the cat is Wilhelmina.")
+    question = "What is the name of the cat?\n"
+    document = ("-f", tmp_path / "document.txt")
+    assert fasa(*args, *document, input=f"{question}/clear\n{question}").stdout.count("Wilhelmina") >= 2
+    assert "has no FASA profile" in fasa("chat", model_path, "-c", 512, "-n", 1, input="Hi").stderr
+
+
+def test_chat_says_when_its_context_is_full(fasa_model_path: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 400)
+    error = fasa("chat", fasa_model_path, "-c", 256, "-f", long, input="Hi\n", code=1).stderr
+    assert error.startswith("Error: Requested tokens (") and "exceed context window of 256" in error
+    assert "/clear" in error and "-c" in error
+
+    lines = f"Hello\n{'word ' * 300}\n/clear\nHello\n"  # the second is refused and leaves the chat as it was
+    result = fasa("chat", fasa_model_path, "-c", 256, "-n", 4, "--temp", 0, input=lines, code=1)
+    first, second = result.stdout.splitlines()
+    assert first == second and result.stderr.count("Error: ") == 1
+    assert "is full: /clear" in fasa("chat", fasa_model_path, "-c", 256, input="Tell a long story.\n").stderr
+
+    long.write_bytes(b"caf\xe9")
+    assert "is not UTF-8 at byte 3" in fasa("chat", fasa_model_path, "-f", long, code=1).stderr
+
+
 def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     args = ("bench", fasa_model_path, "-d", "0,300", "-n", 2, "-r", 2, "--override-kv", "fasa.min_ctx=int:512")
     rows = json.loads(fasa(*args, "-o", "json").stdout)
@@ -112,6 +147,6 @@ def test_doctor() -> None:
     assert fasa_edge.__version__ in fasa("doctor").stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "run", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "run", "chat", "bench", "doctor"])
 def test_help_is_complete(command: str) -> None:
     assert "Usage:" in fasa(command, "--help").stdout

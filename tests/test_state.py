@@ -202,7 +202,7 @@ def test_speculative_decoding(model: Path) -> None:
     n = 60
     plain = open_llama(model)
     text = PROMPT + list(itertools.islice(plain.generate(PROMPT, temp=0), n))
-    llm = open_llama(model, draft_model=_Draft(text), logits_all=True)  # without, its prompts end at n_batch
+    llm = open_llama(model, draft_model=_Draft(text))
     assert list(itertools.islice(llm.generate(PROMPT, temp=0), n)) == text[N_PROMPT:]
     stats = llm.fasa.stats()
     assert n / 8 < stats.n_steps_decode < n / 2  # drafts were taken, and some rejected

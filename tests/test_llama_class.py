@@ -1,0 +1,274 @@
+"""What ``fasa_edge.Llama`` inherits: everything works as in ``llama_cpp.Llama``, or says why not.
+
+Saved states, prompt caches and drafts that are partly rejected: test_state.py. Pickling: test_profile.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fasa_edge
+from fasa_edge._lib import lib_dir, llama_cpp
+from fasa_edge.convert import convert
+from fasa_edge.errors import AdapterError
+
+import gguf
+import numpy as np
+import pytest
+from hub_server import hub_server
+from llama_cpp import LlamaGrammar, llama_chat_format, mtmd_cpp
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits, nmse, teacher_forced
+from test_convert_source import environment_of
+from tiny_models import make_model
+
+N_PROMPT = 700
+TOKENS = TEXTS[0][: N_PROMPT + 3]
+N_LAYER = 2
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+QUESTION = [{"role": "user", "content": "Why? " * 100}]
+PROMPT = "<user>" + "Why? " * 100 + "<assistant>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def load(path: Path, cls: type[llama_cpp.Llama] = fasa_edge.Llama, **kwargs):
+    defaults = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "flash_attn": True, "verbose": False}
+    return cls(str(path), **defaults | kwargs)
+
+
+# from_pretrained
+
+_CHILD = """
+import json, sys, warnings
+warnings.simplefilter("ignore")  # huggingface_hub warns of arguments that llama-cpp-python still gives it
+import fasa_edge
+for arguments in json.loads(sys.argv[1]):
+    try:
+        llm = fasa_edge.Llama.from_pretrained(**arguments, n_ctx=512, verbose=False)
+        print(json.dumps([type(llm).__module__, llm.fasa.settings.get("budget"), llm.model_path]))
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = tmp_path / "repo"
+    (repo / "F32").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=8))
+        make_model(tmp_path / "tiny.gguf")
+    annotated = convert(tmp_path / "tiny-00001-of-00003.gguf", repo / "F32/a-00001-of-00003.gguf", tokens=512).path
+    whole = convert(make_model(tmp_path / "whole.gguf"), repo / "whole.gguf", tokens=512).path
+    shards = [f"F32/*-0000{no}-of-00003.gguf" for no in (1, 2, 3)]
+    calls = [
+        {"filename": shards[0], "additional_files": shards[1:], "fasa_budget": 77},
+        {"filename": "whole*", "local_dir": str(tmp_path / "here")},
+        {"filename": "none*"},
+        {"filename": "whole.gguf", "fasa_budget": 3},
+    ]
+    with hub_server() as hub:
+        hub.repos["user/tiny"] = repo
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, json.dumps([{"repo_id": "user/tiny", **call} for call in calls])],
+            env=environment_of(hub, tmp_path),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    split, local, missing, refused = map(json.loads, done.stdout.splitlines())
+    assert split[:2] == ["fasa_edge.model", 77] and Path(split[2]).read_bytes() == annotated.read_bytes()
+    assert local == ["fasa_edge.model", 512, str(tmp_path / "here/whole.gguf")]
+    assert Path(local[2]).read_bytes() == whole.read_bytes()
+    assert "No file found in user/tiny that match none*" in missing
+    assert "do not fit into fasa.budget = 3" in refused
+
+
+# The cache
+
+
+def test_types_of_the_cache(model: Path) -> None:
+    sizes = {}
+    for type_k, type_v in ((None, None), (llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_Q4_0)):
+        llm = load(model, type_k=type_k, type_v=type_v)
+        dense = teacher_forced(llm, TOKENS, N_PROMPT, enabled=False)
+        check(dense, teacher_forced(llm, TOKENS, N_PROMPT, budget=2048), 5e-5)
+        assert llm.fasa.stats().n_layers_sparse == 3 * N_LAYER
+        sizes[type_k] = llm.save_state().llama_state_size
+    assert sizes[llm.context_params.type_k] < 0.5 * sizes[None]
+
+
+def test_a_prompt_cache_on_disk(model: Path, tmp_path: Path) -> None:
+    texts = []
+    for n_prompt, n_cached in ((N_PROMPT, 0), (N_PROMPT + 3, N_PROMPT)):  # the second as another process would
+        llm = load(model, n_batch=512)
+        llm.set_cache(llama_cpp.LlamaDiskCache(str(tmp_path)))
+        texts.append(llm.create_completion(TOKENS[:n_prompt], max_tokens=8, temperature=0)["choices"][0]["text"])
+        stats = llm.fasa.stats()
+        assert stats.n_steps_prompt == (0 if n_cached else 2)
+        assert stats.n_layers_sparse == N_LAYER * stats.n_steps_decode > 0
+    assert load(model).create_completion(TOKENS, max_tokens=8, temperature=0)["choices"][0]["text"] == texts[1]
+
+
+# Embeddings
+
+EMBEDDED = [bytes(token - 3 for token in text[:n]).decode() for text in TEXTS for n in (9, 400)]
+
+
+@pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])
+def test_embeddings(model: Path, pooling: str) -> None:
+    """Whole texts are prompts; those of at most ``max_batch`` tokens decode, but see fewer cells than the budget."""
+    kwargs = {"embedding": True, "pooling_type": getattr(llama_cpp, f"LLAMA_POOLING_TYPE_{pooling}")}
+    kwargs |= {"n_batch": 2048, "n_ubatch": 2048}
+    stock, llm = load(model, llama_cpp.Llama, kv_overrides={"fasa.version": 0}, **kwargs), load(model, **kwargs)
+    for texts, layers in ((EMBEDDED, {"prompt": N_LAYER}), (EMBEDDED[::2], {})):
+        llm.fasa.reset_stats()
+        wanted, found = ([each["embedding"] for each in m.create_embedding(texts)["data"]] for m in (stock, llm))
+        assert llm.fasa.stats().n_layers_dense == layers
+        for one, other in zip(wanted, found, strict=True):
+            check(np.array(one), np.array(other), 0 if layers else 1e-6)  # the same kernels, or ours
+        assert nmse(np.array(wanted[0]).ravel()[:256], np.array(wanted[1]).ravel()[:256]) > 1e-3
+    with pytest.raises(RuntimeError, match="embedding=True"):
+        load(model).create_embedding("text")
+
+
+# Chat
+
+
+@pytest.mark.parametrize("source", ["metadata", "registered format", "handler"])
+def test_chat_formats(model: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    formatter = llama_chat_format.Jinja2ChatFormatter(TEMPLATE, eos_token="</s>", bos_token="<s>")
+    kwargs = {}
+    if source == "metadata":
+        plain = make_model(tmp_path / "chat.gguf", tokenizer__chat_template=TEMPLATE)
+        model = convert(plain, tmp_path / "chat-fasa.gguf", tokens=512).path
+    elif source == "registered format":
+        registry = llama_chat_format.LlamaChatCompletionHandlerRegistry()
+        monkeypatch.setattr(registry, "_chat_handlers", dict(registry._chat_handlers))
+        llama_chat_format.register_chat_format("why")(formatter)
+        kwargs = {"chat_format": "why"}
+    else:
+        kwargs = {"chat_handler": formatter.to_chat_handler()}
+    llm = load(model, fasa_min_ctx=1, fasa_budget=TINY_BUDGET, fasa_n_dense_layers=0, **kwargs)
+    llm.create_chat_completion(QUESTION, max_tokens=4, temperature=0)
+    prompt = llm.tokenize(PROMPT.encode(), add_bos=False, special=True)
+    assert llm.input_ids[: len(prompt)].tolist() == prompt and llm.n_tokens > len(prompt)
+    stats = llm.fasa.stats()
+    assert stats.n_layers_sparse == N_LAYER * stats.n_steps_decode > 0
+
+
+def test_logprobs(model: Path) -> None:
+    llm = load(model, logits_all=True)
+    choice = llm.create_completion(TOKENS[:N_PROMPT], max_tokens=4, temperature=0, logprobs=2)["choices"][0]
+    assert llm.fasa.stats().n_layers_sparse > 0
+    assert [max(top.values()) for top in choice["logprobs"]["top_logprobs"]] == choice["logprobs"]["token_logprobs"]
+
+
+def test_what_constrains_sampling(model: Path) -> None:
+    llm = load(model)
+    prompt = TOKENS[:N_PROMPT]
+
+    def text(**kwargs) -> str:
+        return llm.create_completion(prompt, max_tokens=8, temperature=0, **kwargs)["choices"][0]["text"]
+
+    assert text(grammar=LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)) in ("yes", "no")
+    x = np.eye(llm.n_vocab(), dtype=np.float32)[3 + ord("x")]
+    only_x = llama_cpp.LogitsProcessorList([lambda ids, logits: x])
+    assert text(logits_processor=only_x) == 8 * "x" and text(logits_processor=only_x, stop=["xx"]) == ""
+    three = llama_cpp.StoppingCriteriaList([lambda ids, logits: len(ids) >= N_PROMPT + 3])
+    assert text(logits_processor=only_x, stopping_criteria=three) == 3 * "x"
+    assert llm.fasa.stats().n_layers_sparse > 0
+
+
+def test_the_library_of_vision_models_is_ours() -> None:
+    assert Path(mtmd_cpp._libmtmd._name).parent == lib_dir()
+
+
+# LoRA
+
+
+def make_adapter(path: Path, arch: str = "llama", rank: int = 4) -> Path:
+    """A random adapter of the queries and keys of a tiny model."""
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", rank)
+    for il, (name, width) in itertools.product(range(N_LAYER), (("attn_q", 256), ("attn_k", 128))):
+        for part, shape in (("lora_a", (rank, 256)), ("lora_b", (width, rank))):
+            values = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[1]))
+            writer.add_tensor(f"blk.{il}.{name}.weight.{part}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_lora(model: Path, tmp_path: Path) -> None:
+    adapter = str(make_adapter(tmp_path / "adapter.gguf"))
+    plain = teacher_forced(load(model), TOKENS, N_PROMPT, enabled=False)
+    for scale in (0.5, 1.0):
+        llm = load(model, lora_path=adapter, lora_scale=scale)
+        dense = teacher_forced(llm, TOKENS, N_PROMPT, enabled=False)
+        stock = load(model, llama_cpp.Llama, kv_overrides={"fasa.version": 0}, lora_path=adapter, lora_scale=scale)
+        stock.eval(TOKENS[:N_PROMPT])
+        assert (last_logits(stock) == dense[0]).all()
+        check(dense, teacher_forced(llm, TOKENS, N_PROMPT, budget=2048), 5e-5)
+        assert llm.fasa.stats().n_layers_sparse == 3 * N_LAYER
+        assert nmse(plain, dense) > 1e-2
+        plain = dense  # the scale counts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "adapter.gguf"), (b"GGUF" + bytes(40), "adapter"), ("qwen2", "arch mismatch")]
+)
+def test_an_adapter_that_does_not_load(model: Path, tmp_path: Path, content: bytes | str | None, message: str) -> None:
+    path = tmp_path / "adapter.gguf"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        make_adapter(path, content)
+    with pytest.raises(AdapterError, match=f"Failed to load LoRA adapter: .*; .*{message}"):
+        load(model, lora_path=str(path))
+    with pytest.raises(RuntimeError):  # as the parent's users expect
+        load(model, lora_path=str(path))
+
+
+def test_an_argument_without_effect_is_named(model: Path) -> None:
+    with pytest.warns(UserWarning, match="lora_base has no effect"):
+        load(model, lora_base="base.gguf")
+
+
+# Drafts
+
+
+def test_prompt_lookup_after_a_prompt_beyond_a_batch(fasa_model_path: Path) -> None:
+    plain = load(fasa_model_path, fasa_budget=256, fasa_min_ctx=1)
+    line = b"The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+    prompt, n = plain.tokenize(40 * line)[:400], 40
+    text = list(itertools.islice(plain.generate(prompt, temp=0), n))
+    draft_model = LlamaPromptLookupDecoding(num_pred_tokens=10)
+    llm = load(fasa_model_path, fasa_budget=256, fasa_min_ctx=1, n_batch=256, draft_model=draft_model)
+    assert list(itertools.islice(llm.generate(prompt, temp=0), n)) == text
+    stats = llm.fasa.stats()
+    assert stats.n_layers_sparse == 29 * stats.n_steps_decode and 0 < stats.n_steps_decode < n / 4
+
+
+def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = load(model)
+    bytes_per_cell = N_LAYER * 2 * 2 * 64 * 2  # 2 KV heads, K and V of 64 dims in f16
+    free = llama_cpp.llama_model_size(probe.model) + 2 * 1024 * (bytes_per_cell + 4 * probe.n_vocab())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
+    assert load(model, n_ctx=0, logits_all=True).n_ctx() == 1024
+    assert load(model, n_ctx=0, draft_model=LlamaPromptLookupDecoding()).n_ctx() == 1024
+    assert load(model, n_ctx=0).n_ctx() == 2048
