@@ -24,13 +24,16 @@ def check_output(path: Path, source: Path | None = None, *, force: bool = False)
         force: allow an existing one.
 
     Raises:
-        ConvertError: the file exists without ``force``, is the source itself or a folder, or its folder does not exist.
+        ConvertError: the file exists without ``force``, is the source itself, a folder or a device, or its folder does
+            not exist.
     """
     if not path.parent.is_dir():
         raise ConvertError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
     if path.is_dir():
         raise ConvertError(f"{path} cannot be written: it is a folder; name a file")
     if path.exists():
+        if not path.is_file():
+            raise ConvertError(f"{path} cannot be written: it is a device or the like; name a file")
         if source is not None and path.samefile(source):
             raise ConvertError(f"{path} is the source itself: choose another output file")
         if not force:
@@ -51,6 +54,7 @@ def staged(destinations: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
     Raises:
         ConvertError: the system refuses to read or write.
     """
+    destinations = [Path(os.path.realpath(destination)) for destination in destinations]  # links stay
     temporaries: list[Path] = []
     new: list[Path] = []
     try:

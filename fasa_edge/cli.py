@@ -83,8 +83,9 @@ def _model_options(command: Callable) -> Callable:
     """What every command that loads a model understands."""
     for option in (
         click.argument("model", type=click.Path(exists=True, dir_okay=False)),
-        click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, help="Cells of the KV cache."),
-        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="Threads.  [default: half of them]"),
+        click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
+                     help="Cells of the KV cache.  [default: the model's own context, as far as memory allows]"),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"),
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
@@ -205,6 +206,7 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     report = convert.inspect(file)
     if plot is not None:
         convert.write_plot(report, plot, force=force)
+        click.echo(f"drawn: {plot}", err=True)
     if as_json:
         return _print_json(report.to_dict())
     profile = report.profile
@@ -307,6 +309,8 @@ def run(
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
     llm = _load(**model, fasa_enabled=False if dense else None)
     tokens = llm.tokenize((prompt if prompt is not None else _read_text(prompt_file)).encode())
+    if not tokens:
+        raise FasaError("the prompt is empty, and the model begins no text by itself: give some text with -p or -f")
     if len(tokens) + n_predict > llm.n_ctx():
         raise FasaError(
             f"{len(tokens)} tokens of prompt and {n_predict} to generate exceed the context of {llm.n_ctx()}: "
@@ -405,7 +409,10 @@ def _questions() -> Iterator[str]:
 @click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
 @_json_option
 def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: bool, **model: Any) -> None:
-    """Measure decoding speed of MODEL at several depths, interleaved: stock with and without flash attention, FASA."""
+    """Measure decoding speed of MODEL at several depths, interleaved: stock with and without flash attention, FASA.
+
+    Quantized V takes flash attention, so there is no stock without it then.
+    """
     try:
         depth_list = [int(depth) for depth in depths.split(",")]
     except ValueError:
@@ -414,6 +421,10 @@ def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: 
     llm = _load(**model)
     with _progress() as progress:
         rows = list(bench.run(llm, depth_list, n_gen, repetitions, lambda done, total: progress("bench", done, total)))
+    for row in rows:
+        if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
+            remedy = "lower --budget, or set --override-kv fasa.min_ctx=int:1"
+            click.echo(f"note: FASA ran dense at depth {row.n_depth}, below its min_ctx: {remedy}", err=True)
     if as_json or fmt == "json":
         return _print_json([row.as_dict() for row in rows])
     table = [

@@ -12,7 +12,7 @@ from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.config import FasaConfig
-from fasa_edge.errors import AdapterError, FasaError, ModelError
+from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 
 import psutil
 from llama_cpp.llama_speculative import LlamaDraftModel
@@ -147,6 +147,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
+        SchemaError: a ``fasa_*`` argument has the wrong type.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
         ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
             what it logged.
@@ -178,6 +179,12 @@ class Llama(llama_cpp.Llama):
                 raise FasaError(
                     f"{name} is no argument of fasa_edge.Llama: choose from fasa_profile, "
                     f"{', '.join('fasa_' + s for s in _SETTINGS)}"
+                )
+        for name, value in settings.items():
+            expected = bool if name == "fasa_enabled" else int
+            if value is not None and type(value) is not expected:
+                raise SchemaError(
+                    f"{name} = {value!r}: expected {'True or False' if expected is bool else 'a whole number'}"
                 )
         if kwargs.get("lora_base") is not None:
             warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)

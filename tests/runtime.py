@@ -21,8 +21,8 @@ TINY_BUDGET = 64
 GGML_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 """Of a KV cache, by the names of ``--cache-type-k``: numbers of ``enum ggml_type``."""
 
-# tokens of the tiny models are bytes, from 3 on
-TEXTS = np.random.default_rng(0).integers(3, 259, (3, 1500)).tolist()
+# tokens of the tiny models are bytes, from 3 on; these are the printable ones
+TEXTS = (3 + np.random.default_rng(0).integers(32, 127, (3, 1500))).tolist()
 
 # Runs in a child process on whatever library LLAMA_CPP_LIB_PATH names; knows nothing of fasa_edge.
 _LOGITS_SCRIPT = """

@@ -58,6 +58,10 @@ def test_profile(tmp_path: Path) -> None:
     assert "does not exist" in fasa("run", model, "-p", PROMPT, "--profile", tmp_path / "none", code=2).stderr
 
 
+def test_an_empty_prompt_is_refused(model_path: Path) -> None:
+    assert "the prompt is empty" in fasa("run", model_path, "-p", "", "-c", 512, code=1).stderr
+
+
 def test_run(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:
     result = fasa("run", fasa_model_path, "-p", PROMPT, "-n", 8, "-c", 512)
     assert "Paris" in result.stdout

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 import resource
 import struct
 
@@ -335,3 +336,13 @@ def test_keys_of_the_wrong_type(source):
         header.get_integer("general.architecture", 0)
     with pytest.raises(ConvertError, match=r"texts = .* is not a string"):
         header.get_string("texts")
+
+
+def test_devices_are_no_output_and_links_stay(source, tmp_path):
+    with pytest.raises(ConvertError, match="a device or the like"):
+        output.check_output(pathlib.Path(os.devnull), force=True)
+    target, link = tmp_path / "target.gguf", tmp_path / "link.gguf"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    output.write_bytes(link, source.path if hasattr(source, "path") else source, b"new", force=True)
+    assert link.is_symlink() and target.read_bytes() == b"new"

@@ -327,6 +327,12 @@ def test_context_of_a_model_without_kv_heads(tmp_path, monkeypatch) -> None:
     assert 512 <= fasa_edge.Llama(str(model), verbose=False).n_ctx() <= 1024
 
 
+@pytest.mark.parametrize("setting", [{"fasa_budget": "512"}, {"fasa_budget": True}, {"fasa_enabled": 1}])
+def test_settings_of_the_wrong_type_are_refused(model_path, setting) -> None:
+    with pytest.raises(fasa_edge.SchemaError, match=f"{next(iter(setting))} = .*: expected"):
+        fasa_edge.Llama(str(model_path), **setting)
+
+
 def test_a_vocabulary_alone(model_path) -> None:
     llm = fasa_edge.Llama(str(model_path), vocab_only=True, verbose=False)
     assert llm.detokenize(llm.tokenize(b"Hello")) == b"Hello"
