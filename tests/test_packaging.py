@@ -16,7 +16,7 @@ def test_libraries_are_relocatable(tmp_path: Path) -> None:
     shutil.copytree(lib_dir(), copy)
     report = json.loads(
         subprocess.run(
-            [sys.executable, "-m", "fasa_edge.cli", "doctor", "--json"],
+            [sys.executable, "-c", "from fasa_edge.cli import main; main()", "doctor", "--json"],
             cwd=tmp_path,
             env=os.environ | {"FASA_LIB_PATH": str(copy)},
             check=True,
