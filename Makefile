@@ -10,7 +10,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install stock model test test-bindings test-torch backend-test demo bench lint patches-tree \
-        patches-refresh patches-rebase patches-check clean FORCE
+        patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
 VENV   := .venv
@@ -100,6 +100,18 @@ patches-check: $(VENV)/.tools ## see that the patches apply and that every prefi
 	    { tail -n 40 $(VENV)/patches-check.log; exit 1; }; \
 	done
 
+wheel: $(VENV)/dist/.repaired ## build relocatable wheels of fasa-edge and the bindings into .venv/dist (long: every CPU variant)
+
+# Nothing of this tree, of .venv or of a compiler is in reach there: only what the wheels and the index hold.
+wheel-check: wheel $(SMALL_MODEL) ## install the wheels into a fresh environment without a compiler, convert and run
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	$(PYTHON) -m venv "$$work/venv"; cd "$$work"; \
+	export PATH="$$work/venv/bin"; unset PYTHONPATH LD_LIBRARY_PATH FASA_LIB_PATH LLAMA_CPP_LIB_PATH; \
+	pip --disable-pip-version-check --quiet install --only-binary :all: --find-links $(CURDIR)/$(VENV)/dist fasa-edge; \
+	fasa-edge doctor; \
+	fasa-edge convert --output small.gguf $(abspath $(SMALL_MODEL)); \
+	fasa-edge run --prompt "The capital of France is" --n-predict 16 small.gguf
+
 clean: ## remove .venv, and so all that was made
 	rm -rf $(VENV)
 
@@ -112,7 +124,7 @@ $(VENV)/.tools: pyproject.toml
 
 # CMake never forgets an option that is no longer given: with other CMAKE_ARGS, start from nothing.
 $(VENV)/.cmake-args: FORCE | $(VENV)/.tools
-	@printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || { rm -rf $(VENV)/build $(VENV)/build-stock; printf '%s\n' '$(CMAKE_ARGS)' >$@; }
+	@printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || { rm -rf $(VENV)/build $(VENV)/build-stock $(VENV)/build-wheel; printf '%s\n' '$(CMAKE_ARGS)' >$@; }
 
 # The bindings first and without a library of their own: pure Python, seconds. As a mere dependency they would compile
 # a second llama.cpp. Past pip's cache, so that no other environment is ever served this wheel without libraries.
@@ -145,6 +157,25 @@ $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt pat
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build-stock --config-settings=cmake.define.FASA_STOCK=ON \
 	    --no-deps --target $(VENV)/stock --upgrade .
 	@ln -sfn fasa_edge/lib $(VENV)/stock/lib
+	@touch $@
+
+# Of the bindings the wheel holds no library, so it is fit for any platform. auditwheel takes libgomp along.
+$(VENV)/dist/.repaired: $(SOURCES) $(VENV)/.cmake-args | $(VENV)/.tools
+	$(PIP) install --group wheel
+	rm -rf $(VENV)/dist $(VENV)/dist-raw
+	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) wheel --no-build-isolation --no-cache-dir --no-deps \
+	    --wheel-dir $(VENV)/dist "$$archive"
+	$(BIN)/wheel tags --platform-tag any --remove $(VENV)/dist/llama_cpp_python-*.whl
+	@echo "compiling llama.cpp with FASA for every CPU variant: long the first time"
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/dist-raw \
+	    --config-settings=build-dir=$(VENV)/build-wheel --config-settings=cmake.define.GGML_NATIVE=OFF \
+	    --config-settings=cmake.define.GGML_BACKEND_DL=ON --config-settings=cmake.define.GGML_CPU_ALL_VARIANTS=ON .
+ifeq ($(shell uname),Linux)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(VENV)/dist $(VENV)/dist-raw/fasa_edge-*.whl
+else
+	cp $(VENV)/dist-raw/fasa_edge-*.whl $(VENV)/dist
+endif
 	@touch $@
 
 $(VENV)/.torch: pyproject.toml | install

@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from itertools import count, takewhile
 
-from fasa_edge._lib import llama_cpp
+from fasa_edge._lib import ggml, llama_cpp
 from fasa_edge.errors import FasaError
 
 import numpy as np
 
 _lib = llama_cpp.llama_cpp._lib
+_ggml = ggml(llama_cpp, "ggml-base")
 
 
 class Params(ctypes.Structure):
@@ -45,8 +46,8 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def _function(name: str, restype, *argtypes):
-    function = getattr(_lib, name)
+def _function(name: str, restype, *argtypes, lib: ctypes.CDLL = _lib):
+    function = getattr(lib, name)
     function.restype = restype
     function.argtypes = argtypes
     return function
@@ -77,8 +78,8 @@ _get_capture = _function(
     "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_char, ctypes.POINTER(ctypes.c_int64), _ptr
 )
 
-_type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int)
-_row_size = _function("ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
+_type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int, lib=_ggml)
+_row_size = _function("ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64, lib=_ggml)
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """Types of K and V in a cache, as ``--cache-type-k`` of llama.cpp names them (common/arg.cpp)."""

@@ -15,9 +15,12 @@ from types import ModuleType
 
 from fasa_edge.errors import LibraryError
 
+import psutil
+
 LLAMA_COMMIT = "0c1e57098"
 """The llama.cpp commit that ``patches/`` applies to and whose structs the bindings mirror."""
 
+_DEVICE_TYPE_CPU = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 
 _REMEDY = "import fasa_edge before llama_cpp, and before anything else that loads llama.cpp or ggml, in this process"
 
@@ -65,11 +68,40 @@ def load() -> ModuleType:
         ) from error
 
     check(llama_cpp, lib_dir())
-    lib = llama_cpp.llama_cpp._lib
-    if lib.ggml_backend_dev_count() == 0:
+    lib = ggml(llama_cpp)
+    lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    if not lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU):
         # built with GGML_BACKEND_DL: ggml looks for its backends beside the executable, which here is Python's
         lib.ggml_backend_load_all_from_path(os.fsencode(lib_dir()))
+        if not lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU):
+            raise LibraryError(
+                f"no CPU backend in {lib_dir()} loads on this machine: install a wheel built for it, or build with "
+                "`make install`"
+            )
     return llama_cpp
+
+
+def ggml(llama_cpp: ModuleType, name: str = "ggml") -> ctypes.CDLL:
+    """A library of ggml, which is mapped already.
+
+    By name, because Windows finds the functions of a library in that library only, not in those it links to.
+
+    Args:
+        llama_cpp: the imported bindings.
+        name: ``ggml`` has the registry of the backends, ``ggml-base`` what is done with a device or a tensor.
+    """
+    return llama_cpp.llama_cpp.load_shared_library(name, lib_dir())
+
+
+def cpu_backends() -> list[str] | None:
+    """Paths of the CPU backends that are mapped: of several variants, ggml keeps the best that the machine can run.
+
+    None where the system does not list a process' mapped files to it (macOS).
+    """
+    maps = getattr(psutil.Process(), "memory_maps", None)
+    if maps is None:
+        return None
+    return sorted({m.path for m in maps() if "ggml-cpu" in Path(m.path).name})
 
 
 def check(llama_cpp: ModuleType, lib_dir: Path) -> Build:

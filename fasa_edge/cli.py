@@ -448,11 +448,11 @@ def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: 
 
 def _devices() -> list[str]:
     """Names of the devices of all backends that are loaded."""
-    lib = _lib.llama_cpp.llama_cpp._lib
-    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_name.restype = ctypes.c_char_p
-    handles = [ctypes.c_void_p(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
-    return [lib.ggml_backend_dev_name(handle).decode() for handle in handles]
+    registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
+    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    base.ggml_backend_dev_name.restype = ctypes.c_char_p
+    handles = [ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())]
+    return [base.ggml_backend_dev_name(handle).decode() for handle in handles]
 
 
 @main.command()
@@ -471,6 +471,7 @@ def doctor(as_json: bool) -> None:
         "struct_sizes": "as the bindings expect",
         "system_info": llama_cpp.llama_print_system_info().decode().strip(),
         "devices": _devices(),
+        "cpu_backend": _lib.cpu_backends(),
         "fasa": "compiled in",
         "python": sys.version.split()[0],
         "package": str(Path(fasa_edge.__file__).parent),
