@@ -8,6 +8,7 @@ intention.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from pathlib import Path
@@ -72,7 +73,11 @@ def load() -> ModuleType:
     lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     if not lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU):
         # built with GGML_BACKEND_DL: ggml looks for its backends beside the executable, which here is Python's
+        logger = llama_cpp._logger.logger
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # ggml tells what it loads, and an import says nothing
         lib.ggml_backend_load_all_from_path(os.fsencode(lib_dir()))
+        logger.setLevel(level)
         if not lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU):
             raise LibraryError(
                 f"no CPU backend in {lib_dir()} loads on this machine: install a wheel built for it, or build with "
