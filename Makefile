@@ -104,13 +104,13 @@ wheel: $(VENV)/dist/.repaired ## build relocatable wheels of fasa-edge and the b
 
 # Nothing of this tree, of .venv or of a compiler is in reach there: only what the wheels and the index hold.
 wheel-check: wheel $(SMALL_MODEL) ## install the wheels into a fresh environment without a compiler, convert and run
-	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	@set -e; work=$$(mktemp -d); path=$$PATH; trap 'PATH=$$path; rm -rf "$$work"' EXIT; \
 	$(PYTHON) -m venv "$$work/venv"; cd "$$work"; \
 	export PATH="$$work/venv/bin"; unset PYTHONPATH LD_LIBRARY_PATH FASA_LIB_PATH LLAMA_CPP_LIB_PATH; \
 	pip --disable-pip-version-check --quiet install --only-binary :all: --find-links $(CURDIR)/$(VENV)/dist fasa-edge; \
 	fasa-edge doctor; \
 	fasa-edge convert --output small.gguf $(abspath $(SMALL_MODEL)); \
-	fasa-edge run --prompt "The capital of France is" --n-predict 16 small.gguf
+	fasa-edge run --prompt "The capital of France is" --n-predict 16 --budget 64 --override-kv fasa.min_ctx=int:1 small.gguf
 
 clean: ## remove .venv, and so all that was made
 	rm -rf $(VENV)
