@@ -2,8 +2,8 @@
 
     python examples/plain_llama_cpp.py MODEL-fasa.gguf "The capital of France is"
 
-The model must be annotated (`fasa-edge convert`), and flash attention on. Without the line, the program runs as ever:
-stock llama.cpp takes the annotated model, too.
+The model must be annotated (`fasa-edge convert`), and flash attention on. Without the line, it runs as ever wherever
+llama-cpp-python has a library of its own: stock llama.cpp takes the annotated model, too.
 """
 
 import sys

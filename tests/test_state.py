@@ -21,7 +21,7 @@ PROMPT, NEXT = TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT]
 
 # NMSE of a restored context, from which dense attention is .15 away: its tips come from what quantization has left of
 # K, the first ones came from K itself, so a few of the cells may be others
-KV_TYPES = {"f16": SAME, "bf16": SAME, "q8_0": 1e-2, "q4_0": 5e-2, "q5_1": 5e-2}
+KV_TYPES = {"f32": SAME, "f16": SAME, "bf16": SAME, "q8_0": 1e-2, "q4_0": 5e-2, "q5_1": 5e-2}
 
 
 @pytest.fixture(scope="module")

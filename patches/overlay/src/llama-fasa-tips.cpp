@@ -63,7 +63,7 @@ static llama_fasa_reason fasa_reason_no_tips(
     if (hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW;
     }
-    if (model.hparams.use_alibi) {
+    if (hparams.use_alibi) {
         return LLAMA_FASA_REASON_ATTN_BIAS;
     }
     if ((uint32_t) il < profile.params.n_dense_layers) {
