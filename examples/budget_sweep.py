@@ -2,8 +2,8 @@
 
     python examples/budget_sweep.py MODEL-fasa.gguf --n-prompt 6000 --output budgets.png
 
-Takes matplotlib: `pip install '.[plot]'` in the clone. All runs are given the same tokens of a text and differ in attention
-alone; the dense one is llama.cpp's own flash attention.
+Takes matplotlib: `pip install '.[plot]'` in the clone. All runs are given the same tokens of a text and differ in
+attention alone; the dense one is llama.cpp's own flash attention.
 """
 
 from __future__ import annotations
