@@ -1,7 +1,7 @@
 """Graphs of ggml ops on the CPU backend, through ctypes: what :mod:`fasa_edge.bench_op` and the op tests compute with.
 
-Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs are
-plain addresses.
+Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs
+are plain addresses.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Speed of attention ops alone, against stock flash attention and against the memory they must read.
 
-One decoded token attends, in each of several layers that share no memory. All ops are interleaved in one run. Before each sample
-a large buffer is read: it drives everything out of the caches, as the weights of a model do between two layers, and
-tells how fast memory is at that moment.
+One decoded token attends, in each of several layers that share no memory. All ops are interleaved in one run. Before
+each sample a large buffer is read: it drives everything out of the caches, as the weights of a model do between two
+layers, and tells how fast memory is at that moment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from fasa_edge import _capi
 from fasa_edge._bandwidth import MemoryReader
-from fasa_edge._ggml import F16, F32, I32, Graph
+from fasa_edge._ggml import F32, I32, Graph
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import Heads
@@ -70,6 +70,16 @@ class OpRow:
     ratio: float = 1.0
     ratio_min: float = 1.0
     ratio_max: float = 1.0
+
+    @property
+    def heads(self) -> str:
+        """As ``--geometry`` takes it."""
+        return str(Heads(self.n_head, self.n_head_kv, self.n_embd_head))
+
+    @property
+    def label(self) -> str:
+        """The op, and its budget if it has one."""
+        return f"{self.op}, budget {self.budget}" if self.budget else self.op
 
     @property
     def median_ns(self) -> float:
@@ -138,8 +148,9 @@ def run(
     if n_layers is not None and not 1 <= n_layers <= _MAX_LAYERS:
         raise FasaError(f"{n_layers} layers of ops: choose 1 to {_MAX_LAYERS}")
     for heads in geometries:
-        if n_tip is not None and not 1 <= n_tip <= heads.n_embd_head // 2:
-            raise FasaError(f"n_tip = {n_tip} is out of range: choose 1 to {heads.n_embd_head // 2}, the chunks of {heads}")
+        n_chunk = heads.n_embd_head // 2
+        if n_tip is not None and not 1 <= n_tip <= n_chunk:
+            raise FasaError(f"n_tip = {n_tip} is out of range: choose 1 to {n_chunk}, the chunks of {heads}")
     cases = [(heads, depth) for heads in geometries for depth in sorted(set(depths))]
     n_steps, n_done = len(cases) * (n_repetitions + 1), 0
     with MemoryReader(n_threads) as reader:

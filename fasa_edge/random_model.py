@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fasa_edge import __version__, _capi
-from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.profile import encode_profile
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import Geometry
+from fasa_edge.model import without_weights
 from fasa_edge.random_data import CHUNK, random_data
 from fasa_edge.schema import Calibration, Profile, to_metadata
 
@@ -139,12 +139,5 @@ def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:
 
 def _fingerprint(model: Path) -> str:
     """As the runtime will compare it."""
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True  # reads the metadata, none of the weights
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    with llama_cpp._utils.suppress_stdout_stderr(disable=False):
-        loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), params)
-    try:
+    with without_weights(model) as loaded:
         return _capi.fingerprint(loaded)
-    finally:
-        llama_cpp.llama_model_free(loaded)
