@@ -160,28 +160,23 @@ def run(
                 ops = list(_ops(layers, sorted(set(budgets)), n_threads))
                 bandwidths: list[float] = []
                 for repetition in range(-1, n_repetitions):  # the first round warms up
-                    for row, plan in _rotated(ops, repetition):
+                    first = repetition % len(ops)
+                    for op in ops[first:] + ops[:first]:
                         bandwidth = reader.read()
                         start = time.perf_counter_ns()
-                        graph.compute(plan)
+                        graph.compute(op.plan)
                         elapsed = time.perf_counter_ns() - start
                         if repetition >= 0:
                             bandwidths.append(bandwidth)
-                            row.samples_ns.append(elapsed / layers.n)
+                            op.row.samples_ns.append(elapsed / layers.n)
                     n_done += 1
                     progress(n_done, n_steps)
-            rows = [row for row, _ in ops]
+            rows = [op.row for op in ops]
             for row in rows:
                 row.bandwidth = statistics.median(bandwidths)
                 ratios = [stock / own for stock, own in zip(rows[0].samples_ns, row.samples_ns, strict=True)]
                 row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
             yield from rows
-
-
-def _rotated(ops: list, by: int) -> list:
-    """Another one first in each round."""
-    by %= len(ops)
-    return ops[by:] + ops[:by]
 
 
 class _Layers:
@@ -238,14 +233,21 @@ class _Layers:
             graph.compute(plan)
 
 
-def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[tuple[OpRow, int]]:
-    """The ops on the layers, stock first: a row and the graph to be measured for it."""
+@dataclass(frozen=True)
+class _Op:
+    row: OpRow
+    results: list[int]  # a tensor for each layer
+    plan: int
+
+
+def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_Op]:
+    """What is measured on the layers, stock first."""
     graph, heads, mask, q = layers.graph, layers.heads, layers.mask, layers.q
     scale = heads.n_embd_head**-0.5
     caches = list(zip(layers.k, layers.v, strict=True))
     mask_bytes = len(graph.view(mask))
 
-    def op(name: str, results: list[int], n_bytes: int, budget: int = 0) -> tuple[OpRow, int]:
+    def op(name: str, results: list[int], n_bytes: int, budget: int = 0) -> _Op:
         row = OpRow(
             op=name,
             n_head=heads.n_head,
@@ -260,20 +262,20 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[tu
             n_layers=layers.n,
             n_bytes=n_bytes,
         )
-        return row, graph.plan(*results)
+        return _Op(row, results, graph.plan(*results))
 
     def attend(ids: Sequence[int | None], mask: int | None) -> list[int]:
         return [
             graph.ggml_fasa_attend(q, k, v, idx, mask, None, scale, 0.0)
             for (k, v), idx in zip(caches, ids, strict=True)
-        ]  # fmt: skip
+        ]
 
-    def cells_outside(tensor: int) -> int:
+    def cells_inside(tensor: int) -> int:
         return graph.ggml_permute(tensor, 0, 2, 1, 3)
 
     dense_bytes = layers.depth * layers.kv_row_bytes + mask_bytes
     flash = [
-        graph.ggml_flash_attn_ext(cells_outside(q), cells_outside(k), cells_outside(v), mask, scale, 0.0, 0.0)
+        graph.ggml_flash_attn_ext(cells_inside(q), cells_inside(k), cells_inside(v), mask, scale, 0.0, 0.0)
         for k, v in caches
     ]
     yield op("flash_attn_ext", flash, dense_bytes)
@@ -288,8 +290,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[tu
         ids_bytes, kv_bytes = len(graph.view(given)), n_fac * layers.kv_row_bytes
         select_bytes = layers.tips_bytes + mask_bytes + ids_bytes
         yield op("fasa", attend(ids, None), select_bytes + kv_bytes, budget)
-        select_row, plan = op("fasa_select", ids, select_bytes, budget)
-        yield select_row, plan
-        graph.compute(plan)
+        yield (select := op("fasa_select", ids, select_bytes, budget))
+        graph.compute(select.plan)
         graph.write(given, graph.read(ids[0], np.int32))
         yield op("fasa_attend", attend([given] * layers.n, None), ids_bytes + kv_bytes, budget)
