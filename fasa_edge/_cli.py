@@ -71,6 +71,7 @@ def load_options(command: Callable) -> Callable:
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
         click.option("--profile", type=_gguf, help="In place of the model's own."),
+        click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     )  # fmt: skip
@@ -108,6 +109,7 @@ def load_model(
     type_k: str,
     type_v: str,
     profile: str | None,
+    exact: bool,
     overrides: tuple[str, ...],
     verbose: bool,
     budget: int | None = None,
@@ -124,6 +126,7 @@ def load_model(
         kv_overrides=dict(map(_parse_override, overrides)),
         fasa_profile=profile,
         fasa_budget=budget,
+        fasa_exact=exact or None,
         verbose=verbose,
         **more,
     )

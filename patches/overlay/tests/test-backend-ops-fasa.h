@@ -300,7 +300,7 @@ struct test_fasa_attend : public test_fasa {
         idx = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, nh, nb, nr23[1]);
         s   = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh*nr23[0]) : nullptr;
 
-        ggml_tensor * out = ggml_fasa_attend(ctx, q, k, v, idx, s, scale, logit_softcap);
+        ggml_tensor * out = ggml_fasa_attend(ctx, q, k, v, idx, nullptr, s, scale, logit_softcap);
 
         if (is_compared()) {
             mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb, nh*nr23[0], nr23[1]);
