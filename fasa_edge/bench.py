@@ -51,6 +51,7 @@ class BenchRow:
         samples_ts: tokens per second of each repetition.
         read_ratio: bytes that attention read over those that dense attention reads.
         layers_sparse: share of the layers that ran sparse.
+        layers_exact: share of the layers that attended to all cells with FASA's kernel.
         ratio: median, over the interleaved rounds, of the faster dense method's time over this one's.
         ratio_min: least of them.
         ratio_max: greatest of them.
@@ -74,6 +75,7 @@ class BenchRow:
     samples_ts: list[float] = field(default_factory=list)
     read_ratio: float = 1.0
     layers_sparse: float = 0.0
+    layers_exact: float = 0.0
     ratio: float = 1.0
     ratio_min: float = 1.0
     ratio_max: float = 1.0
@@ -309,7 +311,8 @@ def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow |
     if runner.settings:
         stats = runner.llm.fasa.stats()
         row.read_ratio = stats.read_ratio
-        row.layers_sparse = stats.n_layers_sparse / (stats.n_layers_sparse + sum(stats.n_layers_dense.values()))
+        n_layers = stats.n_layers_sparse + sum(stats.n_layers_dense.values())
+        row.layers_sparse, row.layers_exact = stats.n_layers_sparse / n_layers, stats.n_layers_exact / n_layers
 
 
 def _compare(rows: Sequence[BenchRow]) -> None:

@@ -6,15 +6,14 @@ from fasa_edge._capi import bytes_per_element, cache_type
 
 import numpy as np
 
-_BLOCKS = {  # bytes of a block of 32, standard deviation of its uniformly random integers, their mean
-    "q4_0": (18, 4.61, -0.5),
-    "q4_1": (20, 4.61, 7.5),
-    "q5_0": (22, 9.23, -0.5),
-    "q5_1": (24, 9.23, 15.5),
-    "q8_0": (34, 73.9, -0.5),
-    "iq4_nl": (18, 71.4, -6.8),
+_BLOCKS = {  # bytes of a block of 32, root mean square of its integers (less their mean if they have a minimum), minimum
+    "q4_0": (18, 4.64, None),
+    "q4_1": (20, 4.61, -7.5),
+    "q5_0": (22, 9.25, None),
+    "q5_1": (24, 9.23, -15.5),
+    "q8_0": (34, 73.9, None),
+    "iq4_nl": (18, 67.4, None),
 }
-_WITH_MIN = ("q4_1", "q5_1")  # d and m before the integers, the others have d alone
 
 CHUNK = 1 << 22
 """Numbers made at a time."""
@@ -33,10 +32,14 @@ def random_data(rng: np.random.Generator, type_name: str, n: int, std: float = 1
         uint8, flat.
     """
     if type_name in _BLOCKS:
-        n_bytes, unit, mean = _BLOCKS[type_name]
-        blocks = np.frombuffer(rng.bytes(n // 32 * n_bytes), np.uint8).reshape(-1, n_bytes).copy()
-        scales = [std / unit, -mean * std / unit] if type_name in _WITH_MIN else [std / unit]
-        blocks[:, : 2 * len(scales)] = np.array(scales, np.float16).view(np.uint8)
+        n_bytes, unit, minimum = _BLOCKS[type_name]
+        blocks = np.frombuffer(bytearray(rng.bytes(n // 32 * n_bytes)), np.uint8).reshape(-1, n_bytes)
+        scales = blocks[:, :4].view(np.uint16)  # d, and m where there is a minimum
+        d = np.float16(std / unit)
+        if minimum is None:  # of either sign, because the integers reach lower than high
+            scales[:, 0] = scales[:, 0] & 0x8000 | d.view(np.uint16)
+        else:
+            scales[:] = np.array([d, np.float16(d * minimum)]).view(np.uint16)
         return blocks.reshape(-1)
     values = rng.standard_normal(n, np.float32)
     values *= np.float32(std)

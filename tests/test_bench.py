@@ -101,6 +101,7 @@ def test_bench_of_a_geometry(fill: str, tmp_path: Path) -> None:
     assert {row["fill"] for row in rows} == {fill} and {len(row["samples_ts"]) for row in rows} == {3}
     assert rows[0]["model_filename"] == "smollm2-135m-2L-q4_0.gguf"
     assert [row["layers_sparse"] for row in rows] == 2 * [0, 0, 0, 0.5, 0.5]  # depth is rounded up to 256
+    assert [row["layers_exact"] for row in rows] == 2 * [0, 0, 1, 0, 0]
     assert [row["exact"] for row in rows] == 2 * [False, False, True, False, False]
     assert all(row["read_ratio"] < 1 for row in rows[-2:])
     assert png.read_bytes().startswith(b"\x89PNG")
