@@ -38,7 +38,6 @@ class Geometry:
         n_ff: width of the feed-forward layers.
         heads: of every layer.
         n_vocab: tokens of the vocabulary.
-        n_ctx_train: tokens of context it was trained for.
         rope_base: frequency base of RoPE.
         tied: whether the output matrix is that of the embeddings.
     """
@@ -49,22 +48,21 @@ class Geometry:
     n_ff: int
     heads: Heads
     n_vocab: int
-    n_ctx_train: int
     rope_base: float
     tied: bool
 
 
 GEOMETRIES = {
-    "llama-3.1-8b": Geometry("llama", 32, 4096, 14336, Heads(32, 8, 128), 128256, 131072, 5e5, False),
-    "llama-3.2-1b": Geometry("llama", 16, 2048, 8192, Heads(32, 8, 64), 128256, 131072, 5e5, True),
-    "llama-3.2-3b": Geometry("llama", 28, 3072, 8192, Heads(24, 8, 128), 128256, 131072, 5e5, True),
-    "mistral-7b": Geometry("llama", 32, 4096, 14336, Heads(32, 8, 128), 32768, 32768, 1e6, False),
-    "qwen2.5-7b": Geometry("qwen2", 28, 3584, 18944, Heads(28, 4, 128), 152064, 32768, 1e6, False),
-    "qwen3-0.6b": Geometry("qwen3", 28, 1024, 3072, Heads(16, 8, 128), 151936, 40960, 1e6, True),
-    "qwen3-4b": Geometry("qwen3", 36, 2560, 9728, Heads(32, 8, 128), 151936, 40960, 1e6, True),
-    "qwen3-8b": Geometry("qwen3", 36, 4096, 12288, Heads(32, 8, 128), 151936, 40960, 1e6, False),
-    "smollm2-135m": Geometry("llama", 30, 576, 1536, Heads(9, 3, 64), 49152, 8192, 1e5, True),
-    "smollm2-1.7b": Geometry("llama", 24, 2048, 8192, Heads(32, 32, 64), 49152, 8192, 1.3e5, True),
+    "llama-3.1-8b": Geometry("llama", 32, 4096, 14336, Heads(32, 8, 128), 128256, 5e5, False),
+    "llama-3.2-1b": Geometry("llama", 16, 2048, 8192, Heads(32, 8, 64), 128256, 5e5, True),
+    "llama-3.2-3b": Geometry("llama", 28, 3072, 8192, Heads(24, 8, 128), 128256, 5e5, True),
+    "mistral-7b": Geometry("llama", 32, 4096, 14336, Heads(32, 8, 128), 32768, 1e6, False),
+    "qwen2.5-7b": Geometry("qwen2", 28, 3584, 18944, Heads(28, 4, 128), 152064, 1e6, False),
+    "qwen3-0.6b": Geometry("qwen3", 28, 1024, 3072, Heads(16, 8, 128), 151936, 1e6, True),
+    "qwen3-4b": Geometry("qwen3", 36, 2560, 9728, Heads(32, 8, 128), 151936, 1e6, True),
+    "qwen3-8b": Geometry("qwen3", 36, 4096, 12288, Heads(32, 8, 128), 151936, 1e6, False),
+    "smollm2-135m": Geometry("llama", 30, 576, 1536, Heads(9, 3, 64), 49152, 1e5, True),
+    "smollm2-1.7b": Geometry("llama", 24, 2048, 8192, Heads(32, 32, 64), 49152, 1.3e5, True),
 }
 """By the names that people know them by; hyperparameters from their config.json."""
 

@@ -6,7 +6,7 @@ from fasa_edge._capi import bytes_per_element, cache_type
 
 import numpy as np
 
-_BLOCKS = {  # bytes of a block of 32, root mean square of its integers (less their mean if they have a minimum), minimum
+_BLOCKS = {  # bytes of a block of 32, root mean square of its integers (less their mean if there is a minimum), minimum
     "q4_0": (18, 4.64, None),
     "q4_1": (20, 4.61, -7.5),
     "q5_0": (22, 9.25, None),

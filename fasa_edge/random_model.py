@@ -54,7 +54,7 @@ def _write_model(path: Path, name: str, geometry: Geometry, weight_type: str) ->
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(name)
     writer.add_block_count(geometry.n_layer)
-    writer.add_context_length(geometry.n_ctx_train)
+    writer.add_context_length(1 << 30)  # as long as may be asked for
     writer.add_embedding_length(geometry.n_embd)
     writer.add_feed_forward_length(geometry.n_ff)
     writer.add_head_count(heads.n_head)

@@ -23,7 +23,7 @@ from runtime import SAME, TEXTS, Context, annotated_tiny, check, nmse
 from test_cli import fasa
 
 HEADS = Heads(4, 2, 64)
-TINY = Geometry("llama", 2, 256, 512, HEADS, 300, 4096, 1e4, True)
+TINY = Geometry("llama", 2, 256, 512, HEADS, 300, 1e4, True)
 
 
 @pytest.fixture(autouse=True)
