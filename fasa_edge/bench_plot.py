@@ -12,6 +12,9 @@ from fasa_edge.bench_op import OpRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_Lines = dict[str, list[tuple[float, float, float, float]]]  # by label: x, median, least, greatest
+_FLOOR = ", memory floor"
+
 
 def draw_models(rows: Sequence[BenchRow]) -> Figure:
     """Tokens per second over depth: a panel for each model, a line for each method, medians with their range.
@@ -19,46 +22,53 @@ def draw_models(rows: Sequence[BenchRow]) -> Figure:
     Raises:
         FasaError: matplotlib is missing.
     """
-    panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    panels: dict[str, _Lines] = {}
     for row in rows:
         lines = panels.setdefault(f"{row.model_filename}, {row.n_threads} threads", {})
         point = (row.n_depth, row.median_ts, min(row.samples_ts), max(row.samples_ts))
         lines.setdefault(row.label, []).append(point)
-    return _draw(panels, "tokens in the cache", "tokens/s", log=False)
+    figure = _draw(panels, "tokens in the cache", "tokens/s")
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+    return figure
 
 
 def draw_ops(rows: Sequence[OpRow]) -> Figure:
-    """Time over cells: a panel for each geometry, a line for each op, medians with their range, and the memory floors.
+    """Time over cells: a panel for each geometry, a line for each attention, medians with range; dotted the floor.
 
     Raises:
         FasaError: matplotlib is missing.
     """
-    panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    panels: dict[str, _Lines] = {}
     for row in rows:
+        if row.op in ("fasa_select", "fasa_attend"):  # the parts of another
+            continue
         lines = panels.setdefault(f"{row.heads}, K {row.type_k}, V {row.type_v}, {row.n_threads} threads", {})
-        times = [row.median_ns, min(row.samples_ns), max(row.samples_ns)]
-        lines.setdefault(row.label, []).append((row.n_depth, *(1e-6 * time for time in times)))
-        lines.setdefault(f"{row.label}, memory floor", []).append((row.n_depth, *3 * [1e-6 * row.floor_ns]))
-    return _draw(panels, "cells", "ms a layer", log=True)
+        times = (1e-6 * ns for ns in (row.median_ns, min(row.samples_ns), max(row.samples_ns)))
+        lines.setdefault(row.label, []).append((row.n_depth, *times))
+        lines.setdefault(row.label + _FLOOR, []).append((row.n_depth, *3 * [1e-6 * row.floor_ns]))
+    figure = _draw(panels, "cells", "ms a layer; dotted: reading the bytes it must move")
+    for axes in figure.axes:
+        depths = sorted({row.n_depth for row in rows})
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(depths, [f"{depth:,}" for depth in depths])
+        axes.set_xticks([], minor=True)
+    return figure
 
 
-def _draw(panels: dict[str, dict[str, list[tuple[float, ...]]]], xlabel: str, ylabel: str, *, log: bool) -> Figure:
-    """Points are (x, median, least, greatest)."""
+def _draw(panels: dict[str, _Lines], xlabel: str, ylabel: str) -> Figure:
     figure = new_figure(6.5 * len(panels), 4.5)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         colors: dict[str, str] = {}
         for label, points in lines.items():
             x, median, low, high = zip(*sorted(points), strict=True)
-            below, above = ([abs(a - b) for a, b in zip(median, ends, strict=True)] for ends in (low, high))
-            name, *floor = label.split(", memory floor")
-            style = {"ls": ":", "color": colors[name]} if floor else {"marker": "o", "ms": 4, "capsize": 3}
-            container = axes.errorbar(x, median, (below, above), label=None if floor else label, **style)
-            colors.setdefault(name, container[0].get_color())
+            if label.endswith(_FLOOR):
+                axes.plot(x, median, ":", color=colors[label.removesuffix(_FLOOR)])
+                continue
+            ends = ([abs(a - b) for a, b in zip(median, end, strict=True)] for end in (low, high))
+            bars = axes.errorbar(x, median, list(ends), marker="o", ms=4, capsize=3, label=label)
+            colors[label] = bars[0].get_color()
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        if log:
-            axes.set(xscale="log", yscale="log")
-        else:
-            axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=7, frameon=False)
     return figure

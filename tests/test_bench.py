@@ -10,6 +10,7 @@ from pathlib import Path
 import fasa_edge
 from fasa_edge import _bandwidth, _capi, bench, bench_op
 from fasa_edge._ggml import Graph
+from fasa_edge.bench_plot import draw_models, draw_ops
 from fasa_edge.cache_fill import StateLayout, restore_sequence, save_sequence
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import GEOMETRIES, Geometry, Heads, find_heads
@@ -176,6 +177,24 @@ def test_other_memories_are_prefilled(arch: str, tmp_path: Path) -> None:
         rows = list(bench.run(llm, [100], 1, 1, fill="random"))
     assert {row.fill for row in rows} == {"prefill"} and rows[-1].layers_sparse > 0
     llm.close()
+
+
+def test_the_figures_show_the_rows() -> None:
+    ops = list(bench_op.run([HEADS], [300, 600], [40], 1, 2, n_layers=1))
+    (axes,) = draw_ops(ops).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["flash_attn_ext", "exact", "fasa, budget 40"]
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
+    drawn = {tuple(line.get_ydata()) for line in lines}
+    for op in ("flash_attn_ext", "exact", "fasa"):
+        mine = [row for row in ops if row.op == op]
+        assert tuple(1e-6 * row.median_ns for row in mine) in drawn
+        assert tuple(1e-6 * row.floor_ns for row in mine) in drawn
+
+    row = bench.BenchRow("m.gguf", 1, 1, 2, "f16", "f16", True, 0, 4, 100, "random", "fasa", False, 64)
+    row.samples_ts = [3.0, 1.0, 2.0]
+    (axes,) = draw_models([row]).axes
+    assert axes.get_title() == "m.gguf, 2 threads" and axes.get_legend().get_texts()[0].get_text() == "fasa, budget 64"
+    assert (100, 2.0) in {tuple(point) for line in axes.get_lines() for point in line.get_xydata().tolist()}
 
 
 def test_what_a_state_is_not() -> None:
