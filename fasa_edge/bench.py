@@ -14,6 +14,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 from fasa_edge import _capi
@@ -152,39 +154,56 @@ def _stock(llm: Llama, flash_attn: bool) -> _Runner:
     return _Runner("dense", stock, flash_attn)
 
 
+def check_memory(model: int, n_ctx: int, type_k: int, type_v: int, n_contexts: int, n_state: int = 0) -> None:
+    """Refuse what would make the system run out of memory, which ends processes without a word.
+
+    Args:
+        model: ``llama_model *``, its weights loaded or not. Every context is counted with weights of its own, because
+            the CPU backend makes a copy of them in another layout.
+        n_ctx: cells of a context.
+        type_k: ``enum ggml_type`` of K.
+        type_v: the same for V.
+        n_contexts: still to be made.
+        n_state: tokens of a saved state besides.
+
+    Raises:
+        FasaError: there is too little.
+    """
+    per_cell = kv_bytes_per_cell(model, type_k, type_v)
+    needed = int(n_contexts * (llama_cpp.llama_model_size(model) + n_ctx * per_cell) + n_state * per_cell)
+    if needed > (available := psutil.virtual_memory().available):
+        raise FasaError(
+            f"{needed} more bytes of memory are needed for {n_contexts} contexts of {n_ctx} cells, FASA's and stock's, "
+            f"and {available} are available: lower the depth, or take fewer layers or a quantized cache"
+        )
+
+
 def _stocks(llm: Llama, n_state: int) -> list[_Runner]:
     """Stock with flash attention and, if V is not quantized and memory allows, without.
 
     Args:
         llm: the model that they shall run.
-        n_state: bytes of memory that will be needed besides.
+        n_state: tokens of a saved state that memory must hold besides.
 
     Raises:
         FasaError: there is too little memory for the first.
     """
-    own = llama_cpp.llama_model_size(llm.model) + llm.n_ctx() * _bytes_per_cell(llm)
-    if own + n_state > (available := psutil.virtual_memory().available):
-        raise FasaError(
-            f"stock llama.cpp beside FASA takes {own + n_state} more bytes of memory at a context of {llm.n_ctx()}, "
-            f"{available} are available: lower the depth, take fewer layers or a quantized cache"
-        )
+    types = llm.context_params.type_k, llm.context_params.type_v
+    check = partial(check_memory, llm.model, llm.n_ctx(), *types, 1)
+    if on_cpu := llm.model_params.n_gpu_layers == 0:
+        check(n_state)
     stocks = [_stock(llm, flash_attn=True)]
-    if _capi.type_name(llm.context_params.type_v) not in ("f32", "f16", "bf16"):
+    if _capi.type_name(types[1]) not in ("f32", "f16", "bf16"):
         return stocks  # llama.cpp transposes no quantized V
     n_head = max(layer.n_head for layer in _capi.layer_geometry(llm.model))
     logits = 2 * 4 * llm.n_ctx() * llm.context_params.n_ubatch * n_head  # attention's, and their softmax
-    if own + logits + n_state > (available := psutil.virtual_memory().available):
-        warnings.warn(
-            f"stock without flash attention is left out: it takes {own + logits + n_state} bytes of memory, "
-            f"{available} are available",
-            stacklevel=3,
-        )
+    try:
+        if on_cpu:
+            check(n_state + ceil(logits / kv_bytes_per_cell(llm.model, *types)))
+    except FasaError as error:
+        warnings.warn(f"stock without flash attention is left out: {error}", stacklevel=3)
         return stocks
     return [*stocks, _stock(llm, flash_attn=False)]
-
-
-def _bytes_per_cell(llm: Llama) -> int:
-    return int(kv_bytes_per_cell(llm.model, llm.context_params.type_k, llm.context_params.type_v))
 
 
 def run(
@@ -236,8 +255,7 @@ def run(
     if fill == "random" and _layout(llm, tokens) is None:
         warnings.warn(f"{llm.model_path}: its memory is not one plain KV cache, so tokens are evaluated", stacklevel=2)
         fill = "prefill"
-    n_state = max(depths) * _bytes_per_cell(llm) if fill == "random" else 0
-    stocks = _stocks(llm, n_state)
+    stocks = _stocks(llm, n_state=max(depths) if fill == "random" else 0)
     runners = [*stocks, _Runner("exact", llm, True, {"enabled": False, "exact": True})]
     for budget in sorted(set(budgets)) or [settings["budget"]]:
         runners.append(_Runner("fasa", llm, True, {"enabled": True, "exact": settings["exact"], "budget": budget}))

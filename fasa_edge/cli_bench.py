@@ -18,6 +18,7 @@ from fasa_edge.bench_op import OpRow
 from fasa_edge.bench_plot import draw_models, draw_ops
 from fasa_edge.convert.output import check_output, write_bytes
 from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
+from fasa_edge.model import without_weights
 
 import click
 from tabulate import tabulate
@@ -202,6 +203,12 @@ def _model(
     **options: Any,
 ) -> Iterator[BenchRow]:
     more = {"n_batch": _N_BATCH_FILLED} if fill == "random" else {}
+    if options["n_gpu_layers"] == 0:
+        types = [_capi.cache_type(options[name]) for name in ("type_k", "type_v")]
+        with without_weights(path) as weightless:
+            if weightless:
+                n_state = max(depths) if fill == "random" else 0
+                bench_model.check_memory(weightless, options["n_ctx"], *types, n_contexts=2, n_state=n_state)
     llm = load_model(path, fasa_n_tip=n_tip, **more, **options)
     report = lambda done, total: progress(Path(path).stem, done, total)  # noqa: E731
     try:

@@ -216,13 +216,15 @@ def test_random_data(type_name: str) -> None:
 
 def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_llama(tmp_path)
-    own = llm.n_ctx() * bench._bytes_per_cell(llm)
+    own = llm.n_ctx() * 2 * HEADS.n_head_kv * HEADS.n_embd_head * 2 * 2  # layers, K and V, f16
     limit = lambda n: monkeypatch.setattr(  # noqa: E731
         bench.psutil, "virtual_memory", lambda: type("Memory", (), {"available": n})()
     )
     limit(own)
-    with pytest.raises(FasaError, match=f"more bytes of memory at a context of 2048, {own} are available: lower"):
+    with pytest.raises(FasaError, match=f"for 1 contexts of 2048 cells.* and {own} are available: lower"):
         list(bench.run(llm, [100], 1, 1, fill="random"))
+    args = ("bench", "--geometry", "smollm2-135m", "--layers", 1, "-d", 2000, "-n", 48)
+    assert "for 2 contexts of 2048 cells" in fasa(*args, code=1).stderr
     limit(3 * own)
     with pytest.warns(UserWarning, match="without flash attention is left out"):
         rows = list(bench.run(llm, [100], 1, 1, fill="random"))
