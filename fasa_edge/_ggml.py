@@ -84,7 +84,7 @@ class Graph:
     """
 
     def __init__(self, n_threads: int = 2) -> None:
-        self._ctx = base.ggml_init(_InitParams(16 << 20, None, True))  # holds no data, only what describes it
+        self._ctx = base.ggml_init(_InitParams(64 << 20, None, True))  # no data, only what describes it
         self._backend = _registry.ggml_backend_init_by_type(_DEVICE_CPU, None)
         registry = base.ggml_backend_dev_backend_reg(base.ggml_backend_get_device(self._backend))
         address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")

@@ -98,7 +98,7 @@ class _List(click.ParamType):
 @click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
 @load_options
 @json_option
-def bench(  # noqa: D417
+def bench(
     model: str | None,
     names: list[str] | None,
     op: bool,
