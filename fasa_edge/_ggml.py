@@ -124,6 +124,10 @@ class Graph:
         """Replace a tensor's contents."""
         self.view(tensor)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
+    def clear(self, tensor: int) -> None:
+        """Fill a tensor with zero bytes."""
+        self.view(tensor)[:] = 0
+
     def read(self, tensor: int, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
         """A copy of a tensor's contents."""
         return self.view(tensor, dtype).reshape(shape).copy()

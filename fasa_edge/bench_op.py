@@ -201,6 +201,8 @@ class _Layers:
         self.mask = graph.tensor(np.where(np.arange(self.n_kv) < depth, 0, -np.inf).astype(np.float16)[None])
         self.k, self.v = ([graph.new(type_, self.n_kv, n_embd) for _ in range(self.n)] for type_ in types)
         self.tips = [graph.ggml_fasa_new_tips(self.n_kv, 2 * self.n_tip, heads.n_head_kv, 1) for _ in range(self.n)]
+        for tips in self.tips:
+            graph.clear(tips)
         self._fill(rng, types[0])
         shape = (heads.n_embd_head, heads.n_head_kv, self.n_kv)
         self.k, self.v = ([graph.ggml_reshape_3d(tensor, *shape) for tensor in tensors] for tensors in (self.k, self.v))
