@@ -312,7 +312,7 @@ static void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums
 
     vec sum = v_set1(0.0f);
     for (int64_t i = 0; i < n; i += FASA_LANES) {
-        const vec weight = v_exp(v_sub(v_load(logits + i), v_set1(after)));
+        const vec weight = v_exp2(v_mul(v_sub(v_load(logits + i), v_set1(after)), v_set1(FASA_LOG2_E)));
         v_store(logits + i, weight);
         sum = v_add(sum, weight);
     }

@@ -13,6 +13,7 @@
 
 #include <cfloat>
 #include <functional>
+#include <type_traits>
 
 static constexpr float   FASA_MASKED = -INFINITY;
 static constexpr float   FASA_FORCED =  INFINITY;
@@ -27,9 +28,10 @@ static constexpr int32_t FASA_BIN_FIRST = (127 - 6) << (23 - FASA_BIN_SHIFT); //
 
 static constexpr int FASA_MAX_TILE = 4; // query heads scored together
 
+// scores are in units of log(2), which changes no order
 struct fasa_row_stats {
     float max;
-    float sum; // of exp(score - max)
+    float sum; // of 2^(score - max)
 };
 
 // some cells of a row
@@ -128,6 +130,11 @@ struct fasa_query {
     // statistics under way, lane by lane
     float * max; // [FASA_LANES, n_group]
     float * sum;
+
+    // the query heads from the ig-th on
+    fasa_query from(int64_t ig, int64_t n_quads) const {
+        return { quads + ig*n_quads, start + ig, scale + ig, max + ig*FASA_LANES, sum + ig*FASA_LANES };
+    }
 };
 
 static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_query & query) {
@@ -152,98 +159,102 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
             sum += values[i];
         }
         query.start[ig] = -FASA_DOT_BIAS*sum;
-        query.scale[ig] = finite ? scale*amax/127.0f : NAN; // a head that is not finite has no say
+        query.scale[ig] = finite ? FASA_LOG2_E*scale*amax/127.0f : NAN; // a head that is not finite has no say
     }
 }
 
-// sums of products for one block of cells, with N heads at a time: sums of head i at i*stride
+// scores of N query heads for one block of cells, of head i at i*stride; what is masked does not matter
 template <int N>
-static inline void fasa_dot_block(const int8_t * values, const fasa_query & query, int64_t n_quads, int64_t ig, float * sums, int64_t stride) {
+static inline void fasa_score_block(
+        const int8_t * values, const ggml_fp16_t * scales, const ggml_fp16_t * mask, int64_t n_quads,
+        const fasa_query & query, float * scores, int64_t stride) {
     static constexpr int N_VECS = 2;
 
-    for (int iv = 0; iv < FASA_TIPS_CELLS/FASA_QUADS; iv += N_VECS) {
+    const vec masked = v_set1(FASA_MASKED);
+
+    vec max[N];
+    for (int ih = 0; ih < N; ++ih) {
+        max[ih] = v_load(query.max + ih*FASA_LANES);
+    }
+    for (int i = 0; i < FASA_TIPS_CELLS; i += N_VECS*FASA_LANES) {
         ivec acc[N][N_VECS];
-        for (int i = 0; i < N; ++i) {
-            for (int j = 0; j < N_VECS; ++j) {
-                acc[i][j] = i_set1(query.start[ig + i]);
+        for (int ih = 0; ih < N; ++ih) {
+            for (int iv = 0; iv < N_VECS; ++iv) {
+                acc[ih][iv] = i_set1(query.start[ih]);
             }
         }
         for (int64_t iq = 0; iq < n_quads; ++iq) {
-            const int8_t * quad = values + FASA_TIPS_QUAD*(iq*FASA_TIPS_CELLS + iv*FASA_QUADS);
-            for (int j = 0; j < N_VECS; ++j) {
-                const ivec t = i_tips(quad + FASA_TIPS_QUAD*j*FASA_QUADS);
-                for (int i = 0; i < N; ++i) {
-                    acc[i][j] = i_dot(acc[i][j], t, i_set1(query.quads[(ig + i)*n_quads + iq]));
+            for (int iv = 0; iv < N_VECS; ++iv) {
+                const ivec t = i_tips(values + FASA_TIPS_QUAD*(iq*FASA_TIPS_CELLS + i + iv*FASA_LANES));
+                for (int ih = 0; ih < N; ++ih) {
+                    acc[ih][iv] = i_dot(acc[ih][iv], t, i_set1(query.quads[ih*n_quads + iq]));
                 }
             }
         }
-        for (int i = 0; i < N; ++i) {
-            for (int j = 0; j < N_VECS; ++j) {
-                i_store(sums + i*stride + (iv + j)*FASA_QUADS, acc[i][j]);
+        for (int iv = 0; iv < N_VECS; ++iv) {
+            const int at       = i + iv*FASA_LANES;
+            const vec scale    = v_load_f16(scales + at);
+            const vec mask_vec = v_load_f16(mask + at);
+            for (int ih = 0; ih < N; ++ih) {
+                vec score = v_mul(v_mul(v_from(acc[ih][iv]), scale), v_set1(query.scale[ih]));
+                // not by adding: whatever a masked cell holds must not reach the others
+                score   = v_select_gt(mask_vec, masked, score, masked);
+                max[ih] = v_max(score, max[ih]);
+                v_store(scores + ih*stride + at, score);
             }
         }
+    }
+    for (int ih = 0; ih < N; ++ih) {
+        v_store(query.max + ih*FASA_LANES, max[ih]);
     }
 }
 
 // scores of some cells, and what they add to the statistics of each query head, lane by lane: between the loads of one
 // piece and the next there is little to compute, so the memory stays busy
-static void fasa_score_piece(
-        const fasa_select_op & op, const fasa_part & part, const fasa_query & query, int64_t cell0, int64_t cell1) {
+static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_query & query, int64_t cell0, int64_t cell1) {
     const size_t        block_size = fasa_tips_block_size(op.n_dim);
     const char        * tips       = (const char *) op.tips->data + op.head(part.row)*op.tips->nb[2] + op.stream(part.row)*op.tips->nb[3];
     const ggml_fp16_t * mask       = op.mask_of(part.row);
-    const vec           masked     = v_set1(FASA_MASKED);
 
-    float * scores = part.scores + (cell0 - part.cell0);
+    for (int64_t ig = 0; ig < op.n_group; ig += FASA_MAX_TILE) {
+        const int64_t n_heads = std::min<int64_t>(FASA_MAX_TILE, op.n_group - ig);
+        const auto    heads   = query.from(ig, op.n_quads);
+        float       * scores  = part.scores + ig*op.n_kv + (cell0 - part.cell0);
 
-    for (int64_t cell = cell0; cell < cell1; cell += FASA_TIPS_CELLS) {
-        char         * block  = const_cast<char *>(tips) + cell/FASA_TIPS_CELLS*block_size;
-        const int8_t * values = fasa_tips_values(block);
-        const auto   * scales = (const ggml_fp16_t *) fasa_tips_scales(block);
-        float        * sums   = scores + (cell - cell0);
-
-        for (size_t i = 0; i < block_size; i += CACHE_LINE_SIZE) {
-            FASA_PREFETCH(block + FASA_AHEAD*block_size + i);
+        vec before[FASA_MAX_TILE];
+        for (int64_t ih = 0; ih < n_heads; ++ih) {
+            before[ih] = v_load(heads.max + ih*FASA_LANES);
         }
-        for (int64_t ig = 0; ig < op.n_group; ig += FASA_MAX_TILE) {
-            float * dst = sums + ig*op.n_kv;
-            switch (std::min<int64_t>(FASA_MAX_TILE, op.n_group - ig)) {
-                case 1:  fasa_dot_block<1>(values, query, op.n_quads, ig, dst, op.n_kv); break;
-                case 2:  fasa_dot_block<2>(values, query, op.n_quads, ig, dst, op.n_kv); break;
-                case 3:  fasa_dot_block<3>(values, query, op.n_quads, ig, dst, op.n_kv); break;
-                default: fasa_dot_block<4>(values, query, op.n_quads, ig, dst, op.n_kv); break;
+
+        for (int64_t cell = cell0; cell < cell1; cell += FASA_TIPS_CELLS) {
+            char * block = const_cast<char *>(tips) + cell/FASA_TIPS_CELLS*block_size;
+
+            for (size_t i = 0; i < block_size && ig == 0; i += CACHE_LINE_SIZE) {
+                FASA_PREFETCH(block + FASA_AHEAD*block_size + i);
+            }
+
+            const auto score_block = [&](auto n) {
+                fasa_score_block<n.value>(fasa_tips_values(block), (const ggml_fp16_t *) fasa_tips_scales(block), mask + cell,
+                    op.n_quads, heads, scores + (cell - cell0), op.n_kv);
+            };
+            switch (n_heads) {
+                case 1:  score_block(std::integral_constant<int, 1>()); break;
+                case 2:  score_block(std::integral_constant<int, 2>()); break;
+                case 3:  score_block(std::integral_constant<int, 3>()); break;
+                default: score_block(std::integral_constant<int, 4>()); break;
             }
         }
-        for (int j = 0; j < FASA_TIPS_CELLS; j += FASA_LANES) {
-            const vec tip_scale = v_load_f16(scales + j);
-            const vec mask_vec  = v_load_f16(mask + cell + j);
-            for (int64_t ig = 0; ig < op.n_group; ++ig) {
-                float   * x     = sums + ig*op.n_kv + j;
-                const vec score = v_mul(v_mul(v_load(x), tip_scale), v_set1(query.scale[ig]));
-                // not by adding: whatever a masked cell holds must not reach the others
-                v_store(x, v_select_gt(mask_vec, masked, score, masked));
+
+        for (int64_t ih = 0; ih < n_heads && op.n_group > 1; ++ih) {
+            const float * x   = scores + ih*op.n_kv;
+            const vec     max = v_load(heads.max + ih*FASA_LANES);
+
+            vec sum = v_mul(v_load(heads.sum + ih*FASA_LANES), v_exp2(v_sub(before[ih], max)));
+            for (int64_t i = 0; i < cell1 - cell0; i += FASA_LANES) {
+                sum = v_add(sum, v_exp2(v_sub(v_load(x + i), max)));
             }
+            v_store(heads.sum + ih*FASA_LANES, sum);
         }
-    }
-
-    const int64_t n = cell1 - cell0;
-    for (int64_t ig = 0; ig < op.n_group; ++ig) {
-        const float * x = scores + ig*op.n_kv;
-
-        const vec before = v_load(query.max + ig*FASA_LANES);
-
-        vec top = before;
-        for (int64_t i = 0; i < n; i += FASA_LANES) {
-            top = v_max(v_load(x + i), top);
-        }
-        if (op.n_group > 1) {
-            vec sum = v_mul(v_load(query.sum + ig*FASA_LANES), v_exp(v_sub(before, top)));
-            for (int64_t i = 0; i < n; i += FASA_LANES) {
-                sum = v_add(sum, v_exp(v_sub(v_load(x + i), top)));
-            }
-            v_store(query.sum + ig*FASA_LANES, sum);
-        }
-        v_store(query.max + ig*FASA_LANES, top);
     }
 }
 
@@ -261,7 +272,7 @@ static void fasa_score_chunk(
         const vec sum = v_load(query.sum + ig*FASA_LANES);
 
         stats[ig].max = v_greatest(max);
-        stats[ig].sum = v_sum(v_mul(sum, v_exp(v_sub(max, v_set1(stats[ig].max)))));
+        stats[ig].sum = v_sum(v_mul(sum, v_exp2(v_sub(max, v_set1(stats[ig].max)))));
     }
 }
 
@@ -278,7 +289,7 @@ static void fasa_score(const fasa_select_op & op, const fasa_part & part, const 
 // combine
 //
 
-// the maximum over all cells, and what makes the heads of a group comparable: the logarithm of the sum of exp
+// the maximum over all cells, and what makes the heads of a group comparable: the logarithm of the sum
 static fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_stats * stats, int64_t row, int64_t ig) {
     const auto chunk = [&](int64_t ic) -> const fasa_row_stats & {
         return stats[(row*op.n_chunks + ic)*op.n_group + ig];
@@ -292,9 +303,9 @@ static fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_
         return res; // it is compared with itself only: the paper's raw scores
     }
     for (int64_t ic = 0; ic < op.n_chunks; ++ic) {
-        res.sum += chunk(ic).sum*std::exp(chunk(ic).max - res.max);
+        res.sum += chunk(ic).sum*std::exp2(chunk(ic).max - res.max);
     }
-    res.sum = res.max + std::log(res.sum);
+    res.sum = res.max + std::log2(res.sum);
     return res;
 }
 
@@ -311,23 +322,26 @@ static void fasa_bins(const float * scores, int64_t n, float best, uint16_t * bi
     }
 }
 
-static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats) {
+// lse: [n_group], scratch
+static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
     const int64_t n = part.cell1 - part.cell0;
 
     part.best = FASA_MASKED;
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
-        const auto    head = fasa_head_stats(op, stats, part.row, ig);
-        const vec     lse  = v_set1(head.sum);
-        const float * x    = part.scores + ig*op.n_kv;
+        const auto head = fasa_head_stats(op, stats, part.row, ig);
 
-        const float best = head.max - head.sum;
-        part.best = best > part.best ? best : part.best;
-
-        for (int64_t i = 0; i < n; i += FASA_LANES) {
-            v_store(part.scores + i, v_max(v_sub(v_load(x + i), lse), ig > 0 ? v_load(part.scores + i) : v_set1(FASA_MASKED)));
-        }
+        lse[ig]   = head.sum;
+        part.best = head.max - head.sum > part.best ? head.max - head.sum : part.best;
     }
     part.best = std::min(part.best, FLT_MAX);
+
+    for (int64_t i = 0; i < n; i += FASA_LANES) {
+        vec score = v_set1(FASA_MASKED);
+        for (int64_t ig = 0; ig < op.n_group; ++ig) {
+            score = v_max(v_sub(v_load(part.scores + ig*op.n_kv + i), v_set1(lse[ig])), score);
+        }
+        v_store(part.scores + i, score);
+    }
 
     if (op.forced) {
         const int64_t   n_forced = op.forced->ne[0];
@@ -527,7 +541,7 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         };
 
         for_each_own([&](fasa_part & part) { fasa_score  (op, part, query, stats); });
-        for_each_own([&](fasa_part & part) { fasa_combine(op, part, stats); });
+        for_each_own([&](fasa_part & part) { fasa_combine(op, part, stats, query.sum); });
         for_each_own([&](fasa_part & part) { fasa_collect(row_of(part), part); });
         for_each_own([&](fasa_part & part) { fasa_list   (op, row_of(part), part, scratch); });
     }
@@ -540,7 +554,7 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         own->ids    = ids;
 
         fasa_score  (op, *own, query, stats);
-        fasa_combine(op, *own, stats);
+        fasa_combine(op, *own, stats, query.sum);
 
         const fasa_row_parts whole(own, 1, row, op.n_fac);
 

@@ -37,7 +37,7 @@
 // v_max:         b where a is NaN
 // v_select_gt:   a > b ? x : y
 // v_bits_gt:     bit i: a > b in lane i
-// v_times_pow2:  x*2^n, where n are the lower bits of z (see v_exp)
+// v_times_pow2:  x*2^n, where n are the lower bits of z (see v_exp2)
 // v_sums:        lane i: sum over x[i]
 //
 // FASA_ACCS: accumulators that leave room for operands among the registers
@@ -291,22 +291,23 @@ static inline vec v_sums(const vec x[FASA_LANES]) {
 
 #endif
 
-// for x <= 0 within 2 ulp; beneath -87, where an f32 sum that holds a 1 does not notice, it stays at e^-87; NaN stays NaN
-static inline vec v_exp(vec x) {
-    x = v_max(v_set1(-87.0f), x);
+static constexpr float FASA_LOG2_E = 1.44269504f;
+
+// 2^x for x <= 0 within 2 ulp; beneath -126, where an f32 sum that holds a 1 does not notice, 2^-126; NaN stays NaN
+static inline vec v_exp2(vec x) {
+    x = v_max(v_set1(-126.0f), x);
 
     const vec magic = v_set1(0x1.8p23f); // adding it rounds, and leaves the integer in the lower bits
-    const vec z     = v_fma(x, v_set1(0x1.715476p+0f), magic);
-    const vec n     = v_sub(z, magic);
-    const vec r     = v_fma(n, v_set1(-0x1.7f7d1cp-20f), v_fma(n, v_set1(-0x1.62e4p-1f), x)); // less n*ln(2)
+    const vec z     = v_add(x, magic);
+    const vec f     = v_sub(x, v_sub(z, magic)); // from -1/2 to 1/2
 
-    vec p = v_set1(1.0f/720);
-    p = v_fma(p, r, v_set1(1.0f/120));
-    p = v_fma(p, r, v_set1(1.0f/24));
-    p = v_fma(p, r, v_set1(1.0f/6));
-    p = v_fma(p, r, v_set1(1.0f/2));
-    p = v_fma(p, r, v_set1(1.0f));
-    p = v_fma(p, r, v_set1(1.0f));
+    // least relative error
+    vec p = v_set1(1.327647177e-3f);
+    p = v_fma(p, f, v_set1(9.675541333e-3f));
+    p = v_fma(p, f, v_set1(5.550713274e-2f));
+    p = v_fma(p, f, v_set1(2.402211972e-1f));
+    p = v_fma(p, f, v_set1(6.931469671e-1f));
+    p = v_fma(p, f, v_set1(1.0f));
 
     return v_times_pow2(p, z);
 }
@@ -352,48 +353,61 @@ static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) 
 //
 // 8-bit integers
 //
-// ivec:    FASA_QUADS lanes, in each four tips or a sum
-// i_tips:  loads tips, in the form that i_dot takes
-// i_dot:   adds the products of four tips and the four bytes of q in every lane; exact for values from -127 to 127
-// i_store: the sums as floats
+// ivec:   FASA_LANES lanes, in each four bytes or a sum
+// i_tips: loads tips, in the form that i_dot takes
+// i_dot:  adds the products of four tips and the four bytes of q in every lane; exact for values from -127 to 127
+// v_from: as floats
 //
-// FASA_DOT_BIAS: what i_dot adds to a tip, times q: the sums start at -FASA_DOT_BIAS*(sum of q)
+// FASA_DOT_BIAS: what i_dot adds to a tip, times q: sums start at -FASA_DOT_BIAS*(sum of q)
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
-
-static constexpr int     FASA_QUADS    = 16;
-static constexpr int32_t FASA_DOT_BIAS = 128; // vpdpbusd takes one side unsigned
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 using ivec = __m512i;
 
-static inline ivec i_set1 (int32_t x)                { return _mm512_set1_epi32(x); }
-static inline ivec i_tips (const int8_t * p)         { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char) 0x80)); }
-static inline ivec i_dot  (ivec sum, ivec t, ivec q) { return _mm512_dpbusd_epi32(sum, t, q); }
-static inline void i_store(float * p, ivec x)        { _mm512_storeu_ps(p, _mm512_cvtepi32_ps(x)); }
+static inline ivec i_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vec  v_from(ivec x)    { return _mm512_cvtepi32_ps(x); }
 
-#elif defined(__AVX2__)
+#if defined(__AVX512VNNI__)
 
-static constexpr int FASA_QUADS = 8;
+static constexpr int32_t FASA_DOT_BIAS = 128; // vpdpbusd takes one side unsigned
+
+static inline ivec i_tips(const int8_t * p)         { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int32_t) 0x80808080)); }
+static inline ivec i_dot (ivec sum, ivec t, ivec q) { return _mm512_dpbusd_epi32(sum, t, q); }
+
+#else
+
+static constexpr int32_t FASA_DOT_BIAS = 0;
+
+static inline ivec i_tips(const int8_t * p) {
+    return _mm512_loadu_si512(p);
+}
+
+// |t| times q with the sign of t: two products of at most 127*127 fit into 16 bits
+static inline ivec i_dot(ivec sum, ivec t, ivec q) {
+    const ivec signed_q = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(t), _mm512_setzero_si512(), q);
+    const ivec pairs    = _mm512_maddubs_epi16(_mm512_abs_epi8(t), signed_q);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+#endif
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 using ivec = __m256i;
 
-static inline ivec i_set1 (int32_t x)                { return _mm256_set1_epi32(x); }
-static inline void i_store(float * p, ivec x)        { _mm256_storeu_ps(p, _mm256_cvtepi32_ps(x)); }
+static inline ivec i_set1(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vec  v_from(ivec x)    { return _mm256_cvtepi32_ps(x); }
 
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#if defined(__AVXVNNI__)
 
 static constexpr int32_t FASA_DOT_BIAS = 128;
 
 static inline ivec i_tips(const int8_t * p) {
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) p), _mm256_set1_epi8((char) 0x80));
+    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) p), _mm256_set1_epi32((int32_t) 0x80808080));
 }
 
 static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-#if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sum, t, q);
-#else
-    return _mm256_dpbusd_epi32(sum, t, q);
-#endif
 }
 
 #else
@@ -404,9 +418,8 @@ static inline ivec i_tips(const int8_t * p) {
     return _mm256_loadu_si256((const __m256i *) p);
 }
 
-// |t| times q with the sign of t: two products of at most 127*127 fit into 16 bits
 static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    const ivec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(t), _mm256_sign_epi8(q, t));
+    const ivec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(t), _mm256_sign_epi8(q, t)); // as above
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -414,14 +427,13 @@ static inline ivec i_dot(ivec sum, ivec t, ivec q) {
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
-static constexpr int     FASA_QUADS    = 4;
 static constexpr int32_t FASA_DOT_BIAS = 0;
 
 using ivec = int32x4_t;
 
-static inline ivec i_set1 (int32_t x)                { return vdupq_n_s32(x); }
-static inline ivec i_tips (const int8_t * p)         { return vreinterpretq_s32_s8(vld1q_s8(p)); }
-static inline void i_store(float * p, ivec x)        { vst1q_f32(p, vcvtq_f32_s32(x)); }
+static inline ivec i_set1(int32_t x)        { return vdupq_n_s32(x); }
+static inline ivec i_tips(const int8_t * p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+static inline vec  v_from(ivec x)           { return vcvtq_f32_s32(x); }
 
 static inline ivec i_dot(ivec sum, ivec t, ivec q) {
     const int8x16_t a = vreinterpretq_s8_s32(t);
@@ -437,16 +449,15 @@ static inline ivec i_dot(ivec sum, ivec t, ivec q) {
 
 #else
 
-static constexpr int     FASA_QUADS    = 8;
 static constexpr int32_t FASA_DOT_BIAS = 0;
 
 struct ivec {
-    int32_t lane[FASA_QUADS];
+    int32_t lane[FASA_LANES];
 };
 
 static inline ivec i_set1(int32_t x) {
     ivec res;
-    std::fill(res.lane, res.lane + FASA_QUADS, x);
+    std::fill(res.lane, res.lane + FASA_LANES, x);
     return res;
 }
 
@@ -457,18 +468,18 @@ static inline ivec i_tips(const int8_t * p) {
 }
 
 static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    int8_t a[4*FASA_QUADS];
-    int8_t b[4*FASA_QUADS];
+    int8_t a[4*FASA_LANES];
+    int8_t b[4*FASA_LANES];
     memcpy(a, t.lane, sizeof(a));
     memcpy(b, q.lane, sizeof(b));
-    for (int i = 0; i < 4*FASA_QUADS; ++i) {
+    for (int i = 0; i < 4*FASA_LANES; ++i) {
         sum.lane[i/4] += a[i]*b[i];
     }
     return sum;
 }
 
-static inline void i_store(float * p, ivec x) {
-    std::copy(x.lane, x.lane + FASA_QUADS, p);
+static inline vec v_from(ivec x) {
+    return v_map([&](int i) { return (float) x.lane[i]; });
 }
 
 #endif
