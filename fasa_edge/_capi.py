@@ -21,6 +21,7 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         ("enabled", ctypes.c_bool),
+        ("exact", ctypes.c_bool),
         ("budget", ctypes.c_uint32),
         ("n_sink", ctypes.c_uint32),
         ("n_recent", ctypes.c_uint32),
@@ -112,6 +113,7 @@ class Stats(ctypes.Structure):
         ("n_steps_prompt", ctypes.c_uint64),
         ("n_steps_decode", ctypes.c_uint64),
         ("n_layers", ctypes.c_uint64 * len(REASONS)),
+        ("n_layers_exact", ctypes.c_uint64),
         ("bytes_kv", ctypes.c_uint64),
         ("bytes_tips", ctypes.c_uint64),
         ("bytes_kv_dense", ctypes.c_uint64),
@@ -161,7 +163,7 @@ def override_report(model: int) -> list[str]:
 
 
 def get_params(ctx: int) -> Params | None:
-    """Settings in force in a context (``llama_context *``); ``None`` without a profile."""
+    """Settings in force in a context (``llama_context *``); ``None`` without a profile or ``fasa.exact``."""
     params = Params()
     return params if _get_params(ctx, ctypes.byref(params)) else None
 

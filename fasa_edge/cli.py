@@ -91,6 +91,7 @@ def _model_options(command: Callable) -> Callable:
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
         click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="In place of the model's own."),
         click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
+        click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     ):  # fmt: skip
@@ -121,6 +122,7 @@ def _load(
     type_v: str,
     profile: str | None,
     budget: int | None,
+    exact: bool,
     overrides: tuple[str, ...],
     verbose: bool,
     **fasa: Any,
@@ -135,6 +137,7 @@ def _load(
         kv_overrides=dict(map(_parse_override, overrides)),
         fasa_profile=profile,
         fasa_budget=budget,
+        fasa_exact=exact or None,
         verbose=verbose,
         **fasa,
     )

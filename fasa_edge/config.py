@@ -27,7 +27,9 @@ class FasaConfig:
     """Settings of sparse decoding; every one of them can be overridden when a model is loaded.
 
     Attributes:
-        enabled: False runs llama.cpp's own dense attention everywhere.
+        enabled: False attends to all tokens everywhere.
+        exact: what stays dense in a decode step on the CPU (short contexts, dense layers, or all of it) is attended
+            with FASA's kernel, exact within rounding and faster, instead of llama.cpp's flash attention.
         budget: tokens attended per KV head and step, sinks and recent tokens included.
         n_sink: first tokens of the context that are always attended.
         n_recent: latest tokens that are always attended.
@@ -40,6 +42,7 @@ class FasaConfig:
     """
 
     enabled: bool = True
+    exact: bool = False
     budget: int = 512
     n_sink: int = 4
     n_recent: int = 32
@@ -48,8 +51,9 @@ class FasaConfig:
     max_batch: int = 16  # a decoded token and the 10 that llama-cpp-python's draft model adds
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise SchemaError(f"enabled = {self.enabled!r}: expected True or False")
+        for name in ("enabled", "exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise SchemaError(f"{name} = {getattr(self, name)!r}: expected True or False")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):

@@ -17,7 +17,8 @@ from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 import psutil
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-_SETTINGS = ("enabled", "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
+_FLAGS = ("enabled", "exact")
+_SETTINGS = (*_FLAGS, "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 
 _N_CTX_UNKNOWN = 512
@@ -35,11 +36,12 @@ class FasaStats:
         n_steps_decode: micro-batches of at most ``max_batch`` tokens per sequence.
         n_layers_sparse: layers that ran sparse, summed over the steps.
         n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge._capi.REASONS`).
+        n_layers_exact: of these, the layers that attended with FASA's kernel (``exact``).
         bytes_kv: bytes of K and V that the attention of decoded tokens read, in sparse and dense layers.
         bytes_tips: bytes of the tip cache that they read.
         bytes_kv_dense: bytes of K and V that they would have read, had every layer run dense.
         tips_size: bytes of memory that the tip cache takes.
-        settings: settings in force; empty without a profile.
+        settings: settings in force; empty without a profile or ``exact``.
         ineffective_overrides: ``fasa.*`` overrides that no setting took, and why.
     """
 
@@ -47,6 +49,7 @@ class FasaStats:
     n_steps_decode: int
     n_layers_sparse: int
     n_layers_dense: dict[str, int]
+    n_layers_exact: int
     bytes_kv: int
     bytes_tips: int
     bytes_kv_dense: int
@@ -73,7 +76,7 @@ class Fasa:
 
     @property
     def settings(self) -> dict[str, int | bool]:
-        """Settings in force, by name; empty without a profile."""
+        """Settings in force, by name; empty without a profile or ``fasa_exact=True`` at load."""
         params = _capi.get_params(self._llm.ctx)
         return params.as_dict() if params else {}
 
@@ -109,6 +112,7 @@ class Fasa:
             n_steps_decode=stats.n_steps_decode,
             n_layers_sparse=n_layers.pop("none"),
             n_layers_dense={name: n for name, n in n_layers.items() if n},
+            n_layers_exact=stats.n_layers_exact,
             bytes_kv=stats.bytes_kv,
             bytes_tips=stats.bytes_tips,
             bytes_kv_dense=stats.bytes_kv_dense,
@@ -141,8 +145,9 @@ class Llama(llama_cpp.Llama):
         type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
-        fasa_settings: ``fasa_enabled``, ``fasa_budget``, ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``,
-            ``fasa_min_ctx``, ``fasa_max_batch``, ``fasa_n_tip``; each replaces the default stored in the model.
+        fasa_settings: ``fasa_enabled``, ``fasa_exact`` (the one that needs no profile), ``fasa_budget``,
+            ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``, ``fasa_min_ctx``, ``fasa_max_batch``,
+            ``fasa_n_tip``; each replaces the default stored in the model.
         kwargs: every other argument of ``llama_cpp.Llama``.
 
     Raises:
@@ -181,7 +186,7 @@ class Llama(llama_cpp.Llama):
                     f"{', '.join('fasa_' + s for s in _SETTINGS)}"
                 )
         for name, value in settings.items():
-            expected = bool if name == "fasa_enabled" else int
+            expected = bool if name.removeprefix("fasa_") in _FLAGS else int
             if value is not None and type(value) is not expected:
                 raise SchemaError(
                     f"{name} = {value!r}: expected {'True or False' if expected is bool else 'a whole number'}"
@@ -218,7 +223,8 @@ class Llama(llama_cpp.Llama):
                 raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
         self.fasa = Fasa(self)
 
-        if not self.fasa.available and (ignored := [key for key in overrides if key.startswith("fasa.")]):
+        needs_profile = (key for key in overrides if key.startswith("fasa.") and key != "fasa.exact")
+        if not self.fasa.available and (ignored := list(needs_profile)):
             warnings.warn(f"{model_path} has no FASA profile, so {', '.join(ignored)} has no effect", stacklevel=2)
         for line in _capi.override_report(self.model):
             warnings.warn(f"override without effect: {line}", stacklevel=2)

@@ -57,6 +57,7 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.version": GGUFValueType.UINT32,
     "fasa.n_tip": GGUFValueType.UINT32,
     "fasa.enabled": GGUFValueType.BOOL,
+    "fasa.exact": GGUFValueType.BOOL,
     "fasa.budget": GGUFValueType.UINT32,
     "fasa.n_sink": GGUFValueType.UINT32,
     "fasa.n_recent": GGUFValueType.UINT32,
@@ -70,6 +71,9 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.calibration.tool": GGUFValueType.STRING,
     "fasa.fingerprint": GGUFValueType.STRING,
 }
+
+OPTIONAL = {"fasa.exact": False}
+"""Scalars that came later than the version, and what holds where a file lacks them."""
 
 ARRAYS = {  # every array key and its element type
     "fasa.head_count_kv": GGUFValueType.INT32,
@@ -167,6 +171,7 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
     if version != VERSION:
         raise SchemaError(f"fasa.version = {version}: only {VERSION} can be read, update fasa-edge or convert again")
 
+    metadata = {**OPTIONAL, **metadata}
     scalars = {key: _scalar(metadata, key) for key in SCALARS}
     arrays = {key: _array(metadata, key) for key in ARRAYS}
     shapes = _shapes(arrays["fasa.head_count_kv"], arrays["fasa.chunk_count"])

@@ -30,6 +30,14 @@ static void fasa_check_tips(const ggml_tensor * tips, const ggml_tensor * dims) 
     GGML_ASSERT(tips->nb[0] == 1 && tips->nb[1] == (size_t) tips->ne[0]);
 }
 
+static void fasa_check_mask(const ggml_tensor * mask, int64_t n_kv, int64_t n_tokens, int64_t n_stream) {
+    GGML_ASSERT(mask->type == GGML_TYPE_F16);
+    GGML_ASSERT(mask->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(mask->ne[0] == n_kv);
+    GGML_ASSERT(mask->ne[1] >= n_tokens);
+    GGML_ASSERT(mask->ne[2] == 1 && mask->ne[3] == n_stream);
+}
+
 ggml_tensor * ggml_fasa_store(
         ggml_context * ctx,
         ggml_tensor  * tips,
@@ -79,11 +87,7 @@ ggml_tensor * ggml_fasa_select(
     GGML_ASSERT(q->nb[0] == sizeof(float));
     GGML_ASSERT(q->ne[1] % dims->ne[1] == 0);
     GGML_ASSERT(tips->ne[3] == n_stream);
-    GGML_ASSERT(mask->type == GGML_TYPE_F16);
-    GGML_ASSERT(mask->nb[0] == sizeof(ggml_fp16_t));
-    GGML_ASSERT(mask->ne[0] == n_kv);
-    GGML_ASSERT(mask->ne[1] >= n_tokens);
-    GGML_ASSERT(mask->ne[2] == 1 && mask->ne[3] == n_stream);
+    fasa_check_mask(mask, n_kv, n_tokens, n_stream);
     GGML_ASSERT(n_fac > 0 && n_fac <= n_kv);
 
     if (forced) {
@@ -113,6 +117,7 @@ ggml_tensor * ggml_fasa_attend(
         ggml_tensor  * k,
         ggml_tensor  * v,
         ggml_tensor  * idx,
+        ggml_tensor  * mask,
         ggml_tensor  * sinks,
         float          scale,
         float          logit_softcap) {
@@ -123,10 +128,15 @@ ggml_tensor * ggml_fasa_attend(
     GGML_ASSERT(q->ne[3] == k->ne[3]);
     GGML_ASSERT(k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type));
     GGML_ASSERT(v->ne[1] == k->ne[1] && v->ne[2] == k->ne[2] && v->ne[3] == k->ne[3]);
-    GGML_ASSERT(idx->type == GGML_TYPE_I32);
-    GGML_ASSERT(ggml_is_contiguous(idx));
-    GGML_ASSERT(idx->ne[1] == k->ne[1] && idx->ne[2] == q->ne[2] && idx->ne[3] == q->ne[3]);
+    GGML_ASSERT((idx == NULL) != (mask == NULL));
 
+    if (idx) {
+        GGML_ASSERT(idx->type == GGML_TYPE_I32);
+        GGML_ASSERT(ggml_is_contiguous(idx));
+        GGML_ASSERT(idx->ne[1] == k->ne[1] && idx->ne[2] == q->ne[2] && idx->ne[3] == q->ne[3]);
+    } else {
+        fasa_check_mask(mask, k->ne[2], q->ne[2], q->ne[3]);
+    }
     if (sinks) {
         GGML_ASSERT(sinks->type == GGML_TYPE_F32);
         GGML_ASSERT(ggml_is_vector(sinks) && ggml_is_contiguous(sinks));
@@ -143,7 +153,8 @@ ggml_tensor * ggml_fasa_attend(
     result->src[1] = k;
     result->src[2] = v;
     result->src[3] = idx;
-    result->src[4] = sinks;
+    result->src[4] = mask;
+    result->src[5] = sinks;
 
     return result;
 }

@@ -5,7 +5,7 @@
 //
 //   store   writes the tips of new keys                                   (beside the write of K itself)
 //   select  scores all cells on their tips, lists the few that matter     (TIP, paper section 4.2)
-//   attend  exact softmax attention over the listed cells                 (FAC, paper section 4.3)
+//   attend  exact softmax attention over the listed cells, or over all    (FAC, paper section 4.3)
 //
 // Only store and select know the layout of the tips; everybody else sees an opaque I8 tensor.
 // README.md beside this file states the contract that every backend has to meet.
@@ -71,22 +71,24 @@ extern "C" {
             int64_t               n_fac,
             float                 scale);
 
-    // softmax attention over the listed cells only
+    // exact softmax attention over some cells: those listed in idx, or those visible in mask; the other one is NULL
     //
     //   q:     F32 [n_embd_head_k, n_head,    n_tokens, n_stream]
     //   k:         [n_embd_head_k, n_head_kv, n_kv,     n_stream]
     //   v:         [n_embd_head_v, n_head_kv, n_kv,     n_stream] !! not transposed !!
     //   idx:   I32 [n_fac, n_head_kv, n_tokens, n_stream] from ggml_fasa_select: visible cells, -1 is skipped
+    //   mask:  F16 [n_kv, n_tokens, 1, n_stream] 0: visible, -INFINITY: not
     //   sinks: F32 [n_head] or NULL, as in ggml_flash_attn_ext_add_sinks
     //   scale, logit_softcap: as in ggml_flash_attn_ext
     //
-    //   res:   F32 [n_embd_head_v, n_head, n_tokens, n_stream] a head with no listed cell gets zeros
+    //   res:   F32 [n_embd_head_v, n_head, n_tokens, n_stream] a head with no cell gets zeros
     GGML_API struct ggml_tensor * ggml_fasa_attend(
             struct ggml_context * ctx,
             struct ggml_tensor  * q,
             struct ggml_tensor  * k,
             struct ggml_tensor  * v,
             struct ggml_tensor  * idx,
+            struct ggml_tensor  * mask,
             struct ggml_tensor  * sinks,
             float                 scale,
             float                 logit_softcap);

@@ -36,7 +36,7 @@ _SIGNATURES = {
     "ggml_fasa_new_tips": (_ptr, _ptr, _i64, _i64, _i64, _i64),
     "ggml_fasa_store": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, ctypes.c_int),
     "ggml_fasa_select": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _i64, _float),
-    "ggml_fasa_attend": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _float, _float),
+    "ggml_fasa_attend": (_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _float, _float),
     "ggml_cast": (_ptr, _ptr, _ptr, ctypes.c_int),
     "ggml_cont": (_ptr, _ptr, _ptr),
     "ggml_permute": (_ptr, _ptr, _ptr, *[ctypes.c_int] * 4),

@@ -98,14 +98,21 @@ def run_select(case: Case, n_fac: int, forced: np.ndarray | None = None, n_threa
 
 
 def run_attend(
-    case: Case, idx: np.ndarray, k: np.ndarray, softcap: float = 0.0, sinks: np.ndarray | None = None
+    case: Case,
+    idx: np.ndarray | None,
+    k: np.ndarray,
+    softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
+    n_threads: int = 2,
 ) -> np.ndarray:
+    """To the listed cells, or without a list to all that the mask shows."""
     with Graph() as g:
+        cells = (g.tensor(idx), None) if idx is not None else (None, g.tensor(case.mask))
         out = g.ggml_fasa_attend(
-            g.tensor(case.q), g.tensor(k), g.tensor(case.v), g.tensor(idx),
+            g.tensor(case.q), g.tensor(k), g.tensor(case.v), *cells,
             None if sinks is None else g.tensor(sinks), case.scale, softcap,
         )  # fmt: skip
-        g.run(out)
+        g.run(out, n_threads=n_threads)
         return g.read(out, np.float32, (*case.q.shape[:2], case.v.shape[2]))
 
 
@@ -258,7 +265,7 @@ def test_streams_do_not_touch_each_other() -> None:
         mask = stack(*(case.mask[None] for case in cases))
         idx = g.ggml_fasa_select(q, view, k_dims, mask, stack(*forced), n_fac, cases[0].scale)
         k = stack(*(case.k.astype(np.float16) for case in cases))
-        out = g.ggml_fasa_attend(q, k, stack(*(case.v for case in cases)), idx, None, cases[0].scale, 0.0)
+        out = g.ggml_fasa_attend(q, k, stack(*(case.v for case in cases)), idx, None, None, cases[0].scale, 0.0)
         g.run(stored, out)
         idx = g.read(idx, np.int32, (2, 2, n_head_kv, n_fac))
         out = g.read(out, np.float32, (2, *cases[0].q.shape))
@@ -291,7 +298,7 @@ def test_attend_reads_every_cache_type(type_k: str, type_v: str, n_embd_head: in
         k = g.ggml_cast(g.tensor(case.k), CACHE_TYPES[type_k])
         v = g.ggml_cast(g.tensor(case.v.astype(np.float32)), CACHE_TYPES[type_v])
         k_f32, v_f32 = g.ggml_cast(k, F32), g.ggml_cast(v, F32)
-        out = g.ggml_fasa_attend(g.tensor(case.q), k, v, g.tensor(idx), g.tensor(sinks), case.scale, 5.0)
+        out = g.ggml_fasa_attend(g.tensor(case.q), k, v, g.tensor(idx), None, g.tensor(sinks), case.scale, 5.0)
         g.run(k_f32, v_f32, out)
         k, v = (g.read(x, np.float32, case.k.shape) for x in (k_f32, v_f32))
         out = g.read(out, np.float32, case.q.shape)

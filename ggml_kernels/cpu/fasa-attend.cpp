@@ -18,7 +18,7 @@ static size_t fasa_attend_work_floats(const ggml_tensor * dst) {
     const ggml_tensor * v = dst->src[2];
 
     const int64_t n_group = q->ne[1]/k->ne[1];
-    const int64_t n_fac   = dst->src[3]->ne[0];
+    const int64_t n_fac   = dst->src[3] ? dst->src[3]->ne[0] : k->ne[2];
 
     return GGML_PAD(std::max(k->ne[0], v->ne[0]) + n_group*n_fac, CACHE_LINE_SIZE_F32);
 }
@@ -58,7 +58,8 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
     const ggml_tensor * idx   = dst->src[3];
-    const ggml_tensor * sinks = dst->src[4];
+    const ggml_tensor * mask  = dst->src[4];
+    const ggml_tensor * sinks = dst->src[5];
 
     const float scale   = ggml_get_op_params_f32(dst, 0);
     const float softcap = ggml_get_op_params_f32(dst, 1);
@@ -67,7 +68,7 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
     const int64_t n_group   = q->ne[1]/n_head_kv;
     const int64_t n_tokens  = q->ne[2];
     const int64_t n_stream  = q->ne[3];
-    const int64_t n_fac     = idx->ne[0];
+    const int64_t n_fac     = idx ? idx->ne[0] : k->ne[2];
 
     float * row    = (float *) params->wdata + params->ith*fasa_attend_work_floats(dst);
     float * logits = row + std::max(k->ne[0], v->ne[0]); // [n_fac, n_group]
@@ -77,7 +78,13 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
         const int64_t it = ir / n_head_kv % n_tokens;
         const int64_t is = ir / n_head_kv / n_tokens;
 
-        const int32_t * ids = (const int32_t *) idx->data + ((is*n_tokens + it)*n_head_kv + ih)*n_fac;
+        const auto cell = [&](int64_t i) -> int64_t {
+            if (idx) {
+                return ((const int32_t *) idx->data)[((is*n_tokens + it)*n_head_kv + ih)*n_fac + i];
+            }
+            const auto * m = (const ggml_fp16_t *) ((const char *) mask->data + it*mask->nb[1] + is*mask->nb[3]);
+            return GGML_CPU_FP16_TO_FP32(m[i]) > -INFINITY ? i : -1;
+        };
 
         const char * q_rows   = (const char *) q->data + ih*n_group*q->nb[1]   + it*q->nb[2]   + is*q->nb[3];
         char       * dst_rows = (char *)     dst->data + ih*n_group*dst->nb[1] + it*dst->nb[2] + is*dst->nb[3];
@@ -88,12 +95,12 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
         // every row of K and V is read once for the whole group
         int64_t n = 0;
         for (int64_t i = 0; i < n_fac; ++i) {
-            if (ids[i] < 0) {
+            if (cell(i) < 0) {
                 continue;
             }
-            GGML_ASSERT(ids[i] < k->ne[2]);
+            GGML_ASSERT(cell(i) < k->ne[2]);
 
-            const float * k_row = fasa_cell_row(k, ids[i], ih, is, row);
+            const float * k_row = fasa_cell_row(k, cell(i), ih, is, row);
             for (int64_t ig = 0; ig < n_group; ++ig) {
                 float logit;
                 ggml_vec_dot_f32(k->ne[0], &logit, 0, q_row(ig), 0, k_row, 0, 1);
@@ -112,10 +119,10 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
 
         n = 0;
         for (int64_t i = 0; i < n_fac; ++i) {
-            if (ids[i] < 0) {
+            if (cell(i) < 0) {
                 continue;
             }
-            const float * v_row = fasa_cell_row(v, ids[i], ih, is, row);
+            const float * v_row = fasa_cell_row(v, cell(i), ih, is, row);
             for (int64_t ig = 0; ig < n_group; ++ig) {
                 ggml_vec_mad_f32(v->ne[0], dst_row(ig), v_row, logits[ig*n_fac + n]);
             }

@@ -18,6 +18,7 @@ extern "C" {
     // defaults come from the metadata `fasa.<field>`, which --override-kv can replace at load
     struct llama_fasa_params {
         bool     enabled;
+        bool     exact;          // what stays dense in a decode step on the CPU is attended to with FASA's kernel, all cells
         uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to
@@ -41,11 +42,11 @@ extern "C" {
     // `fasa.*` overrides that had no effect, one line each; "" when all had one; until another profile is loaded
     LLAMA_API const char * llama_fasa_model_override_report(const struct llama_model * model);
 
-    // false: the model has no profile
+    // false: the model has no profile, and was not loaded with the override fasa.exact = true either
     LLAMA_API bool llama_fasa_get_params(const struct llama_context * ctx, struct llama_fasa_params * params);
 
     // takes effect with the next llama_decode
-    // false: no profile, a value out of range, or a field that is fixed when the model is loaded (the log says which)
+    // false: no settings, a value out of range, or a field that is fixed when the model is loaded (the log says which)
     LLAMA_API bool llama_fasa_set_params(struct llama_context * ctx, const struct llama_fasa_params * params);
 
     //
@@ -82,6 +83,7 @@ extern "C" {
         uint64_t n_steps_prompt;
         uint64_t n_steps_decode;
         uint64_t n_layers[LLAMA_FASA_REASON_COUNT]; // layers run, by reason; [NONE]: sparse
+        uint64_t n_layers_exact;                    // of the dense ones, those that FASA's kernel attended to
 
         uint64_t bytes_kv;       // of K and V, sparse and dense layers together
         uint64_t bytes_tips;     // of the tip cache

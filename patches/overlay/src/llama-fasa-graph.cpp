@@ -50,6 +50,10 @@ static llama_fasa_graph_input * fasa_get_input(const llm_graph_context & graph, 
             *graph.cparams.fasa, mctx ? mctx->get_fasa_tips() : nullptr, mctx ? mctx->get_n_kv() : 0, graph.ubatch));
 }
 
+bool llama_fasa_attn::is_flash_attn(const ggml_tensor * v) const {
+    return v->nb[1] <= v->nb[2] && graph.cparams.flash_attn && !graph.cparams.auto_fa;
+}
+
 llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
     const auto & params = fasa->params;
 
@@ -73,7 +77,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!mctx.get_fasa_tips()->is_valid()) {
         return LLAMA_FASA_REASON_STALE_TIPS;
     }
-    if (v->nb[1] > v->nb[2] || !graph.cparams.flash_attn || graph.cparams.auto_fa) {
+    if (!is_flash_attn(v)) {
         return LLAMA_FASA_REASON_FLASH_ATTN_OFF;
     }
     if (!graph.cparams.causal_attn) {
@@ -86,6 +90,13 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
         return LLAMA_FASA_REASON_SHORT_CONTEXT;
     }
     return LLAMA_FASA_REASON_NONE;
+}
+
+bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+    ggml_backend_buffer_t buffer = k->view_src ? k->view_src->buffer : nullptr; // of the KV cache
+
+    return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) &&
+        is_flash_attn(v) && !fasa_is_prompt(fasa->params, graph.ubatch);
 }
 
 ggml_tensor * llama_fasa_attn::build(
@@ -139,31 +150,39 @@ ggml_tensor * llama_fasa_attn::build(
     const auto   reason    = reason_dense(*mctx, v, kq_b);
     const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
 
-    if (reason != LLAMA_FASA_REASON_NONE) {
+    const bool is_sparse = reason == LLAMA_FASA_REASON_NONE;
+
+    if (!is_sparse && !is_exact(k, v, kq_b)) {
         inp->add_layer(reason, row_bytes, 0);
         return nullptr;
     }
 
-    const auto & layer = tips->get_layer(il);
-
-    const int64_t n_kv     = mctx->get_n_kv();
     const int64_t n_stream = k->ne[3];
     const int64_t n_tokens = q->ne[2]/n_stream;
-
-    inp->add_layer(reason, row_bytes, layer.tips->ne[0]*layer.tips->ne[2]/ggml_fasa_cells_per_block());
-    inp->n_fac = std::min<int64_t>(fasa->params.budget, n_kv);
 
     const auto split_streams = [&](ggml_tensor * t) {
         return ggml_view_4d(ctx0, t, t->ne[0], t->ne[1], n_tokens, n_stream, t->nb[1], t->nb[2], t->nb[2]*n_tokens, 0);
     };
 
-    ggml_tensor * idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx->get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
-            inp->build_forced(ctx0, n_tokens, n_stream), inp->n_fac, kq_scale);
-    graph.cb(idx, "fasa_select", il);
+    ggml_tensor * idx = nullptr;
+
+    if (is_sparse) {
+        const auto & layer = tips->get_layer(il);
+
+        inp->add_layer(reason, row_bytes, layer.tips->ne[0]*layer.tips->ne[2]/ggml_fasa_cells_per_block());
+        inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
+
+        idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx->get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
+                inp->build_forced(ctx0, n_tokens, n_stream), inp->n_fac, kq_scale);
+        graph.cb(idx, "fasa_select", il);
+    } else {
+        inp->add_layer(reason, row_bytes, 0);
+        inp->n_layers_exact++;
+    }
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
-    ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, sinks, kq_scale, softcap);
+    ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, is_sparse ? nullptr : kq_mask, sinks, kq_scale, softcap);
     graph.cb(cur, "fasa_attend", il);
 
     cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
@@ -281,12 +300,14 @@ void llama_fasa_graph_input::set_forced(const llama_ubatch * ubatch) const {
 void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
     auto & stats = fasa.stats;
 
+    stats.n_layers_exact += n_layers_exact;
+
     for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
         const auto reason = (llama_fasa_reason) i;
 
         stats.n_layers[i] += n_layers[i];
 
-        if (n_layers[i] > 0 && reason != LLAMA_FASA_REASON_NONE && !fasa.logged[i]) {
+        if (n_layers[i] > 0 && reason != LLAMA_FASA_REASON_NONE && fasa.profile->has_chunks && !fasa.logged[i]) {
             LLAMA_LOG_INFO("fasa: %u layers run dense: %s\n", n_layers[i], llama_fasa_reason_description(reason));
             fasa.logged[i] = true;
         }

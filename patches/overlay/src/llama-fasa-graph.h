@@ -51,6 +51,11 @@ public:
 private:
     llama_fasa_reason reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
+    // whether a layer that stays dense takes FASA's kernel
+    bool is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const;
+
+    bool is_flash_attn(const ggml_tensor * v) const;
+
     const llm_graph_context & graph;
     llama_fasa_context      * fasa; // nullptr: the model has no profile
 
@@ -85,6 +90,8 @@ public:
     std::vector<ggml_tensor *> captured_k;
 
     int64_t n_fac = 0; // cells attended to in sparse layers
+
+    uint32_t n_layers_exact = 0; // dense layers that take FASA's kernel
 
     std::set<int> layers; // that have been added
 

@@ -12,6 +12,8 @@
 static constexpr uint32_t FASA_VERSION   = 1;
 static constexpr uint32_t FASA_MAX_BATCH = 64;
 
+static constexpr uint32_t FASA_EXACT_MAX_BATCH = 16; // without a profile that says
+
 //
 // geometry
 //
@@ -127,7 +129,19 @@ public:
     void read(const char * key, bool & value) {
         known.insert(key);
         value = gguf_get_val_bool(metadata, find(key, GGUF_TYPE_BOOL));
+        override_bool(key, value);
+    }
 
+    // a setting that came later than the version: files may lack it
+    void read_optional(const char * key, bool & value) {
+        if (gguf_find_key(metadata, key) >= 0) {
+            return read(key, value);
+        }
+        known.insert(key);
+        override_bool(key, value);
+    }
+
+    void override_bool(const char * key, bool & value) {
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_BOOL, "bool")) {
             value = ovrd->val_bool;
         }
@@ -220,19 +234,22 @@ static std::vector<int32_t> fasa_read_dims(const int32_t * chunks, int32_t n_chu
 std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model) {
     fasa_reader reader(metadata, overrides);
 
-    if (reader.is_ignored()) {
-        return nullptr;
-    }
-    if (gguf_find_key(metadata, "fasa.version") < 0) {
+    auto res = std::make_shared<llama_fasa_profile>();
+
+    if (reader.is_ignored() || gguf_find_key(metadata, "fasa.version") < 0) {
+        res->has_chunks = false;
+        res->dims.resize(model.hparams.n_layer_all);
+        res->params.budget    = 1; // none is used, but all settings are valid ones
+        res->params.max_batch = FASA_EXACT_MAX_BATCH;
+        reader.override_bool("fasa.exact", res->params.exact);
+
         for (const auto & [key, ovrd] : overrides) {
-            if (key.rfind("fasa.", 0) == 0) {
+            if (!reader.is_ignored() && key.rfind("fasa.", 0) == 0 && key != "fasa.exact") {
                 LLAMA_LOG_WARN("%s: override %s has no effect: there is no FASA profile\n", __func__, key.c_str());
             }
         }
-        return nullptr;
+        return res->params.exact ? res : nullptr;
     }
-
-    auto res = std::make_shared<llama_fasa_profile>();
 
     uint32_t version;
     reader.read("fasa.version", version);
@@ -248,6 +265,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
 
     auto & params = res->params;
     reader.read("fasa.enabled",        params.enabled);
+    reader.read_optional("fasa.exact", params.exact);
     reader.read("fasa.budget",         params.budget);
     reader.read("fasa.n_sink",         params.n_sink);
     reader.read("fasa.n_recent",       params.n_recent);
@@ -325,7 +343,7 @@ bool llama_fasa_model_load_profile(llama_model * model, const char * path, const
         by_key.erase("fasa.version"); // concerns the model's own metadata
 
         auto profile = llama_fasa_profile::load(metadata.get(), by_key, *model);
-        if (!profile) {
+        if (!profile || !profile->has_chunks) {
             throw std::runtime_error("holds no FASA profile: make one with `fasa-edge convert --profile`");
         }
         model->fasa = std::move(profile);

@@ -14,15 +14,18 @@ using llama_fasa_overrides = std::unordered_map<std::string, llama_model_kv_over
 
 // what `fasa.*` metadata says of a model; never changes, and who was made by it keeps it when the model gets another
 struct llama_fasa_profile {
-    llama_fasa_params params;
+    llama_fasa_params params = {};
 
     // per layer: I32 [n_dim, n_head_kv], the dims of the n_tip best chunks of each KV head; empty: no chunks
     std::vector<std::vector<int32_t>> dims;
 
+    // false: all there is to it is `exact`, which needs no chunks and so no profile
+    bool has_chunks = true;
+
     std::string override_report;
 
     // metadata: of the model's own file, or of a profile file
-    // nullptr: it holds no profile, or fasa.version is overridden with 0
+    // nullptr: it holds no profile, or fasa.version is overridden with 0, and fasa.exact is not overridden with true
     // throws std::runtime_error: the profile is damaged, or of another model
     static std::shared_ptr<const llama_fasa_profile> load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model);
 };

@@ -52,7 +52,7 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     return
         ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&
         ggml_backend_dev_supports_op(dev, idx) &&
-        ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, 1.0f, 0.0f));
+        ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, nullptr, 1.0f, 0.0f));
 }
 
 static llama_fasa_reason fasa_reason_no_tips(

@@ -26,7 +26,7 @@
 //
 
 bool llama_fasa_model_has_profile(const llama_model * model) {
-    return model->fasa != nullptr;
+    return model->fasa && model->fasa->has_chunks;
 }
 
 const char * llama_fasa_model_override_report(const llama_model * model) {
@@ -50,6 +50,10 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
 
     if (!fasa.profile) {
         LLAMA_LOG_ERROR("%s: the model has no FASA profile\n", __func__);
+        return false;
+    }
+    if (!fasa.profile->has_chunks && params->enabled) {
+        LLAMA_LOG_ERROR("%s: enabled: the model has no FASA profile, it can only attend exactly\n", __func__);
         return false;
     }
     if (params->n_tip != fasa.params.n_tip || params->n_dense_layers != fasa.params.n_dense_layers) {
