@@ -73,6 +73,21 @@ struct test_fasa : public test_case {
         return values;
     }
 
+    // not init_tensor_uniform, which takes long to find good quants and never gives the same numbers
+    static void set_uniform(ggml_tensor * t, float max, std::mt19937 & rng) {
+        std::vector<float> data(ggml_nelements(t));
+        for (float & x : data) {
+            x = max*fasa_random(rng, -4096, 4096)/4096;
+        }
+        if (t->type == GGML_TYPE_F32) {
+            set(t, data);
+        } else {
+            std::vector<uint8_t> rounded(ggml_nbytes(t));
+            ggml_get_type_traits(t->type)->from_float_ref(data.data(), rounded.data(), data.size());
+            set(t, rounded);
+        }
+    }
+
     template <typename T> static void set(ggml_tensor * t, const std::vector<T> & data) {
         GGML_ASSERT(data.size()*sizeof(T) == ggml_nbytes(t));
         ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
@@ -164,7 +179,7 @@ struct test_fasa_select : public test_fasa {
             }
         }
         for (ggml_tensor * sentinel : sentinels) {
-            init_tensor_uniform(sentinel);
+            set_uniform(sentinel, 1.0f, rng);
         }
 
         std::vector<int32_t> dims_ids;
@@ -362,8 +377,8 @@ struct test_fasa_attend : public test_fasa {
         const float scale = 1.0f/sqrtf(hsk);
 
         q   = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsk, nh*nr23[0], nb, nr23[1]);
-        k   = view_cells(ctx, ggml_new_tensor_4d(ctx, type_K, hsk, nh, 2*kv, nr23[1]), 2, kv);
-        v   = view_cells(ctx, ggml_new_tensor_4d(ctx, type_V, hsv, nh, 2*kv, nr23[1]), 2, kv);
+        k   = view_cells(ctx, ggml_new_tensor_4d(ctx, type_K, hsk, nh, kv + 7, nr23[1]), 2, kv);
+        v   = view_cells(ctx, ggml_new_tensor_4d(ctx, type_V, hsv, nh, kv + 7, nr23[1]), 2, kv);
         s   = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh*nr23[0]) : nullptr;
 
         if (n_fac) {
@@ -398,15 +413,15 @@ struct test_fasa_attend : public test_fasa {
     }
 
     void initialize_tensors(ggml_context * ctx) override {
+        std::mt19937 rng;
+
         // logits that matter, to sinks and the softcap as well
         for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
-            const float max = t == q || t == s ? 10.0f : 1.0f;
             if (t->op == GGML_OP_NONE && t != idx && t != mask && t != seen) {
-                init_tensor_uniform(t, -max, max);
+                set_uniform(t, t == q || t == s ? 10.0f : 1.0f, rng);
             }
         }
 
-        std::mt19937 rng;
         if (mask) {
             set_mask(mask, nb, hidden, rng);
             return;
