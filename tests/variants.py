@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Run the FASA cases of test-backend-ops on ggml's variants of the CPU backend, each as it is shipped.
+"""Run the FASA cases of test-backend-ops on ggml's variants of the CPU backend, compiled as the wheels have them.
 
     python tests/variants.py [--arch ARCH] [--ops REGEX] [VARIANT ...]
 
 Two builds for each architecture: the test program without a CPU backend, and the variants. So the program finds none
-beside it and loads the one it is told (GGML_BACKEND_PATH), which refuses a processor that lacks its instructions. Another
-architecture than this machine's is cross-compiled and runs under qemu-user.
+beside it and loads the one it is told (GGML_BACKEND_PATH), unless that says that the processor lacks its instructions.
+Another architecture than this machine's is cross-compiled and runs under qemu-user.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / ".venv" / "variants"
 CMAKE = ROOT / ".venv" / "bin" / "cmake"
 
-# What GGML_CPU_ALL_VARIANTS makes, of each instruction set that the kernels can tell apart one.
+# Of those that GGML_CPU_ALL_VARIANTS makes, one for each set of instructions that kernels are written for, and some
+# that have half of a set (ivybridge, piledriver, armv8.2_2).
 VARIANTS = {
     "x86_64": ("x64", "ivybridge", "piledriver", "haswell", "alderlake", "skylakex", "zen4"),
     "aarch64": ("armv8.0_1", "armv8.2_1", "armv8.2_2", "armv8.2_3", "armv8.6_1"),
@@ -54,19 +55,18 @@ def emulator(arch: str) -> list[str]:
 
 
 def logged(log: Path, *command: str | Path) -> None:
-    """Run a step of the build, its output added to the log."""
-    with log.open("a", encoding="utf-8") as out:
+    """Run a step of the build; the log holds the output of the last one."""
+    with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
-        raise VariantsError("\n".join([f"{' '.join(map(str, command))}", *tail, f"  all of it: {log}"]))
+        raise VariantsError("\n".join([" ".join(map(str, command)), *tail, f"  all of it: {log}"]))
 
 
 def build(arch: str, variants: list[str]) -> None:
     """Compile the test program and the variants of one architecture, nothing else of llama.cpp."""
     OUT.mkdir(parents=True, exist_ok=True)
     log = OUT / f"build-{arch}.log"
-    log.write_text("", encoding="utf-8")
     options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_BACKEND_DL=ON"]
     options += ["-DGGML_NATIVE=OFF", "-DLLAMA_BUILD_MTMD=OFF"]
     if arch != platform.machine():
@@ -115,15 +115,18 @@ def main() -> int:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="as in libggml-cpu-VARIANT.so; must run here")
     args = parser.parse_args()
 
-    default = [variant for arch in VARIANTS for variant in VARIANTS[arch]]
-    chosen = [v for v in args.variants or default if args.arch in (None, arch_of(v))]
+    archs = [args.arch] if args.arch else list(VARIANTS)
+    chosen = args.variants or [variant for arch in archs for variant in VARIANTS[arch]]
     results = {}
     try:
         if platform.system() != "Linux":
             raise VariantsError(f"made for Linux, this is {platform.system()}\n  remedy: make backend-test")
-        archs = {arch_of(variant): emulator(arch_of(variant)) for variant in chosen}
-        for arch in archs:
-            variants = [variant for variant in chosen if arch_of(variant) == arch]
+        by_arch = {arch: [v for v in chosen if arch_of(v) == arch] for arch in VARIANTS if arch in map(arch_of, chosen)}
+        if args.arch and set(by_arch) != {args.arch}:
+            raise VariantsError(f"{' '.join(chosen)}: not all are {args.arch}\n  remedy: leave out the architecture")
+        for arch in by_arch:
+            emulator(arch)  # before minutes of compiling for another one
+        for arch, variants in by_arch.items():
             print(f"compiling for {arch}: some minutes the first time", flush=True)
             build(arch, variants)
             for variant in variants:
