@@ -88,6 +88,12 @@ struct test_fasa : public test_case {
         }
     }
 
+    void set_sentinels() {
+        for (ggml_tensor * sentinel : sentinels) {
+            set(sentinel, std::vector<float>(sentinel_size, -1.0f));
+        }
+    }
+
     template <typename T> static void set(ggml_tensor * t, const std::vector<T> & data) {
         GGML_ASSERT(data.size()*sizeof(T) == ggml_nbytes(t));
         ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
@@ -178,9 +184,7 @@ struct test_fasa_select : public test_fasa {
                 set(t, std::vector<uint8_t>(ggml_nbytes(t)));
             }
         }
-        for (ggml_tensor * sentinel : sentinels) {
-            set_uniform(sentinel, 1.0f, rng);
-        }
+        set_sentinels();
 
         std::vector<int32_t> dims_ids;
         std::vector<float>   dims_sel(hsk*nh);
@@ -413,14 +417,17 @@ struct test_fasa_attend : public test_fasa {
     }
 
     void initialize_tensors(ggml_context * ctx) override {
+        GGML_UNUSED(ctx);
         std::mt19937 rng;
 
         // logits that matter, to sinks and the softcap as well
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
-            if (t->op == GGML_OP_NONE && t != idx && t != mask && t != seen) {
-                set_uniform(t, t == q || t == s ? 10.0f : 1.0f, rng);
-            }
+        set_uniform(q, 10.0f, rng);
+        set_uniform(k->view_src, 1.0f, rng);
+        set_uniform(v->view_src, 1.0f, rng);
+        if (s) {
+            set_uniform(s, 10.0f, rng);
         }
+        set_sentinels();
 
         if (mask) {
             set_mask(mask, nb, hidden, rng);
@@ -477,9 +484,9 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
     for (int i = 0; i < 200; ++i) {
         const int64_t hsk = hs();
         const int64_t nh  = random(1, 3);
-        const std::array<int64_t, 2> nr23 = { random(1, 16), random(1, 3) };
-        const int64_t kv       = 32*random(1, 12);
-        const int64_t nb       = random(1, 5);
+        const std::array<int64_t, 2> nr23 = { random(1, 16), random(1, 2) };
+        const int64_t kv       = 32*random(1, 8);
+        const int64_t nb       = random(1, 3);
         const int64_t n_dim    = random(0, 1) ? 16 + hsk/8 : 2*random(1, hsk/2);
         const int64_t n_fac    = random(1, kv);
         const int64_t n_forced = random(0, std::min<int64_t>(n_fac, 12));
@@ -493,9 +500,9 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
         const int64_t hsk = hs();
         const int64_t hsv = random(0, 2) ? hsk : hs();
         const int64_t nh  = random(1, 3);
-        const std::array<int64_t, 2> nr23 = { random(1, 16), random(1, 3) };
-        const int64_t kv    = random(1, 300);
-        const int64_t nb    = random(1, 5);
+        const std::array<int64_t, 2> nr23 = { random(1, 16), random(1, 2) };
+        const int64_t kv    = random(1, 160);
+        const int64_t nb    = random(1, 3);
         const int64_t n_fac = random(0, 2) ? random(1, kv) : 0;
         const bool    sinks = random(0, 1);
         const float   logit_softcap = random(0, 1) ? 0.0f : random(3, 30);
@@ -540,10 +547,8 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
     for (ggml_type type_KV : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
         for (int64_t n_fac : { 0, 4097 }) {
             for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 7, 1 } }) {
-                for (int64_t hidden : { 10, 100 }) {
-                    test_cases.emplace_back(new test_fasa_attend( 64,  64, 1, nr23, 5003, 1, n_fac, true,  0.0f, type_KV, type_KV, hidden));
-                    test_cases.emplace_back(new test_fasa_attend(128, 128, 1, nr23, 8192, 1, n_fac, false, 0.0f, type_KV, type_KV, hidden));
-                }
+                test_cases.emplace_back(new test_fasa_attend( 64,  64, 1, nr23, 5003, 1, n_fac, true,  0.0f, type_KV, type_KV));
+                test_cases.emplace_back(new test_fasa_attend(128, 128, 1, nr23, 4999, 1, n_fac, false, 0.0f, type_KV, type_KV));
             }
         }
     }
