@@ -24,10 +24,10 @@ OUT = ROOT / ".venv" / "variants"
 CMAKE = ROOT / ".venv" / "bin" / "cmake"
 
 # Of those that GGML_CPU_ALL_VARIANTS makes, one for each set of instructions that kernels are written for, and some
-# that have half of a set (ivybridge, piledriver, armv8.2_2).
+# with parts of one: F16C without AVX2 (ivybridge), FMA without AVX2 (piledriver), f16 arithmetic (armv8.2_2).
 VARIANTS = {
     "x86_64": ("x64", "ivybridge", "piledriver", "haswell", "alderlake", "skylakex", "zen4"),
-    "aarch64": ("armv8.0_1", "armv8.2_1", "armv8.2_2", "armv8.2_3", "armv8.6_1"),
+    "aarch64": ("armv8.0_1", "armv8.2_1", "armv8.2_2", "armv8.6_1"),
 }
 
 
