@@ -34,7 +34,7 @@ def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> 
 def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
     """Token importance of every cell for each KV head (TIP, arXiv 2602.03152 section 4.2).
 
-    A query head's scores are its logits on the dominant chunks alone. The heads of a group are made comparable by
+    A query head's scores are its logits on the dominant chunks alone, its query rounded to 8 bits. The heads of a group are made comparable by
     log-softmax over the visible cells, and the greatest counts; one head alone keeps its raw scores, the paper's rule.
 
     Args:
@@ -52,12 +52,20 @@ def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, s
     grouped = q.reshape(n_tokens, n_head_kv, n_head // n_head_kv, n_embd_head)
     dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
     with np.errstate(invalid="ignore"):
-        heads = scale * np.einsum("thgd,chd->thgc", dom.astype(np.float64), tips.astype(np.float64))
+        heads = scale * np.einsum("thgd,chd->thgc", _round_to_8_bits(dom), tips.astype(np.float64))
     heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
     if heads.shape[2] > 1:
         with np.errstate(invalid="ignore"):
             heads = heads - np.logaddexp.reduce(heads, axis=3, keepdims=True)
     return np.where(np.isnan(heads), MASKED, heads).max(axis=2)
+
+
+def _round_to_8_bits(x: np.ndarray) -> np.ndarray:
+    """Rows of float32 as multiples of a 127th of their greatest magnitude; a row that is not finite becomes NaN."""
+    top = np.abs(x).max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore"):
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+        return np.where(np.isfinite(top), np.rint(x * inverse) * (top.astype(np.float64) / 127), np.nan)
 
 
 def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> np.ndarray:

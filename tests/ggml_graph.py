@@ -90,6 +90,10 @@ class Graph:
         """Replace a tensor's contents."""
         ctypes.memmove(_base.ggml_get_data(tensor), np.ascontiguousarray(array).ctypes.data, array.nbytes)
 
+    def clear(self, tensor: int) -> None:
+        """Fill a tensor with zero bytes."""
+        ctypes.memset(_base.ggml_get_data(tensor), 0, _base.ggml_nbytes(tensor))
+
     def read(self, tensor: int, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
         """A copy of a tensor's contents."""
         raw = ctypes.string_at(_base.ggml_get_data(tensor), _base.ggml_nbytes(tensor))

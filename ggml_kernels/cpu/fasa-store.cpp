@@ -66,10 +66,10 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
 
         fasa_tips_scales(block)[lane] = scale;
 
-        int8_t * values = fasa_tips_values(block) + lane;
-        for (int64_t i = 0; i < n_dim; ++i) {
-            const float x = std::nearbyint(key(i)*id_d);
-            values[i*FASA_TIPS_CELLS] = (int8_t) std::min(127.0f, std::max(-127.0f, x));
+        int8_t * values = fasa_tips_values(block);
+        for (int64_t i = 0; i < fasa_tips_n_dim(n_dim); ++i) {
+            const float x = i < n_dim ? std::nearbyint(key(i)*id_d) : 0.0f;
+            values[fasa_tips_offset(i, lane)] = (int8_t) std::min(127.0f, std::max(-127.0f, x));
         }
     }
 }
