@@ -82,12 +82,12 @@ def staged(destinations: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
             path.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, source: Path, data: bytes, *, force: bool = False) -> int:
+def write_bytes(path: Path, source: Path | None, data: bytes, *, force: bool = False) -> int:
     """Writes a small file under the rules of :func:`check_output` and :func:`staged`.
 
     Args:
         path: file to be written.
-        source: file that it is made from, whose permissions it gets.
+        source: file that it is made from, whose permissions it gets; None: those of any new file.
         data: its content.
         force: replace an existing one.
 
@@ -100,10 +100,14 @@ def write_bytes(path: Path, source: Path, data: bytes, *, force: bool = False) -
     return len(data)
 
 
-def fill(temporary: Path, source: Path, data: bytes) -> None:
-    """Writes a small temporary file of :func:`staged` down to the disk; its permissions are those of ``source``."""
+def fill(temporary: Path, source: Path | None, data: bytes) -> None:
+    """Writes a small temporary file of :func:`staged` down to the disk, with the permissions of ``source``."""
     with temporary.open("wb") as target:
         target.write(data)
         target.flush()
         os.fsync(target.fileno())
-    shutil.copymode(source, temporary)
+    if source is not None:
+        shutil.copymode(source, temporary)
+    else:
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o666 & ~umask)

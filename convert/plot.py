@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fasa_edge._figure import new_figure, to_png
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import Profile
 
@@ -17,9 +17,6 @@ from .output import check_output, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_DPI = 150
-_MAX_PIXELS = 30_000  # in height; matplotlib refuses 65,536
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +56,8 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
         force: replace an existing one.
 
     Raises:
-        ConvertError: the file holds no profile, matplotlib is missing, or the PNG cannot be written.
+        ConvertError: the file holds no profile, or the PNG cannot be written.
+        FasaError: matplotlib is missing.
     """
     if report.profile is None:
         raise ConvertError(f"{report.path} has no FASA profile to plot: make one with `fasa-edge convert`")
@@ -67,24 +65,17 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
     check_output(path, report.path, force=force)
     objective = report.profile.calibration.objective
     title = f"{report.name or report.path.stem}\n{objective}, n_tip = {report.profile.n_tip}"
-    figure, png = draw(heatmap(report.profile), title), io.BytesIO()
-    figure.savefig(png, format="png", dpi=min(_DPI, _MAX_PIXELS / figure.get_figheight()))
-    write_bytes(path, report.path, png.getvalue(), force=force)
+    write_bytes(path, report.path, to_png(draw(heatmap(report.profile), title)), force=force)
 
 
 def draw(data: Heatmap, title: str) -> Figure:
-    """The figure, made without pyplot: it needs no display and leaves no global state.
+    """The figure.
 
     Raises:
-        ConvertError: matplotlib is missing.
+        FasaError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConvertError("plotting needs matplotlib: run pip install '.[plot]' in the clone of fasa-edge") from error
-
     n_row, n_chunk = data.values.shape
-    figure = Figure(figsize=(3 + 0.1 * n_chunk, 2 + 0.1 * n_row), layout="constrained")  # inches, 0.1 for a chunk
+    figure = new_figure(3 + 0.1 * n_chunk, 2 + 0.1 * n_row)  # 0.1 for a chunk
     axes = figure.subplots()
     image = axes.imshow(data.values, cmap="Blues", vmin=min(0, np.nanmin(data.values)))
     rows, columns = np.nonzero(data.dominant)

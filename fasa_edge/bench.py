@@ -1,7 +1,8 @@
 """Decoding speed at several depths of context, in rows like llama-bench's: FASA against stock dense attention.
 
 Stock runs with flash attention and without: which is faster depends on the machine, and only the faster one is a fair
-rival. All three are interleaved in one run, and a row's ratio is the median over the rounds.
+rival. FASA and its kernel over all cells ("exact") share a context. All are interleaved in one run; the ratio of a row
+is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ import ctypes
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
+from fasa_edge.cache_fill import StateLayout, restore_sequence
 from fasa_edge.errors import FasaError
-from fasa_edge.model import Llama
+from fasa_edge.model import Llama, kv_bytes_per_cell
+
+import psutil
+
+FILLS = ("prefill", "random")
+"""How the cache gets its tokens before those that are measured: evaluated, or random numbers in their place."""
 
 
 @dataclass
@@ -35,12 +45,15 @@ class BenchRow:
         n_prompt: always 0: only decoding is measured.
         n_gen: tokens decoded in each repetition.
         n_depth: tokens in the KV cache before them.
-        method: "dense" or "fasa".
-        budget: cells attended to in sparse layers; 0 for dense.
+        fill: how these came there, one of :data:`FILLS`.
+        method: "dense": stock; "exact": FASA's kernel over all cells; "fasa".
+        exact: whether layers that are dense run FASA's kernel.
+        budget: cells attended to in sparse layers; 0 for the others.
         samples_ns: nanoseconds of each repetition.
         samples_ts: tokens per second of each repetition.
         read_ratio: bytes that attention read over those that dense attention reads.
         layers_sparse: share of the layers that ran sparse.
+        layers_exact: share of the layers that attended to all cells with FASA's kernel.
         ratio: median, over the interleaved rounds, of the faster dense method's time over this one's.
         ratio_min: least of them.
         ratio_max: greatest of them.
@@ -56,12 +69,15 @@ class BenchRow:
     n_prompt: int
     n_gen: int
     n_depth: int
+    fill: str
     method: str
+    exact: bool
     budget: int
     samples_ns: list[int] = field(default_factory=list)
     samples_ts: list[float] = field(default_factory=list)
     read_ratio: float = 1.0
     layers_sparse: float = 0.0
+    layers_exact: float = 0.0
     ratio: float = 1.0
     ratio_min: float = 1.0
     ratio_max: float = 1.0
@@ -70,6 +86,13 @@ class BenchRow:
     def test(self) -> str:
         """llama-bench's name of the measurement, as ``tg32 @ d2048``."""
         return f"tg{self.n_gen} @ d{self.n_depth}" if self.n_depth else f"tg{self.n_gen}"
+
+    @property
+    def label(self) -> str:
+        """The method, with what distinguishes it."""
+        if self.method == "dense":
+            return f"dense, {'' if self.flash_attn else 'no '}flash attention"
+        return self.method + (f", budget {self.budget}" if self.budget else "")
 
     @property
     def median_ts(self) -> float:
@@ -104,11 +127,12 @@ def _stddev(samples: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class _Runner:
-    """One way to decode."""
+    """One way to decode; ``settings`` of FASA, None for stock."""
 
     method: str
     llm: llama_cpp.Llama
     flash_attn: bool
+    settings: dict[str, int | bool] | None = None
 
 
 def _stock(llm: Llama, flash_attn: bool) -> _Runner:
@@ -117,6 +141,7 @@ def _stock(llm: Llama, flash_attn: bool) -> _Runner:
         llm.model_path,
         n_ctx=llm.n_ctx(),
         n_batch=llm.n_batch,
+        n_ubatch=llm.context_params.n_ubatch,
         n_threads=llm.n_threads,
         n_threads_batch=llm.n_threads_batch,
         n_gpu_layers=llm.model_params.n_gpu_layers,
@@ -129,33 +154,94 @@ def _stock(llm: Llama, flash_attn: bool) -> _Runner:
     return _Runner("dense", stock, flash_attn)
 
 
+def check_memory(model: int, n_ctx: int, type_k: int, type_v: int, n_contexts: int, n_state: int = 0) -> None:
+    """Refuse what would make the system run out of memory, which ends processes without a word.
+
+    Args:
+        model: ``llama_model *``, its weights loaded or not. Every context is counted with weights of its own, because
+            the CPU backend makes a copy of them in another layout.
+        n_ctx: cells of a context.
+        type_k: ``enum ggml_type`` of K.
+        type_v: the same for V.
+        n_contexts: still to be made.
+        n_state: tokens of a saved state besides.
+
+    Raises:
+        FasaError: there is too little.
+    """
+    per_cell = kv_bytes_per_cell(model, type_k, type_v)
+    needed = int(n_contexts * (llama_cpp.llama_model_size(model) + n_ctx * per_cell) + n_state * per_cell)
+    if needed > (available := psutil.virtual_memory().available):
+        raise FasaError(
+            f"{needed} more bytes of memory are needed for {n_contexts} contexts of {n_ctx} cells, FASA's and stock's, "
+            f"and {available} are available: lower the depth, or take fewer layers or a quantized cache"
+        )
+
+
+def _stocks(llm: Llama, n_state: int) -> list[_Runner]:
+    """Stock with flash attention and, if V is not quantized and memory allows, without.
+
+    Args:
+        llm: the model that they shall run.
+        n_state: tokens of a saved state that memory must hold besides.
+
+    Raises:
+        FasaError: there is too little memory for the first.
+    """
+    types = llm.context_params.type_k, llm.context_params.type_v
+    check = partial(check_memory, llm.model, llm.n_ctx(), *types, 1)
+    if on_cpu := llm.model_params.n_gpu_layers == 0:
+        check(n_state)
+    stocks = [_stock(llm, flash_attn=True)]
+    if _capi.type_name(types[1]) not in ("f32", "f16", "bf16"):
+        return stocks  # llama.cpp transposes no quantized V
+    n_head = max(layer.n_head for layer in _capi.layer_geometry(llm.model))
+    logits = 2 * 4 * llm.n_ctx() * llm.context_params.n_ubatch * n_head  # attention's, and their softmax
+    try:
+        if on_cpu:
+            check(n_state + ceil(logits / kv_bytes_per_cell(llm.model, *types)))
+    except FasaError as error:
+        warnings.warn(f"stock without flash attention is left out: {error}", stacklevel=3)
+        return stocks
+    return [*stocks, _stock(llm, flash_attn=False)]
+
+
 def run(
     llm: Llama,
     depths: Sequence[int],
     n_gen: int,
     n_repetitions: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    budgets: Sequence[int] = (),
+    fill: str = "prefill",
 ) -> Iterator[BenchRow]:
     """Measure decoding at each depth: the caches are filled once, then all methods decode from them in turn.
 
     Args:
-        llm: a model with a FASA profile. It is loaded again as stock with flash attention and, unless V is quantized,
-            without; the weights are shared where the file is mapped into memory.
+        llm: a model with a FASA profile. It is loaded again as stock with flash attention and, unless V is quantized or
+            memory is short, without; the weights are shared where the file is mapped into memory.
         depths: tokens in the KV cache, in any order.
         n_gen: tokens decoded in a repetition.
         n_repetitions: rounds of measurements at each depth.
         progress: called with the steps done and those to do.
+        budgets: of FASA; none for that in force.
+        fill: one of :data:`FILLS`. Random numbers take no prefill, but a memory that is one plain KV cache; for any
+            other it warns and evaluates tokens.
 
     Yields:
-        For each depth a row of each method.
+        For each depth a row of each method, FASA's for each budget.
 
     Raises:
-        FasaError: the model has no profile, or the context is too small for a depth.
+        FasaError: the model has no profile, the context is too small for a depth, or memory for the rivals.
+        SchemaError: a budget is out of range.
     """
     if not llm.fasa.available:
         raise FasaError(f"{llm.model_path} has no FASA profile to measure: make one with `fasa-edge convert`")
     if min(depths) < 0 or n_gen < 1 or n_repetitions < 1:
         raise FasaError(f"depths {list(depths)}, {n_gen} tokens, {n_repetitions} repetitions: use positive numbers")
+    if fill not in FILLS:
+        raise FasaError(f"fill = {fill!r}: choose from {', '.join(FILLS)}")
     if max(depths) + n_gen > llm.n_ctx():
         raise FasaError(
             f"depth {max(depths)} and {n_gen} tokens exceed the context of {llm.n_ctx()}: lower one or raise n_ctx"
@@ -165,23 +251,33 @@ def run(
     rng = random.Random(0)
     tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
 
-    stocks = [_stock(llm, flash_attn=True)]
-    if _capi.type_name(llm.context_params.type_v) in ("f32", "f16", "bf16"):  # llama.cpp transposes no quantized V
-        stocks.append(_stock(llm, flash_attn=False))
-    runners = [*stocks, _Runner("fasa", llm, True)]
+    settings = llm.fasa.settings
+    if fill == "random" and _layout(llm, tokens) is None:
+        warnings.warn(f"{llm.model_path}: its memory is not one plain KV cache, so tokens are evaluated", stacklevel=2)
+        fill = "prefill"
+    stocks = _stocks(llm, n_state=max(depths) if fill == "random" else 0)
+    runners = [*stocks, _Runner("exact", llm, True, {"enabled": False, "exact": True})]
+    for budget in sorted(set(budgets)) or [settings["budget"]]:
+        runners.append(_Runner("fasa", llm, True, {"enabled": True, "exact": settings["exact"], "budget": budget}))
+    models = [*(stock.llm for stock in stocks), llm]
     n_steps = len(set(depths)) * (n_repetitions + 1)
     n_past = n_done = 0
     try:
         llm.reset()
         for depth in sorted(set(depths)):
-            for runner in runners:
-                _truncate(runner.llm, n_past)
-                _decode(runner.llm, tokens[n_past:depth], llm.n_batch)
+            if fill == "random":
+                _fill(models, depth, tokens)
+            else:
+                for model in models:
+                    _truncate(model, n_past)
+                    _decode(model, tokens[n_past:depth], model.n_batch)
             n_past = depth
 
-            rows = [_new_row(runner, depth, n_gen, llm.fasa.settings["budget"]) for runner in runners]
+            rows = [_new_row(runner, depth, n_gen, fill) for runner in runners]
+            pairs = list(zip(runners, rows, strict=True))
             for repetition in range(-1, n_repetitions):  # the first round warms up
-                for runner, row in zip(runners, rows, strict=True):
+                first = repetition % len(pairs)
+                for runner, row in pairs[first:] + pairs[:first]:
                     _measure(runner, tokens[depth : depth + n_gen], depth, row if repetition >= 0 else None)
                 n_done += 1
                 progress(n_done, n_steps)
@@ -189,14 +285,39 @@ def run(
             yield from rows
     finally:
         llm.reset()
+        llm.fasa.configure(**{name: settings[name] for name in ("enabled", "exact", "budget")})
         for stock in stocks:
             stock.llm.close()
+
+
+def _layout(llm: llama_cpp.Llama, tokens: Sequence[int]) -> StateLayout | None:
+    """Of the states of a model, whose cache is emptied."""
+    _truncate(llm, 0)
+    _decode(llm, tokens[:1], 1)
+    layout = StateLayout.of(llm.ctx)
+    _truncate(llm, 0)
+    return layout
+
+
+def _fill(models: Sequence[llama_cpp.Llama], depth: int, tokens: Sequence[int]) -> None:
+    """Give all models the same random keys and values; in turn from one state, which may be large."""
+    state = None
+    for model in models:
+        layout = _layout(model, tokens)
+        if depth == 0:
+            continue
+        if state is None:
+            state = layout.random_state(depth)
+        else:
+            layout.adopt(state, depth)
+        restore_sequence(model.ctx, state)
 
 
 def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
     """Decode the tokens one by one after the first ``depth`` and add the sample to the row."""
     _truncate(runner.llm, depth)
-    if runner.method == "fasa":
+    if runner.settings:
+        runner.llm.fasa.configure(**runner.settings)
         runner.llm.fasa.reset_stats()
     start = time.perf_counter_ns()
     _decode(runner.llm, tokens, 1)
@@ -205,10 +326,11 @@ def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow |
         return
     row.samples_ns.append(elapsed)
     row.samples_ts.append(1e9 * len(tokens) / elapsed)
-    if runner.method == "fasa":
+    if runner.settings:
         stats = runner.llm.fasa.stats()
         row.read_ratio = stats.read_ratio
-        row.layers_sparse = stats.n_layers_sparse / (stats.n_layers_sparse + sum(stats.n_layers_dense.values()))
+        n_layers = stats.n_layers_sparse + sum(stats.n_layers_dense.values())
+        row.layers_sparse, row.layers_exact = stats.n_layers_sparse / n_layers, stats.n_layers_exact / n_layers
 
 
 def _compare(rows: Sequence[BenchRow]) -> None:
@@ -218,8 +340,8 @@ def _compare(rows: Sequence[BenchRow]) -> None:
         row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
 
 
-def _new_row(runner: _Runner, depth: int, n_gen: int, budget: int) -> BenchRow:
-    llm = runner.llm
+def _new_row(runner: _Runner, depth: int, n_gen: int, fill: str) -> BenchRow:
+    llm, settings = runner.llm, runner.settings or {}
     return BenchRow(
         model_filename=Path(llm.model_path).name,
         model_size=llama_cpp.llama_model_size(llm.model),
@@ -231,8 +353,10 @@ def _new_row(runner: _Runner, depth: int, n_gen: int, budget: int) -> BenchRow:
         n_prompt=0,
         n_gen=n_gen,
         n_depth=depth,
+        fill=fill,
         method=runner.method,
-        budget=budget if runner.method == "fasa" else 0,
+        exact=settings.get("exact", False),
+        budget=settings.get("budget", 0),
     )
 
 

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import fasa_edge
-from fasa_edge import _capi, _lib, bench, convert
+from fasa_edge import _lib, convert
+from fasa_edge._cli import json_option, load_model, model_options, print_json, progress_bars, size_text
 from fasa_edge.chat import Chat
+from fasa_edge.cli_bench import bench
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import ChatError, FasaError
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tabulate import tabulate
-
-_stderr = Console(stderr=True)
 
 
 class _Group(click.Group):
@@ -39,33 +36,6 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@contextlib.contextmanager
-def _progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage: call with its name, what is done and what there is to do."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield update
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(fasa_edge.__version__, prog_name="fasa-edge")
 def main() -> None:
@@ -73,74 +43,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-
-
-_cache_type = click.Choice(_capi.CACHE_TYPES)
-
-
-def _model_options(command: Callable) -> Callable:
-    """What every command that loads a model understands."""
-    for option in (
-        click.argument("model", type=click.Path(exists=True, dir_okay=False)),
-        click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
-                     help="Cells of the KV cache.  [default: the model's own context, as far as memory allows]"),
-        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"),
-        click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
-        click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
-        click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
-        click.option("--profile", type=click.Path(exists=True, dir_okay=False), help="In place of the model's own."),
-        click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
-        click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
-        click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
-        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _parse_override(text: str) -> tuple[str, bool | int | float | str]:
-    """``KEY=TYPE:VALUE`` with TYPE one of int, float, bool, str (common/common.cpp, string_parse_kv_override)."""
-    key, _, typed = text.partition("=")
-    kind, _, value = typed.partition(":")
-    try:
-        if kind == "bool":
-            return key, {"true": True, "false": False}[value]
-        return key, {"int": int, "float": float, "str": str}[kind](value)
-    except (KeyError, ValueError):
-        raise FasaError(
-            f"--override-kv {text}: expected KEY=TYPE:VALUE with TYPE int, float, bool or str, e.g. fasa.budget=int:256"
-        ) from None
-
-
-def _load(
-    model: str,
-    n_ctx: int,
-    n_threads: int | None,
-    n_gpu_layers: int,
-    type_k: str,
-    type_v: str,
-    profile: str | None,
-    budget: int | None,
-    exact: bool,
-    overrides: tuple[str, ...],
-    verbose: bool,
-    **fasa: Any,
-) -> fasa_edge.Llama:
-    return fasa_edge.Llama(
-        model,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
-        type_k=_capi.cache_type(type_k),
-        type_v=_capi.cache_type(type_v),
-        kv_overrides=dict(map(_parse_override, overrides)),
-        fasa_profile=profile,
-        fasa_budget=budget,
-        fasa_exact=exact or None,
-        verbose=verbose,
-        **fasa,
-    )
+main.add_command(bench)
 
 
 @main.command(name="convert")
@@ -162,7 +65,7 @@ def _load(
 @click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
-@_json_option
+@json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
     """Find the dominant frequency chunks of the model SRC and write a GGUF copy that carries them.
 
@@ -177,7 +80,7 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     """
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
-    with _progress(as_json) as progress:
+    with progress_bars(as_json) as progress:
         result = convert.convert(src, output, config=FasaConfig(**settings), progress=progress, **options)
     profile = result.profile
     report = {
@@ -190,11 +93,11 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         "fingerprint": profile.fingerprint,
     }
     if as_json:
-        return _print_json(report)
+        return print_json(report)
     calibration = profile.calibration
     written = " and ".join(str(path) for path in (result.path, result.profile_path) if path)
     click.echo(
-        f"{written}: {_bytes(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
+        f"{written}: {size_text(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
         f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
     )
 
@@ -203,7 +106,7 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="PNG", help="Draw the chunks of every head.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
-@_json_option
+@json_option
 def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     """Show what FASA metadata FILE holds, an annotated model or a profile."""
     report = convert.inspect(file)
@@ -211,11 +114,13 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
         convert.write_plot(report, plot, force=force)
         click.echo(f"drawn: {plot}", err=True)
     if as_json:
-        return _print_json(report.to_dict())
+        return print_json(report.to_dict())
     profile = report.profile
     files = f" in {report.n_files} files" if report.n_files > 1 else ""
     content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors{files}"
-    click.echo(f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {_bytes(report.n_bytes)}")
+    click.echo(
+        f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {size_text(report.n_bytes)}"
+    )
     if profile is None:
         return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
     settings = asdict(profile.config) | {"n_tip": profile.n_tip}
@@ -273,8 +178,8 @@ def _attention(report: dict[str, Any], model: str) -> str:
     if not report["settings"]:
         return f"dense: {model} has no FASA profile, make one with `fasa-edge convert`"
     return (
-        f"KV read {_bytes(report['bytes_kv'] + report['bytes_tips'])} (tips {_bytes(report['bytes_tips'])}), "
-        f"dense reads {_bytes(report['bytes_kv_dense'])}; "
+        f"KV read {size_text(report['bytes_kv'] + report['bytes_tips'])} (tips {size_text(report['bytes_tips'])}), "
+        f"dense reads {size_text(report['bytes_kv_dense'])}; "
         f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}"
     )
 
@@ -287,7 +192,7 @@ def _read_text(file: Any) -> str:
 
 
 @main.command()
-@_model_options
+@model_options
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option(
     "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="File with the prompt; - for standard input."
@@ -296,7 +201,7 @@ def _read_text(file: Any) -> str:
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.0, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
-@_json_option
+@json_option
 def run(
     prompt: str | None,
     prompt_file: Any,
@@ -310,7 +215,7 @@ def run(
     """Generate text after a prompt with MODEL."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
-    llm = _load(**model, fasa_enabled=False if dense else None)
+    llm = load_model(**model, fasa_enabled=False if dense else None)
     tokens = llm.tokenize((prompt if prompt is not None else _read_text(prompt_file)).encode())
     if not tokens:
         raise FasaError("the prompt is empty, and the model begins no text by itself: give some text with -p or -f")
@@ -322,7 +227,7 @@ def run(
     chunks = llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True)
     report = _generate(llm, (chunk["choices"][0]["text"] for chunk in chunks), quiet=as_json)
     if as_json:
-        return _print_json(report)
+        return print_json(report)
     click.echo(
         f"\nprompt {report['prompt_tokens']} tokens in {report['prompt_seconds']:.1f} s, "
         f"then {report['n_tokens']} tokens at {report['tokens_per_second']:.1f} tokens/s",
@@ -332,7 +237,7 @@ def run(
 
 
 @main.command()
-@_model_options
+@model_options
 @click.option("--system", help="System message.")
 @click.option(
     "-f", "--file", "document_file", type=click.File(encoding="utf-8"), help="Text put before the first question."
@@ -356,7 +261,7 @@ def chat(
     exit status is 1 if a question found no room in the context.
     """
     document = _read_text(document_file) if document_file else None
-    llm = _load(**model, fasa_enabled=False if dense else None)
+    llm = load_model(**model, fasa_enabled=False if dense else None)
     conversation = Chat(llm, system=system, document=document)
     status = 0
     for question in _questions():
@@ -404,51 +309,6 @@ def _questions() -> Iterator[str]:
             yield question
 
 
-@main.command(name="bench")
-@_model_options
-@click.option("-d", "--n-depth", "depths", default="0,2048,7168", help="Tokens in the cache, comma-separated.")
-@click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Rounds at each depth.")
-@click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
-@_json_option
-def bench_command(depths: str, n_gen: int, repetitions: int, fmt: str, as_json: bool, **model: Any) -> None:
-    """Measure decoding speed of MODEL at several depths, interleaved: stock with and without flash attention, FASA.
-
-    Quantized V takes flash attention, so there is no stock without it then.
-    """
-    try:
-        depth_list = [int(depth) for depth in depths.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{depths!r}: expected numbers separated by commas", param_hint="-d") from None
-    model["n_ctx"] = model["n_ctx"] or max(depth_list) + n_gen
-    llm = _load(**model)
-    with _progress() as progress:
-        rows = list(bench.run(llm, depth_list, n_gen, repetitions, lambda done, total: progress("bench", done, total)))
-    for row in rows:
-        if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
-            remedy = "lower --budget, or set --override-kv fasa.min_ctx=int:1"
-            click.echo(f"note: FASA ran dense at depth {row.n_depth}, below its min_ctx: {remedy}", err=True)
-    if as_json or fmt == "json":
-        return _print_json([row.as_dict() for row in rows])
-    table = [
-        {
-            "model": row.model_filename,
-            "size": _bytes(row.model_size),
-            "threads": row.n_threads,
-            "method": row.method,
-            "fa": int(row.flash_attn),
-            "budget": row.budget or "",
-            "test": row.test,
-            "t/s": f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
-            "median t/s": f"{row.median_ts:.2f}",
-            "x best dense": f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})",
-            "KV read": f"{row.read_ratio:.2f}",
-        }
-        for row in rows
-    ]
-    click.echo(tabulate(table, headers="keys", tablefmt="github", disable_numparse=True))
-
-
 def _devices() -> list[str]:
     """Names of the devices of all backends that are loaded."""
     registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
@@ -459,7 +319,7 @@ def _devices() -> list[str]:
 
 
 @main.command()
-@_json_option
+@json_option
 def doctor(as_json: bool) -> None:
     """Check the installation: library, commit, CPU features, backends, FASA."""
     llama_cpp = _lib.llama_cpp
@@ -480,5 +340,5 @@ def doctor(as_json: bool) -> None:
         "package": str(Path(fasa_edge.__file__).parent),
     }
     if as_json:
-        return _print_json(report)
+        return print_json(report)
     click.echo(tabulate(report.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,26 +260,39 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, lo
         type_v: the same for values.
         logits_all: whether ``llama_cpp.Llama`` keeps the logits of all cells, too.
     """
+    with without_weights(model_path) as model:
+        if not model:
+            return _N_CTX_UNKNOWN
+        n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
+        free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
+        types = (llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v))
+        bytes_per_cell = kv_bytes_per_cell(model, *types)
+        if logits_all:
+            bytes_per_cell += 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
+    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // 256 * 256, 256))
+
+
+@contextlib.contextmanager
+def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
+    """What the metadata of a GGUF say: a ``llama_model *`` that cannot run; None for a file that does not load."""
     params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True  # reads the metadata, none of the weights
+    params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
     overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     params.kv_overrides = overrides
     with llama_cpp._utils.suppress_stdout_stderr(disable=False):
-        model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), params)
-    if not model:
-        return _N_CTX_UNKNOWN
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(model_path), params)
     try:
-        n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
-        free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
-        types = [llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v)]
-        # a layer without KV heads may keep one row for all of them (MLA)
-        width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in _capi.layer_geometry(model))
-        bytes_per_cell = width * sum(map(_capi.bytes_per_element, types))
-        if logits_all:
-            bytes_per_cell += 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        yield model
     finally:
-        llama_cpp.llama_model_free(model)
-    fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
-    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // 256 * 256, 256))
+        if model:
+            llama_cpp.llama_model_free(model)
+
+
+def kv_bytes_per_cell(model: int, type_k: int, type_v: int) -> float:
+    """What a cell of the KV cache of a model (``llama_model *``) takes, given ``enum ggml_type`` of K and V."""
+    # a layer without KV heads may keep one row for all of them (MLA)
+    width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in _capi.layer_geometry(model))
+    return width * (_capi.bytes_per_element(type_k) + _capi.bytes_per_element(type_v))

@@ -34,8 +34,9 @@ def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> 
 def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
     """Token importance of every cell for each KV head (TIP, arXiv 2602.03152 section 4.2).
 
-    A query head's scores are its logits on the dominant chunks alone, its query rounded to 8 bits. The heads of a group are made comparable by
-    log-softmax over the visible cells, and the greatest counts; one head alone keeps its raw scores, the paper's rule.
+    A query head's scores are its logits on the dominant chunks alone, with the query rounded to 8 bits. The heads of a
+    group are made comparable by log-softmax over the visible cells, and the greatest counts; one head alone keeps its
+    raw scores, the paper's rule.
 
     Args:
         q: float32 [n_tokens, n_head, n_embd_head].

@@ -54,7 +54,7 @@ def test_profile(tmp_path: Path) -> None:
     report = json.loads(fasa("run", model, "-p", PROMPT, "-n", 4, "-c", 512, *options).stdout)
     assert report["layers_sparse"] > 0 and report["settings"]["min_ctx"] == 1
     rows = json.loads(fasa("bench", model, "-d", 100, "-n", 1, "-r", 1, *options).stdout)
-    assert [row["layers_sparse"] for row in rows] == [0, 0, 0.5]
+    assert [row["layers_sparse"] for row in rows] == [0, 0, 0, 0.5]
     assert "does not exist" in fasa("run", model, "-p", PROMPT, "--profile", tmp_path / "none", code=2).stderr
 
 
@@ -129,16 +129,16 @@ def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     assert [(row["method"], row["flash_attn"], row["n_depth"]) for row in rows] == [
         (method, flash_attn, depth)
         for depth in (0, 300)
-        for method, flash_attn in (("dense", True), ("dense", False), ("fasa", True))
+        for method, flash_attn in (("dense", True), ("dense", False), ("exact", True), ("fasa", True))
     ]
-    assert [row["layers_sparse"] > 0 for row in rows] == [False] * 5 + [True]
+    assert [row["layers_sparse"] > 0 for row in rows] == [False] * 7 + [True]
     assert all(len(row["samples_ts"]) == 2 and row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
     table = fasa(*args[:3], "0", *args[4:]).stdout.splitlines()
-    assert table[0].startswith("| model") and len(table) == 2 + 3
+    assert table[0].startswith("| model") and len(table) == 2 + 4
 
     quantized = ("-d", "0", "-n", 1, "-r", 1, "-ctk", "q8_0", "-ctv", "q4_0", "-o", "json")
     rows = json.loads(fasa("bench", fasa_model_path, *quantized).stdout)
-    assert [(row["type_k"], row["type_v"], row["flash_attn"]) for row in rows] == 2 * [("q8_0", "q4_0", True)]
+    assert [(row["type_k"], row["type_v"], row["flash_attn"]) for row in rows] == 3 * [("q8_0", "q4_0", True)]
 
     assert "has no FASA profile to measure" in fasa("bench", model_path, code=1).stderr
     assert "expected numbers separated by commas" in fasa("bench", fasa_model_path, "-d", "x", code=2).stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fasa_edge.convert import write_plot
 from fasa_edge.convert.plot import draw, heatmap
-from fasa_edge.errors import ConvertError
+from fasa_edge.errors import ConvertError, FasaError
 
 import matplotlib.image
 import numpy as np
@@ -76,7 +76,7 @@ def test_many_heads_still_make_a_png(report, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConvertError, match=r"pip install '\.\[plot\]' in the clone"):
+    with pytest.raises(FasaError, match=r"pip install '\.\[plot\]' in the clone"):
         write_plot(report, tmp_path / "heat.png")
     report.profile = None
     with pytest.raises(ConvertError, match="no FASA profile to plot"):

@@ -13,7 +13,7 @@
 static constexpr int64_t FASA_TILE       = 256; // cells whose logits are at hand together
 static constexpr int64_t FASA_MIN_CHUNK  = 128; // cells
 static constexpr int64_t FASA_MAX_CHUNKS = 64;  // of a head
-static constexpr int64_t FASA_AHEAD      = 16;  // cells that a row is asked for before it is needed
+static constexpr int64_t FASA_AHEAD      = 16;  // cells by which a row is asked for before it is needed
 static constexpr int64_t FASA_UNPACKED   = 16;  // rows that are made floats together, where no loader knows the type
 
 static constexpr int FASA_MAX_TILE = 4; // query heads that share a loaded row
@@ -61,7 +61,8 @@ struct fasa_attend_op {
         n_v       = fasa_pad(v->ne[0]);
         n_sums    = n_v + FASA_LANES;
         n_partial = n_sums*n_group*n_chunks*n_head_kv*n_tokens*n_stream;
-        n_thread  = GGML_PAD(n_group*n_k + (FASA_MAX_TILE + 1)*(FASA_TILE + FASA_LANES) + FASA_UNPACKED*std::max(n_k, n_v), CACHE_LINE_SIZE_F32);
+        n_thread  = GGML_PAD(n_group*n_k + FASA_MAX_TILE*(FASA_TILE + FASA_LANES) + FASA_TILE + FASA_AHEAD + FASA_LANES +
+            FASA_UNPACKED*std::max(n_k, n_v), CACHE_LINE_SIZE_F32);
     }
 
     // the cells of a chunk for one token and KV head
@@ -91,29 +92,36 @@ size_t ggml_fasa_attend_work_size(const ggml_tensor * dst, int n_tasks) {
 //
 
 struct fasa_f32 {
-    static vec load(const char * row, int64_t i) { return v_load((const float *) row + i*FASA_LANES); }
+    static const float * at  (const char * row, int64_t i) { return (const float *) row + i*FASA_LANES; }
+    static vec           load(const char * row, int64_t i) { return v_load(at(row, i)); }
 };
 
 struct fasa_f16 {
-    static vec load(const char * row, int64_t i) { return v_load_f16((const ggml_fp16_t *) row + i*FASA_LANES); }
+    static const ggml_fp16_t * at  (const char * row, int64_t i) { return (const ggml_fp16_t *) row + i*FASA_LANES; }
+    static vec                 load(const char * row, int64_t i) { return v_load_f16(at(row, i)); }
 };
 
 struct fasa_bf16 {
-    static vec load(const char * row, int64_t i) { return v_load_bf16((const ggml_bf16_t *) row + i*FASA_LANES); }
+    static const ggml_bf16_t * at  (const char * row, int64_t i) { return (const ggml_bf16_t *) row + i*FASA_LANES; }
+    static vec                 load(const char * row, int64_t i) { return v_load_bf16(at(row, i)); }
 };
 
 struct fasa_q8_0 {
+    static const block_q8_0 * at(const char * row, int64_t i) { return (const block_q8_0 *) row + i*FASA_LANES/QK8_0; }
+
     static vec load(const char * row, int64_t i) {
-        const auto & block = ((const block_q8_0 *) row)[i*FASA_LANES/QK8_0];
-        return v_mul(v_load_i8(block.qs + i*FASA_LANES % QK8_0), v_set1(GGML_CPU_FP16_TO_FP32(block.d)));
+        const auto * block = at(row, i);
+        return v_mul(v_load_i8(block->qs + i*FASA_LANES % QK8_0), v_set1(GGML_CPU_FP16_TO_FP32(block->d)));
     }
 };
 
 struct fasa_q4_0 {
+    static const block_q4_0 * at(const char * row, int64_t i) { return (const block_q4_0 *) row + i*FASA_LANES/QK4_0; }
+
     static vec load(const char * row, int64_t i) {
-        const auto &  block = ((const block_q4_0 *) row)[i*FASA_LANES/QK4_0];
-        const int64_t at    = i*FASA_LANES % QK4_0;
-        return v_mul(v_load_u4(block.qs + at % (QK4_0/2), at >= QK4_0/2), v_set1(GGML_CPU_FP16_TO_FP32(block.d)));
+        const auto *  block = at(row, i);
+        const int64_t first = i*FASA_LANES % QK4_0;
+        return v_mul(v_load_u4(block->qs + first % (QK4_0/2), first >= QK4_0/2), v_set1(GGML_CPU_FP16_TO_FP32(block->d)));
     }
 };
 
@@ -122,12 +130,10 @@ struct fasa_rows {
     const ggml_tensor * t;
     const char        * base; // of the head in the stream
     int64_t             n;    // floats, whole vectors
-    int64_t             size; // bytes
     float             * unpacked; // nullptr: a loader reads the rows in place
 
     fasa_rows(const ggml_tensor * t, const fasa_attend_op::unit & u, float * scratch) :
-        t(t), base((const char *) t->data + u.head*t->nb[1] + u.stream*t->nb[3]), n(fasa_pad(t->ne[0])),
-        size(ggml_row_size(t->type, t->ne[0])) {
+        t(t), base((const char *) t->data + u.head*t->nb[1] + u.stream*t->nb[3]), n(fasa_pad(t->ne[0])) {
         const bool native = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 ||
             t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
         unpacked = native && t->ne[0] == n ? nullptr : scratch;
@@ -137,32 +143,31 @@ struct fasa_rows {
 
     const char * row(int32_t cell) const { return base + cell*t->nb[2]; }
 
-    void prefetch(int32_t cell) const {
-        const char * p = row(cell);
-        for (int64_t i = 0; i < size; i += CACHE_LINE_SIZE) {
-            FASA_PREFETCH(p + i);
+    // how many can be had at once
+    int64_t n_batch() const { return unpacked ? FASA_UNPACKED : FASA_TILE; }
+
+    // pointers to the rows of some cells; FASA_AHEAD more of them are only asked for: the rows of what comes next
+    void get(const int32_t * ids, int64_t n_ids, const fasa_rows & next, const int32_t * next_ids, int64_t n_next, const char ** rows) const {
+        for (int64_t i = 0; i < n_ids; ++i) {
+            rows[i] = unpacked ? unpack(ids[i], unpacked + i*n) : row(ids[i]);
+        }
+        for (int64_t i = 0; i < FASA_AHEAD; ++i) {
+            rows[n_ids + i] = i < n_next ? next.row(next_ids[i]) : rows[n_ids - 1];
         }
     }
 
-    // pointers to the rows of n_cells cells
-    void get(const int32_t * ids, int64_t n_cells, const char ** rows) const {
-        for (int64_t i = 0; i < n_cells; ++i) {
-            rows[i] = row(ids[i]);
-            if (unpacked) {
-                float * dst = unpacked + i*n;
-                switch (t->type) {
-                    case GGML_TYPE_F32: memcpy(dst, rows[i], t->ne[0]*sizeof(float)); break;
-                    case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) rows[i], dst, t->ne[0]); break;
-                    default:            ggml_get_type_traits(t->type)->to_float(rows[i], dst, t->ne[0]); break;
-                }
-                std::fill(dst + t->ne[0], dst + n, 0.0f);
-                rows[i] = (const char *) dst;
-            }
+    const char * unpack(int32_t cell, float * dst) const {
+        switch (t->type) {
+            case GGML_TYPE_F32: memcpy(dst, row(cell), t->ne[0]*sizeof(float)); break;
+            case GGML_TYPE_F16: ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row(cell), dst, t->ne[0]); break;
+            default:            ggml_get_type_traits(t->type)->to_float(row(cell), dst, t->ne[0]); break;
         }
+        std::fill(dst + t->ne[0], dst + n, 0.0f);
+        return (const char *) dst;
     }
 };
 
-// logits of N query heads for some cells, of head i at i*stride; q: [n, N]
+// logits of N query heads for some cells, of head i at i*stride; q: [n, N], rows: see fasa_rows::get
 template <typename T, int N>
 static void fasa_dot_rows(const float * q, int64_t n, const char * const * rows, int64_t n_rows, float * logits, int64_t stride) {
     static constexpr int N_CELLS = FASA_ACCS/(N == 3 ? 4 : N); // at a time
@@ -177,6 +182,7 @@ static void fasa_dot_rows(const float * q, int64_t n, const char * const * rows,
         for (int64_t j = 0; j < n/FASA_LANES; ++j) {
             for (int ic = 0; ic < N_CELLS; ++ic) {
                 const vec x = T::load(rows[i + std::min<int64_t>(ic, n_cells - 1)], j);
+                FASA_PREFETCH(T::at(rows[i + std::min<int64_t>(ic, n_cells - 1) + FASA_AHEAD], j));
                 for (int ih = 0; ih < N; ++ih) {
                     acc[ih*N_CELLS + ic] = v_fma(x, v_load(q + ih*n + j*FASA_LANES), acc[ih*N_CELLS + ic]);
                 }
@@ -206,6 +212,7 @@ static void fasa_add_rows(
     for (int64_t i = 0; i < n_rows; ++i) {
         for (int iv = 0; iv < N_VECS; ++iv) {
             const vec x = T::load(rows[i], j + iv);
+            FASA_PREFETCH(T::at(rows[i + FASA_AHEAD], j + iv));
             for (int ih = 0; ih < N; ++ih) {
                 acc[ih][iv] = v_fma(x, v_set1(weights[ih*stride + i]), acc[ih][iv]);
             }
@@ -224,6 +231,7 @@ struct fasa_tile {
     int64_t         n_heads;
     const int32_t * ids;
     int64_t         n_ids;
+    int64_t         n_next; // ids of the next tile that follow these
     float         * logits; // [stride, n_heads], then the weights
     int64_t         stride;
     float         * sums;   // [n_sums, n_heads]
@@ -232,26 +240,22 @@ struct fasa_tile {
 
 template <typename T, int N>
 static void fasa_tile_logits(const fasa_tile & tile, const fasa_rows & k, const fasa_rows & v) {
-    const char * rows[FASA_UNPACKED];
-    for (int64_t i = 0; i < tile.n_ids; i += FASA_UNPACKED) {
-        const int64_t n = std::min(FASA_UNPACKED, tile.n_ids - i);
-        for (int64_t j = i; j < i + n; ++j) {
-            k.prefetch(tile.ids[std::min(j + FASA_AHEAD, tile.n_ids - 1)]);
-            v.prefetch(tile.ids[j]);
-        }
-        k.get(tile.ids + i, n, rows);
+    const char * rows[FASA_TILE + FASA_AHEAD];
+    for (int64_t i = 0; i < tile.n_ids; i += k.n_batch()) {
+        const int64_t n = std::min(k.n_batch(), tile.n_ids - i);
+        k.get(tile.ids + i, n, v, tile.ids, tile.n_ids, rows);
         fasa_dot_rows<T, N>(tile.q, k.n, rows, n, tile.logits + i, tile.stride);
     }
 }
 
 template <typename T, int N>
-static void fasa_tile_sums(const fasa_tile & tile, const fasa_rows & v) {
+static void fasa_tile_sums(const fasa_tile & tile, const fasa_rows & k, const fasa_rows & v) {
     static constexpr int N_VECS = FASA_ACCS/FASA_MAX_TILE;
 
-    const char * rows[FASA_UNPACKED];
-    for (int64_t i = 0; i < tile.n_ids; i += FASA_UNPACKED) {
-        const int64_t n = std::min(FASA_UNPACKED, tile.n_ids - i);
-        v.get(tile.ids + i, n, rows);
+    const char * rows[FASA_TILE + FASA_AHEAD];
+    for (int64_t i = 0; i < tile.n_ids; i += v.n_batch()) {
+        const int64_t n = std::min(v.n_batch(), tile.n_ids - i);
+        v.get(tile.ids + i, n, k, tile.ids + tile.n_ids, tile.n_next, rows);
 
         int64_t j = 0;
         for (; j + N_VECS <= v.n/FASA_LANES; j += N_VECS) {
@@ -351,7 +355,7 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
     float   * q        = work;
     float   * logits   = q + op.n_group*op.n_k;
     int32_t * ids      = (int32_t *) (logits + FASA_MAX_TILE*(FASA_TILE + FASA_LANES));
-    float   * unpacked = (float   *) ids + FASA_TILE + FASA_LANES;
+    float   * unpacked = (float   *) ids + FASA_TILE + FASA_AHEAD + FASA_LANES;
 
     const fasa_rows k(op.k, u, unpacked);
     const fasa_rows v(op.v, u, unpacked);
@@ -371,10 +375,13 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
     const int64_t end = std::min((u.chunk + 1)*op.n_chunk, op.n_list);
 
     for (int64_t i = u.chunk*op.n_chunk; i < end; i += FASA_TILE) {
+        const int64_t i1 = std::min(i + FASA_TILE, end);
+
         fasa_tile tile = {};
 
         tile.ids    = ids;
-        tile.n_ids  = fasa_get_ids(op, u, i, std::min(i + FASA_TILE, end), ids);
+        tile.n_ids  = fasa_get_ids(op, u, i, i1, ids);
+        tile.n_next = fasa_get_ids(op, u, i1, std::min(i1 + FASA_AHEAD, end), ids + tile.n_ids);
         tile.logits = logits;
         tile.stride = FASA_TILE + FASA_LANES;
         tile.n_sums = op.n_sums;
@@ -391,7 +398,7 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
             for (int64_t ih = 0; ih < tile.n_heads; ++ih) {
                 fasa_soft_max(logits + ih*tile.stride, tile.n_ids, softcap, tile.sums + ih*op.n_sums, op.n_v);
             }
-            FASA_DISPATCH(fasa_tile_sums, v.type(), tile.n_heads, tile, v);
+            FASA_DISPATCH(fasa_tile_sums, v.type(), tile.n_heads, tile, k, v);
         }
     }
 }

@@ -1,0 +1,37 @@
+"""How fast this machine reads memory: what a kernel that moves a number of bytes is measured against."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+N_BYTES = 1 << 30
+"""Read at a time: several times the largest caches, so that it also drives everything else out of them."""
+
+_N_PARTS = 64  # a part a thread at a time, so that no thread waits long for another
+
+
+class MemoryReader:
+    """A buffer read by several threads.
+
+    Args:
+        n_threads: that read it.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._parts = np.array_split(np.ones(N_BYTES, np.uint8), _N_PARTS)
+        self._pool = ThreadPoolExecutor(n_threads)
+
+    def __enter__(self) -> MemoryReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def read(self) -> float:
+        """Read all of it once: bytes per second."""
+        start = time.perf_counter()
+        list(self._pool.map(np.max, self._parts))  # numpy's fastest reduction; it holds no lock
+        return N_BYTES / (time.perf_counter() - start)

@@ -1,0 +1,132 @@
+"""What the commands share: options, loading a model, progress, output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fasa_edge
+from fasa_edge import _capi
+from fasa_edge.errors import FasaError
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_stderr = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage: call with its name, what is done and what there is to do."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def print_json(value: Any) -> None:
+    """On standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def size_text(n: float) -> str:
+    """As llama.cpp writes sizes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+"""Of every command that has a result."""
+
+_cache_type = click.Choice(_capi.CACHE_TYPES)
+_gguf = click.Path(exists=True, dir_okay=False)
+
+
+def _with(command: Callable, *options: Callable) -> Callable:
+    for option in options:
+        command = option(command)
+    return command
+
+
+def load_options(command: Callable) -> Callable:
+    """How a model is loaded."""
+    return _with(
+        command,
+        click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
+                     help="Cells of the KV cache.  [default: the model's own context, as far as memory allows]"),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"),
+        click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
+        click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
+        click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
+        click.option("--profile", type=_gguf, help="In place of the model's own."),
+        click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
+        click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
+        click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
+    )  # fmt: skip
+
+
+def model_options(command: Callable) -> Callable:
+    """What every command that runs a model understands."""
+    return _with(
+        command,
+        click.argument("model", type=_gguf),
+        click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
+        load_options,
+    )
+
+
+def _parse_override(text: str) -> tuple[str, bool | int | float | str]:
+    """``KEY=TYPE:VALUE`` with TYPE one of int, float, bool, str (common/common.cpp, string_parse_kv_override)."""
+    key, _, typed = text.partition("=")
+    kind, _, value = typed.partition(":")
+    try:
+        if kind == "bool":
+            return key, {"true": True, "false": False}[value]
+        return key, {"int": int, "float": float, "str": str}[kind](value)
+    except (KeyError, ValueError):
+        raise FasaError(
+            f"--override-kv {text}: expected KEY=TYPE:VALUE with TYPE int, float, bool or str, e.g. fasa.budget=int:256"
+        ) from None
+
+
+def load_model(
+    model: str,
+    n_ctx: int,
+    n_threads: int | None,
+    n_gpu_layers: int,
+    type_k: str,
+    type_v: str,
+    profile: str | None,
+    exact: bool,
+    overrides: tuple[str, ...],
+    verbose: bool,
+    budget: int | None = None,
+    **more: Any,
+) -> fasa_edge.Llama:
+    """The model that the options of :func:`model_options` describe; ``more`` as in :class:`fasa_edge.Llama`."""
+    return fasa_edge.Llama(
+        model,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        type_k=_capi.cache_type(type_k),
+        type_v=_capi.cache_type(type_v),
+        kv_overrides=dict(map(_parse_override, overrides)),
+        fasa_profile=profile,
+        fasa_budget=budget,
+        fasa_exact=exact or None,
+        verbose=verbose,
+        **more,
+    )

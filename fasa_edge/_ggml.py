@@ -1,0 +1,160 @@
+"""Graphs of ggml ops on the CPU backend, through ctypes: what :mod:`fasa_edge.bench_op` and the op tests compute with.
+
+Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs
+are plain addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+from fasa_edge import _lib
+from fasa_edge.errors import FasaError
+
+import numpy as np
+
+_registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
+
+F32, F16, I8, I32, I64 = 0, 1, 24, 26, 27
+"""Of ``enum ggml_type``; for the others see :func:`fasa_edge._capi.cache_type`."""
+
+_TYPES = {np.dtype(np.float32): F32, np.dtype(np.float16): F16, np.dtype(np.int8): I8}
+_TYPES |= {np.dtype(np.int32): I32, np.dtype(np.int64): I64}
+
+ptr, i64, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_DEVICE_CPU = 0  # enum ggml_backend_dev_type
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ptr), ("no_alloc", ctypes.c_bool)]
+
+
+def declare(signatures: Mapping[str, tuple], lib: ctypes.CDLL = base) -> None:
+    """Tell ctypes the types of ggml functions.
+
+    Args:
+        signatures: name to the type of the result, followed by those of the arguments.
+        lib: the library of ggml that has them.
+    """
+    for name, (restype, *argtypes) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+
+
+declare({"ggml_backend_init_by_type": (ptr, ctypes.c_int, ctypes.c_char_p)}, _registry)
+declare(
+    {
+        "ggml_backend_free": (None, ptr),
+        "ggml_backend_buffer_free": (None, ptr),
+        "ggml_backend_alloc_ctx_tensors": (ptr, ptr, ptr),
+        "ggml_backend_graph_compute": (ctypes.c_int, ptr, ptr),
+        "ggml_backend_get_device": (ptr, ptr),
+        "ggml_backend_dev_backend_reg": (ptr, ptr),
+        "ggml_backend_reg_get_proc_address": (ptr, ptr, ctypes.c_char_p),
+        "ggml_init": (ptr, _InitParams),
+        "ggml_free": (None, ptr),
+        "ggml_get_data": (ptr, ptr),
+        "ggml_nbytes": (ctypes.c_size_t, ptr),
+        "ggml_new_tensor": (ptr, ptr, ctypes.c_int, ctypes.c_int, ctypes.POINTER(i64)),
+        "ggml_new_graph": (ptr, ptr),
+        "ggml_build_forward_expand": (None, ptr, ptr),
+        "ggml_reshape_3d": (ptr, ptr, ptr, i64, i64, i64),
+        "ggml_permute": (ptr, ptr, ptr, *[ctypes.c_int] * 4),
+        "ggml_set_rows": (ptr, ptr, ptr, ptr, ptr),
+        "ggml_flash_attn_ext": (ptr, ptr, ptr, ptr, ptr, ptr, f32, f32, f32),
+        "ggml_fasa_new_tips": (ptr, ptr, i64, i64, i64, i64),
+        "ggml_fasa_store": (ptr, ptr, ptr, ptr, ptr, ptr, ctypes.c_int),
+        "ggml_fasa_select": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, i64, f32),
+        "ggml_fasa_attend": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr, f32, f32),
+    }
+)
+
+
+class Graph:
+    """Tensors and ops: ``g.ggml_add(a, b)`` adds an op, :meth:`run` computes it, :meth:`read` takes the result.
+
+    The backend, and with it its threads and its work buffer, lives as long as the graph, as in a llama.cpp context.
+
+    Args:
+        n_threads: that compute.
+
+    Raises:
+        FasaError: there is no memory for a tensor.
+    """
+
+    def __init__(self, n_threads: int = 2) -> None:
+        self._ctx = base.ggml_init(_InitParams(64 << 20, None, True))  # no data, only what describes it
+        self._backend = _registry.ggml_backend_init_by_type(_DEVICE_CPU, None)
+        registry = base.ggml_backend_dev_backend_reg(base.ggml_backend_get_device(self._backend))
+        address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+        self._set_n_threads = ctypes.CFUNCTYPE(None, ptr, ctypes.c_int)(address)
+        self._set_n_threads(self._backend, n_threads)
+        self._buffers: list[int] = []
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for buffer in self._buffers:
+            base.ggml_backend_buffer_free(buffer)
+        base.ggml_backend_free(self._backend)
+        base.ggml_free(self._ctx)
+
+    def __getattr__(self, name: str):
+        function = getattr(base, name)
+        return lambda *args: function(self._ctx, *args)
+
+    def new(self, ggml_type: int, *shape: int) -> int:
+        """A tensor of a shape, outermost dimension first; its contents are undefined."""
+        return self.ggml_new_tensor(ggml_type, len(shape), (i64 * len(shape))(*reversed(shape)))
+
+    def tensor(self, array: np.ndarray) -> int:
+        """A tensor with the contents of an array."""
+        tensor = self.new(_TYPES[array.dtype], *array.shape)
+        self.write(tensor, array)
+        return tensor
+
+    def view(self, tensor: int, dtype: type = np.uint8) -> np.ndarray:
+        """The memory of a tensor, flat."""
+        n_bytes = base.ggml_nbytes(tensor)
+        return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(self._address(tensor)), dtype)
+
+    def write(self, tensor: int, array: np.ndarray) -> None:
+        """Replace a tensor's contents."""
+        self.view(tensor)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def clear(self, tensor: int) -> None:
+        """Fill a tensor with zero bytes."""
+        self.view(tensor)[:] = 0
+
+    def read(self, tensor: int, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
+        """A copy of a tensor's contents."""
+        return self.view(tensor, dtype).reshape(shape).copy()
+
+    def plan(self, *results: int) -> int:
+        """A graph that computes the results and whatever they need, in this order."""
+        graph = self.ggml_new_graph()
+        for result in results:
+            self._address(result)
+            base.ggml_build_forward_expand(graph, result)
+        return graph
+
+    def compute(self, graph: int) -> None:
+        """Compute a graph that :meth:`plan` made."""
+        if status := base.ggml_backend_graph_compute(self._backend, graph):
+            raise FasaError(f"the CPU backend returned status {status}: see ggml's log")
+
+    def run(self, *results: int, n_threads: int | None = None) -> None:
+        """:meth:`plan` and :meth:`compute`, from then on with another number of threads if given."""
+        if n_threads is not None:
+            self._set_n_threads(self._backend, n_threads)
+        self.compute(self.plan(*results))
+
+    def _address(self, tensor: int) -> int:
+        """Of a tensor's memory; gives memory to all tensors that have none yet."""
+        if not base.ggml_get_data(tensor) and (buffer := base.ggml_backend_alloc_ctx_tensors(self._ctx, self._backend)):
+            self._buffers.append(buffer)
+        if not (address := base.ggml_get_data(tensor)):
+            raise FasaError(f"no memory for a tensor of {base.ggml_nbytes(tensor)} bytes: use fewer layers or cells")
+        return address

@@ -1,0 +1,135 @@
+"""Fills the KV cache of a context with random keys and values, through llama.cpp's own restoring of a saved sequence.
+
+The state of one decoded token shows how a sequence lies in a state (``llama_kv_cache::state_write``); that of any
+number of tokens is the same with more cells. Restoring it makes the tips, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+
+from fasa_edge import _capi
+from fasa_edge._lib import llama_cpp
+from fasa_edge.errors import FasaError
+from fasa_edge.random_data import fill_random
+
+import numpy as np
+
+_HEAD = struct.Struct("<IiII")  # magic, sequence, streams, cells
+_CELL = np.dtype([("pos", "<i4"), ("n_seq", "<u4"), ("seq", "<i4")])
+_DATA = struct.Struct("<II")  # whether V is transposed, layers
+_ROWS = struct.Struct("<iQ")  # type, bytes of a row
+_COLUMNS = struct.Struct("<iII")  # of transposed V: type, bytes of an element, elements of a cell
+
+
+@dataclass(frozen=True)
+class _Section:
+    """K or V of one layer."""
+
+    header: bytes
+    type_name: str
+    n_bytes: int  # of a cell
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How the state of one sequence lies in memory."""
+
+    magic: int
+    v_trans: int
+    sections: tuple[_Section, ...]
+
+    @classmethod
+    def of(cls, ctx: int) -> StateLayout | None:
+        """That of a context (``llama_context *``) in which sequence 0 has one token, or some in a row.
+
+        Returns:
+            ``None`` for a memory that is not one plain KV cache: sliding windows, recurrent layers, M-RoPE.
+        """
+        return cls.parse(save_sequence(ctx))
+
+    @classmethod
+    def parse(cls, state: np.ndarray) -> StateLayout | None:
+        """That of a state, uint8; ``None`` if it is of another kind."""
+        data = memoryview(state)
+        try:
+            magic, _, n_stream, n_cells = _HEAD.unpack_from(data)
+            offset = _HEAD.size + n_cells * _CELL.itemsize
+            v_trans, n_layer = _DATA.unpack_from(data, offset)
+            if n_stream != 1 or v_trans > 1 or n_layer > len(state):
+                return None
+            offset += _DATA.size
+            sections = []
+            for i in range(2 * n_layer):
+                header = _COLUMNS if v_trans and i >= n_layer else _ROWS
+                type_, *size = header.unpack_from(data, offset)
+                n_bytes = int(np.prod(size))
+                if not (name := _type_name(type_)):
+                    return None
+                sections.append(_Section(bytes(data[offset : offset + header.size]), name, n_bytes))
+                offset += header.size + n_cells * n_bytes
+        except struct.error:
+            return None
+        return cls(magic, v_trans, tuple(sections)) if offset == len(state) else None
+
+    def n_bytes(self, n_cells: int) -> int:
+        """Of the state of so many cells."""
+        rows = sum(len(section.header) + n_cells * section.n_bytes for section in self.sections)
+        return _HEAD.size + n_cells * _CELL.itemsize + _DATA.size + rows
+
+    def random_state(self, n_cells: int, seed: int = 0) -> np.ndarray:
+        """A sequence of so many tokens: uint8 [:meth:`n_bytes`]."""
+        state = np.empty(self.n_bytes(n_cells), np.uint8)
+        rng = np.random.Generator(np.random.SFC64(seed))
+        for section, start in self._write_frame(state, n_cells):
+            fill_random(rng, section.type_name, state[start : start + n_cells * section.n_bytes])
+        return state
+
+    def adopt(self, state: np.ndarray, n_cells: int) -> None:
+        """Turn a random state of a context into one of this, in place; they may differ in whether V is transposed."""
+        if len(state) != self.n_bytes(n_cells):
+            raise FasaError(f"a state of {len(state)} bytes is not of {n_cells} cells: {self.n_bytes(n_cells)} are")
+        list(self._write_frame(state, n_cells))
+
+    def _write_frame(self, state: np.ndarray, n_cells: int):
+        """All but the numbers themselves; yields where those of each section begin."""
+        cells = np.zeros(n_cells, _CELL)
+        cells["pos"], cells["n_seq"] = np.arange(n_cells), 1
+        head = _HEAD.pack(self.magic, 0, 1, n_cells) + cells.tobytes()
+        head += _DATA.pack(self.v_trans, len(self.sections) // 2)
+        offset = 0
+        for section in (_Section(head, "", 0), *self.sections):
+            state[offset : offset + len(section.header)] = np.frombuffer(section.header, np.uint8)
+            offset += len(section.header)
+            if section.n_bytes:
+                yield section, offset
+            offset += n_cells * section.n_bytes
+
+
+def _type_name(ggml_type: int) -> str | None:
+    return next((name for name in _capi.CACHE_TYPES if _capi.cache_type(name) == ggml_type), None)
+
+
+def save_sequence(ctx: int) -> np.ndarray:
+    """The state of sequence 0 of a context, uint8."""
+    state = np.empty(llama_cpp.llama_state_seq_get_size(ctx, 0), np.uint8)
+    n_bytes = llama_cpp.llama_state_seq_get_data(ctx, _pointer(state), len(state), 0)
+    if n_bytes != len(state):
+        raise FasaError("llama.cpp cannot save the state of a sequence: see its log")
+    return state
+
+
+def restore_sequence(ctx: int, state: np.ndarray) -> None:
+    """Replace sequence 0 of a context by a saved one.
+
+    Raises:
+        FasaError: the state is of another model, or the cache is too small for it.
+    """
+    if llama_cpp.llama_state_seq_set_data(ctx, _pointer(state), len(state), 0) != len(state):
+        raise FasaError("llama.cpp cannot restore the state of a sequence: see its log")
+
+
+def _pointer(state: np.ndarray):
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

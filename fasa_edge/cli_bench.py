@@ -1,0 +1,256 @@
+"""The command ``fasa-edge bench``: of models, of geometries with random weights, and of ops alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fasa_edge import _capi, bench_op
+from fasa_edge import bench as bench_model
+from fasa_edge._cli import json_option, load_model, load_options, print_json, progress_bars, size_text
+from fasa_edge._figure import to_png
+from fasa_edge.bench import BenchRow
+from fasa_edge.bench_op import OpRow
+from fasa_edge.bench_plot import draw_models, draw_ops
+from fasa_edge.convert.output import check_output, write_bytes
+from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
+from fasa_edge.model import without_weights
+
+import click
+from tabulate import tabulate
+
+_N_BATCH_FILLED = 32
+"""Where no prompt is read: without flash attention, a batch takes memory for its tokens times all cells."""
+
+
+class _List(click.ParamType):
+    """Comma-separated, as llama-bench takes them."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
+        """The items."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(item) for item in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, dir_okay=False), required=False)
+@click.option(
+    "--geometry",
+    "names",
+    type=_List(str),
+    metavar="NAME,...",
+    help=f"Random weights in place of MODEL: {', '.join(GEOMETRIES)}. With --op also heads, as 32/8x64.",
+)
+@click.option(
+    "--layers",
+    "n_layers",
+    type=click.IntRange(1),
+    help="Of the geometry; with --op, of a sample.  [default: all; with --op 1 GiB of K and V]",
+)
+@click.option(
+    "--type", "weight_type", type=click.Choice(_capi.CACHE_TYPES), default="q4_0", help="Of the geometry's weights."
+)
+@click.option("--op", is_flag=True, help="Measure the attention ops alone, in a geometry's layers.")
+@click.option(
+    "-d",
+    "--n-depth",
+    "depths",
+    type=_List(int),
+    metavar="N,...",
+    help="Tokens in the cache.  [default: 0,2048,7168; with --op 32768]",
+)
+@click.option(
+    "--fill",
+    type=click.Choice(bench_model.FILLS),
+    help="How they come there.  [default: prefill; for a geometry random, which takes seconds]",
+)
+@click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Rounds at each depth.")
+@click.option(
+    "--budget",
+    "budgets",
+    type=_List(int),
+    metavar="N,...",
+    default=None,
+    help="Cells attended to.  [default: the model's own; with --op 1024]",
+)
+@click.option("--n-tip", type=click.IntRange(1), help="Chunks scored per KV head.  [default: the model's own]")
+@click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PNG",
+    help="Draw tokens/s over depth; with --op, time over cells.",
+)
+@click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
+@load_options
+@json_option
+def bench(
+    model: str | None,
+    names: list[str] | None,
+    op: bool,
+    fmt: str,
+    plot: Path | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure decoding speed at several depths, all methods interleaved.
+
+    Of MODEL, or of a model with the geometry of a known one and random weights: stock with and without flash attention,
+    FASA's kernel over all cells (exact), FASA. Quantized V takes flash attention, so there is no stock without it then.
+
+    With --op, the attention of one layer alone: stock FLASH_ATTN_EXT, the exact kernel, FASA, and its two ops; with
+    the bytes that each must move, and its time over what reading them takes on this machine.
+    """
+    if op and (model is not None or not names):
+        raise click.UsageError("--op takes no MODEL but a --geometry")
+    if not op and (model is None) == (names is None):
+        raise click.UsageError("give either a MODEL or a --geometry")
+    if names and options["profile"]:
+        raise click.UsageError("--profile goes with MODEL: a --geometry has one of its own")
+    if plot is not None:
+        check_output(plot, force=force)
+    measure, tabulated, draw = (_ops, _op_table, draw_ops) if op else (_models, _model_table, draw_models)
+    with progress_bars() as progress:
+        rows = list(measure(model or names, progress, **options))
+    if plot is not None:
+        write_bytes(plot, None, to_png(draw(rows)), force=force)
+        click.echo(f"drawn: {plot}", err=True)
+    if as_json or fmt == "json":
+        return print_json([row.as_dict() for row in rows])
+    click.echo(tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True))
+
+
+def _ops(
+    names: list[str],
+    progress: Callable[[str, int, int], None],
+    *,
+    depths: list[int] | None,
+    budgets: list[int] | None,
+    repetitions: int,
+    n_threads: int | None,
+    n_tip: int | None,
+    n_layers: int | None,
+    type_k: str,
+    type_v: str,
+    **_: Any,
+) -> Iterator[OpRow]:
+    return bench_op.run(
+        [find_heads(name) for name in names],
+        depths or [32768],
+        budgets or [1024],
+        n_threads or max(multiprocessing.cpu_count() // 2, 1),
+        repetitions,
+        type_k=type_k,
+        type_v=type_v,
+        n_tip=n_tip,
+        n_layers=n_layers,
+        progress=lambda done, total: progress("ops", done, total),
+    )
+
+
+def _models(
+    source: str | list[str],
+    progress: Callable[[str, int, int], None],
+    *,
+    weight_type: str,
+    n_layers: int | None,
+    depths: list[int] | None,
+    fill: str | None,
+    n_gen: int,
+    n_ctx: int,
+    **options: Any,
+) -> Iterator[BenchRow]:
+    depths = depths or [0, 2048, 7168]
+    options |= {"depths": depths, "n_gen": n_gen, "n_ctx": n_ctx or max(depths) + n_gen, "progress": progress}
+    if isinstance(source, str):
+        yield from _model(source, fill=fill or "prefill", **options)
+        return
+    from fasa_edge.random_model import write_random_model  # gguf-py takes a third of a second to import
+
+    for name, geometry in [(name, find_geometry(name)) for name in source]:
+        geometry = replace(geometry, n_layer=n_layers or geometry.n_layer)
+        with tempfile.TemporaryDirectory(prefix="fasa-edge-") as folder:
+            title = f"{name}-{n_layers}L" if n_layers else name
+            model, options["profile"] = map(str, write_random_model(Path(folder), title, geometry, weight_type))
+            yield from _model(model, fill=fill or "random", **options)
+
+
+def _model(
+    path: str,
+    *,
+    depths: Sequence[int],
+    n_gen: int,
+    repetitions: int,
+    budgets: list[int] | None,
+    fill: str,
+    n_tip: int | None,
+    progress: Callable[[str, int, int], None],
+    **options: Any,
+) -> Iterator[BenchRow]:
+    more = {"n_batch": _N_BATCH_FILLED} if fill == "random" else {}
+    if options["n_gpu_layers"] == 0:
+        types = [_capi.cache_type(options[name]) for name in ("type_k", "type_v")]
+        with without_weights(path) as weightless:
+            if weightless:
+                n_state = max(depths) if fill == "random" else 0
+                bench_model.check_memory(weightless, options["n_ctx"], *types, n_contexts=2, n_state=n_state)
+    llm = load_model(path, fasa_n_tip=n_tip, **more, **options)
+    report = lambda done, total: progress(Path(path).stem, done, total)  # noqa: E731
+    try:
+        for row in bench_model.run(llm, depths, n_gen, repetitions, report, budgets=budgets or (), fill=fill):
+            if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
+                remedy = "lower --budget, or set --override-kv fasa.min_ctx=int:1"
+                click.echo(f"note: FASA ran dense at depth {row.n_depth}, below its min_ctx: {remedy}", err=True)
+            yield row
+    finally:
+        llm.close()
+
+
+def _model_table(row: BenchRow) -> dict[str, object]:
+    return {
+        "model": row.model_filename,
+        "size": size_text(row.model_size),
+        "threads": row.n_threads,
+        "method": row.method,
+        "fa": int(row.flash_attn),
+        "exact": int(row.exact),
+        "budget": row.budget or "",
+        "test": row.test,
+        "t/s": f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
+        "median t/s": f"{row.median_ts:.2f}",
+        "x best dense": f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})",
+        "KV read": f"{row.read_ratio:.2f}",
+    }
+
+
+def _op_table(row: OpRow) -> dict[str, object]:
+    return {
+        "op": row.op,
+        "heads": row.heads,
+        "K": row.type_k,
+        "V": row.type_v,
+        "threads": row.n_threads,
+        "cells": row.n_depth,
+        "budget": row.budget or "",
+        "ms": f"{1e-6 * row.median_ns:.3f}",
+        "range": f"{1e-6 * min(row.samples_ns):.3f}-{1e-6 * max(row.samples_ns):.3f}",
+        "moves": size_text(row.n_bytes),
+        "memory GB/s": f"{1e-9 * row.bandwidth:.1f}",
+        "x floor": f"{row.floor_ratio:.2f}",
+        "x flash_attn_ext": f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})",
+    }

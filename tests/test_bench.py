@@ -1,0 +1,270 @@
+"""Measurements: what is measured, counted and drawn; never how long it took."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import fasa_edge
+from fasa_edge import _bandwidth, _capi, bench, bench_op
+from fasa_edge._ggml import Graph
+from fasa_edge.bench_plot import draw_models, draw_ops
+from fasa_edge.cache_fill import StateLayout, restore_sequence, save_sequence
+from fasa_edge.errors import FasaError
+from fasa_edge.geometry import GEOMETRIES, Geometry, Heads, find_heads
+from fasa_edge.random_data import random_data
+from fasa_edge.random_model import write_random_model
+
+import gguf
+import numpy as np
+import pytest
+from runtime import SAME, TEXTS, Context, annotated_tiny, check, nmse
+from test_cli import fasa
+
+HEADS = Heads(4, 2, 64)
+TINY = Geometry("llama", 2, 256, 512, HEADS, 300, 1e4, True)
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bandwidth, "N_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def random_llama(folder: Path, geometry: Geometry = TINY, **kwargs) -> fasa_edge.Llama:
+    path, profile = write_random_model(folder, "tiny", geometry, "q4_0")
+    return fasa_edge.Llama(str(path), fasa_profile=profile, verbose=False, **{"n_ctx": 2048, **kwargs})
+
+
+def test_bench_of_ops(tmp_path: Path) -> None:
+    png = tmp_path / "ops.png"
+    args = ("bench", "--op", "--geometry", "4/2x64,smollm2-135m", "-d", "600,300", "--layers", 2, "-t", 2, "-r", 3)
+    result = fasa(*args, "--budget", "64,40", "--n-tip", 10, "--plot", png, "-o", "json")
+    rows = json.loads(result.stdout)
+    ops = [("flash_attn_ext", 0), ("exact", 0)]
+    ops += [(op, budget) for budget in (40, 64) for op in ("fasa", "fasa_select", "fasa_attend")]
+    assert [(row["n_head"], row["n_depth"], row["op"], row["budget"]) for row in rows] == [
+        (n_head, depth, *op) for n_head in (4, 9) for depth in (300, 600) for op in ops
+    ]
+    for row in rows:
+        assert len(row["samples_ns"]) == 3 and row["n_layers"] == row["n_threads"] == 2
+        assert row["min_ns"] <= row["median_ns"] <= row["max_ns"]
+        assert row["floor_ratio"] * row["n_bytes"] / row["bandwidth"] == pytest.approx(1e-9 * row["median_ns"])
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+
+    n_bytes = {(row["op"], row["budget"]): row["n_bytes"] for row in rows[: len(ops)]}
+    row_bytes, mask, ids = 2 * 2 * 64 * 2, 512 * 2, 40 * 2 * 4  # K and V of a cell, 300 cells padded, of two KV heads
+    assert n_bytes["flash_attn_ext", 0] == n_bytes["exact", 0] == 300 * row_bytes + mask
+    assert n_bytes["fasa_attend", 40] == 40 * row_bytes + ids
+    assert n_bytes["fasa_select", 40] > 512 * 2 * 20 + mask + ids  # and what tips have besides their 20 values
+    assert n_bytes["fasa", 40] == n_bytes["fasa_select", 40] + 40 * row_bytes
+
+    assert png.read_bytes().startswith(b"\x89PNG") and "ops.png" in result.stderr
+    assert "ops.png exists" in fasa(*args, "--plot", png, code=1).stderr
+    table = fasa(*args, "--budget", 64, "--plot", png, "--force", "-ctk", "q8_0", "-ctv", "q4_0").stdout.splitlines()
+    assert table[0].startswith("| op") and "x floor" in table[0] and len(table) == 2 + 2 * 2 * 5
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "f32")])
+def test_all_ops_attend_to_the_same_caches(types: tuple[str, str]) -> None:
+    """With a budget of all cells FASA is dense attention, in every layer and whatever is padding."""
+    with Graph() as graph:
+        layers = bench_op._Layers(graph, HEADS, 9000, *types, n_tip=None, n_layers=2)
+        assert layers.n_kv == 9216
+        outputs = {}
+        for op in bench_op._ops(layers, [9000], 2):
+            graph.compute(op.plan)
+            dtype = np.int32 if op.row.op == "fasa_select" else np.float32
+            first, second = (graph.read(result, dtype) for result in op.results)
+            assert (first == second).all()
+            outputs[op.row.op] = first
+    assert (outputs.pop("fasa_select").reshape(2, -1) == np.arange(9000)).all()
+    stock = outputs.pop("flash_attn_ext")
+    assert sorted(outputs) == ["exact", "fasa", "fasa_attend"]
+    assert all(nmse(stock, output) <= 5e-4 for output in outputs.values())
+
+
+@pytest.mark.parametrize("fill", ["random", "prefill"])
+def test_bench_of_a_geometry(fill: str, tmp_path: Path) -> None:
+    png = tmp_path / "models.png"
+    args = ("bench", "--geometry", "smollm2-135m", "--layers", 2, "-d", "300,40", "-n", 2, "-r", 3, "--fill", fill)
+    rows = json.loads(fasa(*args, "--budget", "64,100", "--plot", png, "-o", "json").stdout)
+    methods = [("dense", True, 0), ("dense", False, 0), ("exact", True, 0), ("fasa", True, 64), ("fasa", True, 100)]
+    assert [(row["n_depth"], row["method"], row["flash_attn"], row["budget"]) for row in rows] == [
+        (depth, *method) for depth in (40, 300) for method in methods
+    ]
+    assert {row["fill"] for row in rows} == {fill} and {len(row["samples_ts"]) for row in rows} == {3}
+    assert rows[0]["model_filename"] == "smollm2-135m-2L-q4_0.gguf"
+    assert [row["layers_sparse"] for row in rows] == 2 * [0, 0, 0, 0.5, 0.5]  # depth is rounded up to 256
+    assert [row["layers_exact"] for row in rows] == 2 * [0, 0, 1, 0, 0]
+    assert [row["exact"] for row in rows] == 2 * [False, False, True, False, False]
+    assert all(row["read_ratio"] < 1 for row in rows[-2:])
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_models_decode_from_random_caches(arch: str, tied: bool, tmp_path: Path) -> None:
+    """Where all cells are attended to, FASA and dense attention agree; the model is no mere noise amplifier."""
+    llm = random_llama(tmp_path, replace(TINY, arch=arch, tied=tied), fasa_min_ctx=1, fasa_budget=1024)
+    logits = []
+    for settings in ({"enabled": False}, {"budget": 1024, "enabled": True}, {"budget": 64}):
+        bench._fill([llm], 1000, [5])
+        llm.fasa.configure(**settings)
+        llm.fasa.reset_stats()
+        bench._decode(llm, [7], 1)
+        assert bool(llm.fasa.stats().n_layers_sparse) == (settings.get("enabled") is not False)
+        logits.append(np.ctypeslib.as_array(fasa_edge._lib.llama_cpp.llama_get_logits(llm.ctx), (300,)).copy())
+    check(logits[0], logits[1], 5e-4)
+    assert np.isfinite(logits[2]).all() and nmse(logits[0], logits[2]) > 1e-3
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("types", "flash_attn"), [(("f16", "f16"), 1), (("f16", "f16"), 0), (("f32", "bf16"), 0), (("q8_0", "q4_0"), 1)]
+)
+def test_a_state_is_written_as_llama_cpp_does(model: Path, types: tuple[str, str], flash_attn: int) -> None:
+    """What a state's layout says makes the same bytes again, and random cells in their place are cells."""
+    type_k, type_v = map(_capi.cache_type, types)
+    params = {"type_k": type_k, "type_v": type_v, "flash_attn_type": flash_attn}
+    tokens = TEXTS[0][:601]
+    with Context(model, **params) as ctx:
+        ctx.read(tokens[:1])
+        layout = StateLayout.of(ctx.ctx)
+        assert layout.v_trans == 1 - flash_attn and len(layout.sections) == 4
+        ctx.read(tokens[1:600], start=1)
+        state = save_sequence(ctx.ctx)
+        wanted = ctx.step(tokens[600], 600)
+        mine = state.copy()
+        layout.adopt(mine, 600)
+        assert (mine == state).all()
+        with pytest.raises(FasaError, match="is not of 599 cells"):
+            layout.adopt(mine, 599)
+    with Context(model, **params) as ctx:
+        restore_sequence(ctx.ctx, state)
+        tolerance = SAME if type_k < 2 or type_k == 30 else 1e-2
+        check(wanted, ctx.step(tokens[600], 600), tolerance)
+        restore_sequence(ctx.ctx, layout.random_state(900))
+        found = ctx.step(tokens[600], 900)
+        assert np.isfinite(found).all() and nmse(wanted, found) > 0.01
+        assert bool(ctx.stats().n_layers[0]) == bool(flash_attn)
+        with pytest.raises(FasaError, match="cannot restore"):
+            restore_sequence(ctx.ctx, layout.random_state(5000))
+
+
+def test_one_random_state_serves_all_contexts(tmp_path: Path) -> None:
+    """Flash attention or not: the same keys, so only what V became differs."""
+    llm = random_llama(tmp_path)
+    stocks = [bench._stock(llm, flash_attn).llm for flash_attn in (True, False)]
+    bench._fill([llm, *stocks], 500, [5])
+    states = [save_sequence(one.ctx) for one in (llm, *stocks)]
+    assert (states[0] == states[1]).all() and len(states[2]) == len(states[0])
+    assert 0 < np.count_nonzero(states[0] != states[2]) < 200
+    for one in (llm, *stocks):
+        one.close()
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "qwen2vl"])
+def test_other_memories_are_prefilled(arch: str, tmp_path: Path) -> None:
+    llm = fasa_edge.Llama(str(annotated_tiny(tmp_path, arch)), n_ctx=1024, verbose=False)
+    with pytest.warns(UserWarning, match="not one plain KV cache"):
+        rows = list(bench.run(llm, [100], 1, 1, fill="random"))
+    assert {row.fill for row in rows} == {"prefill"} and rows[-1].layers_sparse > 0
+    llm.close()
+
+
+def test_the_figures_show_the_rows() -> None:
+    ops = list(bench_op.run([HEADS], [300, 600], [40], 1, 2, n_layers=1))
+    (axes,) = draw_ops(ops).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["flash_attn_ext", "exact", "fasa, budget 40"]
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
+    drawn = {tuple(line.get_ydata()) for line in lines}
+    for op in ("flash_attn_ext", "exact", "fasa"):
+        mine = [row for row in ops if row.op == op]
+        assert tuple(1e-6 * row.median_ns for row in mine) in drawn
+        assert tuple(1e-6 * row.floor_ns for row in mine) in drawn
+
+    row = bench.BenchRow("m.gguf", 1, 1, 2, "f16", "f16", True, 0, 4, 100, "random", "fasa", False, 64)
+    row.samples_ts = [3.0, 1.0, 2.0]
+    (axes,) = draw_models([row]).axes
+    assert axes.get_title() == "m.gguf, 2 threads" and axes.get_legend().get_texts()[0].get_text() == "fasa, budget 64"
+    assert (100, 2.0) in {tuple(point) for line in axes.get_lines() for point in line.get_xydata().tolist()}
+
+
+def test_what_a_state_is_not() -> None:
+    assert StateLayout.parse(np.zeros(0, np.uint8)) is None
+    assert StateLayout.parse(np.zeros(200, np.uint8)) is None
+    assert StateLayout.parse(np.full(200, 255, np.uint8)) is None
+
+
+@pytest.mark.parametrize("type_name", _capi.CACHE_TYPES)
+def test_random_data(type_name: str) -> None:
+    n, std = 1 << 16, 0.25
+    data = random_data(np.random.default_rng(0), type_name, n, std)
+    ggml_type = _capi.cache_type(type_name)
+    assert len(data) == n * _capi.bytes_per_element(ggml_type)
+    values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(ggml_type)).reshape(-1)
+    assert len(values) == n and np.isfinite(values).all()
+    assert abs(values.mean()) < 0.02 * std and values.std() == pytest.approx(std, rel=0.02)
+
+
+def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = random_llama(tmp_path)
+    own = llm.n_ctx() * 2 * HEADS.n_head_kv * HEADS.n_embd_head * 2 * 2  # layers, K and V, f16
+    limit = lambda n: monkeypatch.setattr(  # noqa: E731
+        bench.psutil, "virtual_memory", lambda: type("Memory", (), {"available": n})()
+    )
+    limit(own)
+    with pytest.raises(FasaError, match=f"for 1 contexts of 2048 cells.* and {own} are available: lower"):
+        list(bench.run(llm, [100], 1, 1, fill="random"))
+    args = ("bench", "--geometry", "smollm2-135m", "--layers", 1, "-d", 2000, "-n", 48)
+    assert "for 2 contexts of 2048 cells" in fasa(*args, code=1).stderr
+    limit(3 * own)
+    with pytest.warns(UserWarning, match="without flash attention is left out"):
+        rows = list(bench.run(llm, [100], 1, 1, fill="random"))
+    assert [row.label for row in rows] == ["dense, flash attention", "exact", "fasa, budget 512"]
+    llm.close()
+    limit(1000)
+    with pytest.raises(FasaError, match="1000 are available: measure fewer"):
+        list(bench_op.run([HEADS], [300], [40], 1, 1))
+
+
+def test_settings_are_as_before(tmp_path: Path) -> None:
+    llm = random_llama(tmp_path, fasa_budget=100)
+    settings = llm.fasa.settings
+    with warnings.catch_warnings(action="error"):
+        list(bench.run(llm, [0], 1, 1, budgets=[64, 80], fill="random"))
+    assert llm.fasa.settings == settings
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("--op",), 2, "takes no MODEL but a --geometry"),
+        (("--op", "--geometry", "1/2x64"), 1, "multiple of the KV heads"),
+        (("--op", "--geometry", "2/2x48"), 1, "multiple of 32"),
+        (("--op", "--geometry", "llama"), 1, "as 32/8x64, or one of llama-3.1-8b"),
+        (("--op", "--geometry", "2/2x32", "--n-tip", 17), 1, "choose 1 to 16"),
+        (("--op", "--geometry", "2/2x32", "-d", 0), 1, "at least 1 of each"),
+        (("--op", "--geometry", "2/2x32", "--layers", 65), 1, "choose 1 to 64"),
+        ((), 2, "either a MODEL or a --geometry"),
+        (("--geometry", "32/8x64"), 1, "choose from llama-3.1-8b"),
+        (("--geometry", "smollm2-135m", "-d", "1,x"), 2, "expected numbers separated by commas"),
+        (("--geometry", "smollm2-135m", "--plot", "none/x.png"), 1, "is not a folder"),
+    ],
+)
+def test_errors(args: tuple, code: int, message: str) -> None:
+    assert message in fasa("bench", *args, code=code).stderr.replace("\n", " ")
+
+
+def test_geometries() -> None:
+    assert str(find_heads("llama-3.2-1b")) == "32/8x64" and find_heads("32/8x64") == GEOMETRIES["llama-3.2-1b"].heads
+    for geometry in GEOMETRIES.values():
+        assert geometry.n_embd % 32 == geometry.n_ff % 32 == 0
