@@ -54,8 +54,8 @@ struct test_fasa : public test_case {
         return ggml_view_4d(ctx, cache, ne[0], ne[1], ne[2], ne[3], cache->nb[1], cache->nb[2], cache->nb[3], 0);
     }
 
-    // cells of which a token sees none but some holes, as seq_rm leaves them, and an end that differs by token
-    // hidden: percentage of holes, values: 0 or -INFINITY [kv, nb, ns] to mask [kv, >= nb, 1, ns]
+    // all cells but holes, as seq_rm leaves them, and an end that differs by token
+    // hidden: percentage of holes; returns what the mask [kv, >= nb, 1, ns] has for the nb tokens: 0 or -INFINITY
     static std::vector<float> set_mask(ggml_tensor * mask, int64_t nb, int64_t hidden, std::mt19937 & rng) {
         const int64_t kv = mask->ne[0];
 
