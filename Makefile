@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch backend-test demo bench lint patches-tree \
+.PHONY: help install stock model test test-bindings test-torch test-variants backend-test demo bench lint patches-tree \
         patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -68,6 +68,10 @@ backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-
 	    { grep -a FAIL $(VENV)/backend-test.log; tail -n 4 $(VENV)/backend-test.log; exit 1; }
 	@grep -a '^ *[1-9][0-9]*/[0-9]* tests passed' $(VENV)/backend-test.log || \
 	    { echo "error: no test of OPS=$(OPS) runs on BACKEND=$(BACKEND), see $(VENV)/backend-test.log" >&2; exit 1; }
+
+# Other architectures than this machine's are cross-compiled and run under qemu-user; what is not installed is named.
+test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x86-64 and ARM; VARIANTS='haswell zen4' ARCH=aarch64
+	@$(BIN)/python tests/variants.py $(if $(ARCH),--arch $(ARCH)) $(VARIANTS)
 
 test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch

@@ -152,10 +152,18 @@ def test_select_lists_ascending_visible_cells_once(shape: Shape) -> None:
             assert (cells[len(listed) :] == -1).all()
 
 
-def test_select_is_the_same_for_any_number_of_threads() -> None:
-    case = make_case(Shape(n_tokens=4))
-    results = [run_select(case, 64, n_threads=n) for n in (1, 2, 5)]
-    assert all((result == results[0]).all() for result in results)
+# The second has fewer heads and tokens than threads, so what is shared out is cells.
+@pytest.mark.parametrize("shape", [Shape(n_tokens=4), Shape(n_head=7, n_head_kv=1, n_kv=6016)])
+def test_ops_are_the_same_for_any_number_of_threads(shape: Shape) -> None:
+    case = make_case(shape)
+    k = case.k.astype(np.float16)
+    n_fac = shape.n_kv // 4
+    idx = run_select(case, n_fac, n_threads=1)
+    listed, exact = (run_attend(case, cells, k, n_threads=1) for cells in (idx, None))
+    for n_threads in (2, 3, 5, 16):
+        assert (run_select(case, n_fac, n_threads=n_threads) == idx).all()
+        assert (run_attend(case, idx, k, n_threads=n_threads) == listed).all()
+        assert (run_attend(case, None, k, n_threads=n_threads) == exact).all()
 
 
 def test_select_gives_equal_scores_to_the_lower_id() -> None:
@@ -189,7 +197,7 @@ def test_select_without_a_visible_cell_lists_none() -> None:
     case.mask[:] = -np.inf
     idx = run_select(case, 8)
     assert (idx == -1).all()
-    assert (run_attend(case, idx, case.k.astype(np.float16)) == 0).all()
+    assert all((run_attend(case, cells, case.k.astype(np.float16)) == 0).all() for cells in (idx, None))
 
 
 def test_store_writes_only_the_cells_it_is_given() -> None:
@@ -315,6 +323,19 @@ def test_attend_matches_reference(shape: Shape, softcap: float, with_sinks: bool
     idx = run_select(case, shape.n_kv // 2)
     truth = reference.attend(case.q, k, case.v, idx, case.scale, softcap, sinks)
     assert nmse(run_attend(case, idx, k, softcap, sinks), truth) <= NMSE_REFERENCE
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, Shape(n_kv=5), Shape(96, 7, 1, n_kv=5003, n_tokens=2)])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attend_without_a_list_matches_reference(shape: Shape, softcap: float, with_sinks: bool) -> None:
+    case = make_case(shape)
+    k = case.k.astype(np.float16)
+    sinks = np.linspace(-2, 3, shape.n_head, dtype=np.float32) if with_sinks else None
+    visible = np.where(np.isfinite(case.mask), np.arange(shape.n_kv, dtype=np.int32), -1)
+    idx = visible[:, None].repeat(shape.n_head_kv, axis=1)
+    truth = reference.attend(case.q, k, case.v, idx, case.scale, softcap, sinks)
+    assert nmse(run_attend(case, None, k, softcap, sinks), truth) <= NMSE_REFERENCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
