@@ -1,9 +1,8 @@
-// Scores every cell on its tips and lists the best ones, in four steps with a barrier between them:
+// Scores every cell on its tips and lists the best ones, in three steps with a barrier between them:
 //
 //   score    tip scores of each query head; their maximum and sum of exp, by chunks of cells
-//   combine  one score per cell, comparable between the query heads of a group; a histogram of them
-//   collect  the cells down to the bin of the histogram that holds the n_fac-th best
-//   list     of the cells in that bin the best ones, and all above
+//   combine  one score per cell, comparable between the query heads of a group; candidates, and a histogram of them
+//   list     the candidates in better bins than the one that holds the n_fac-th, and of that one the best
 //
 // A row is what one KV head does for one token. Threads take whole rows as far as these are equally many for all, and
 // then need no barrier; the cells of what rows remain are split into one part per thread. Sums are made by chunks of
@@ -21,10 +20,13 @@ static constexpr int64_t FASA_CHUNK  = 1024; // cells
 static constexpr int64_t FASA_PIECE  = 128;  // cells
 static constexpr int64_t FASA_AHEAD  = 8;    // blocks of tips that are asked for before they are needed
 
-// bins of the distance to the best score: 128 for each power of two, from 2^-6 to 2^10, and one for what cannot be chosen
-static constexpr int32_t FASA_BINS      = 2048;
-static constexpr int32_t FASA_BIN_SHIFT = 16;
+// bins of the distance to the best score: 64 for each power of two, from 2^-6 to 2^10
+static constexpr int32_t FASA_BINS      = 1024;
+static constexpr int32_t FASA_BIN_SHIFT = 17;
 static constexpr int32_t FASA_BIN_FIRST = (127 - 6) << (23 - FASA_BIN_SHIFT); // upper bits of 2^-6
+
+// where that leaves out most, candidates are the cells down to a score guessed from one vector of cells in so many
+static constexpr int64_t FASA_SAMPLE = 16;
 
 static constexpr int FASA_MAX_TILE = 4; // query heads scored together
 
@@ -41,11 +43,11 @@ struct fasa_part {
     int64_t cell1;
 
     float   * scores; // [n_cells] by query head, with a stride of a whole row; then of the group in the first one
-    int32_t * ids;    // of the cells collected
+    int32_t * ids;    // of the candidates
     int64_t   n_ids;
 
-    float    best;               // score of the row
-    uint32_t bins[FASA_BINS + 1];
+    float    best; // score of the row
+    uint32_t bins[FASA_BINS];
 };
 
 // what the op reads, and how its work buffer is divided
@@ -309,23 +311,74 @@ static fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_
     return res;
 }
 
-// the bins of n scores, FASA_BINS for those that cannot be chosen
-static void fasa_bins(const float * scores, int64_t n, float best, uint16_t * bins) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float distance = best - scores[i];
+static int32_t fasa_bin(float score, float best) {
+    const float distance = best - score;
 
-        int32_t bits;
-        memcpy(&bits, &distance, sizeof(bits));
+    int32_t bits;
+    memcpy(&bits, &distance, sizeof(bits));
 
-        const int32_t bin = std::min(std::max((bits >> FASA_BIN_SHIFT) - FASA_BIN_FIRST, 0), FASA_BINS - 1);
-        bins[i] = scores[i] > FASA_MASKED ? bin : FASA_BINS;
+    return std::min(std::max((bits >> FASA_BIN_SHIFT) - FASA_BIN_FIRST, 0), FASA_BINS - 1);
+}
+
+// no score in this bin or a better one is farther from the best
+static float fasa_bin_end(int32_t bin) {
+    const int32_t bits = (bin + 1 + FASA_BIN_FIRST) << FASA_BIN_SHIFT;
+
+    float res;
+    memcpy(&res, &bits, sizeof(res));
+    return bin < FASA_BINS - 1 ? res : INFINITY;
+}
+
+// append the cells that are nearer to the best score than end; n: a multiple of FASA_LANES
+static void fasa_collect(fasa_part & part, int64_t cell0, int64_t n, float end) {
+    const float * scores = part.scores + (cell0 - part.cell0);
+
+    for (int64_t i = 0; i < n; i += FASA_LANES) {
+        const vec      score = v_load(scores + i);
+        const uint32_t bits  = end < INFINITY ? v_bits_gt(v_set1(end), v_sub(v_set1(part.best), score)) : v_bits_gt(score, v_set1(FASA_MASKED));
+        part.n_ids += v_append_ids(bits, cell0 + i, part.ids + part.n_ids);
     }
+}
+
+// scores of the group, made of those of its heads; lse: [n_group]
+static vec fasa_group_score(const fasa_select_op & op, const float * scores, const float * lse) {
+    vec res = v_set1(FASA_MASKED);
+    for (int64_t ig = 0; ig < op.n_group; ++ig) {
+        res = v_max(v_sub(v_load(scores + ig*op.n_kv), v_set1(lse[ig])), res);
+    }
+    return res;
+}
+
+// a distance within which there are probably n_fac cells of the part, and not many more
+static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const float * lse) {
+    const int64_t n = part.cell1 - part.cell0;
+    if (n < 8*op.n_fac || n < 2*FASA_CHUNK) {
+        return INFINITY; // the guess would cost more than it spares
+    }
+
+    std::fill(part.bins, part.bins + FASA_BINS, 0);
+    for (int64_t is = 0; is < n/(FASA_SAMPLE*FASA_LANES); ++is) {
+        const int64_t i = is*FASA_SAMPLE + is*7 % FASA_SAMPLE; // not at equal distances, as a text may repeat itself
+
+        float scores[FASA_LANES];
+        v_store(scores, fasa_group_score(op, part.scores + i*FASA_LANES, lse));
+        for (float score : scores) {
+            part.bins[fasa_bin(score, part.best)] += score > FASA_MASKED;
+        }
+    }
+
+    const int64_t n_wanted = op.n_fac/FASA_SAMPLE + op.n_fac/FASA_SAMPLE/4 + 32;
+
+    int64_t n_upto = 0;
+    int32_t bin    = 0;
+    while (bin < FASA_BINS - 1 && (n_upto += part.bins[bin]) < n_wanted) {
+        bin++;
+    }
+    return fasa_bin_end(bin);
 }
 
 // lse: [n_group], scratch
 static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
-    const int64_t n = part.cell1 - part.cell0;
-
     part.best = FASA_MASKED;
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const auto head = fasa_head_stats(op, stats, part.row, ig);
@@ -335,39 +388,39 @@ static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa
     }
     part.best = std::min(part.best, FLT_MAX);
 
-    for (int64_t i = 0; i < n; i += FASA_LANES) {
-        vec score = v_set1(FASA_MASKED);
-        for (int64_t ig = 0; ig < op.n_group; ++ig) {
-            score = v_max(v_sub(v_load(part.scores + ig*op.n_kv + i), v_set1(lse[ig])), score);
-        }
-        v_store(part.scores + i, score);
-    }
+    const float end = fasa_guess_end(op, part, lse);
 
-    if (op.forced) {
-        const int64_t   n_forced = op.forced->ne[0];
-        const int32_t * forced   = (const int32_t *) op.forced->data + part.row/op.n_head_kv*n_forced;
+    const int64_t   n_forced = op.forced ? op.forced->ne[0] : 0;
+    const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_kv*n_forced : nullptr;
+
+    part.n_ids = 0;
+    for (int64_t cell = part.cell0; cell < part.cell1; cell += FASA_CHUNK) {
+        const int64_t n      = std::min(FASA_CHUNK, part.cell1 - cell);
+        float       * scores = part.scores + (cell - part.cell0);
+
+        for (int64_t i = 0; i < n; i += FASA_LANES) {
+            v_store(scores + i, fasa_group_score(op, scores + i, lse));
+        }
         for (int64_t i = 0; i < n_forced; ++i) {
-            if (forced[i] >= part.cell0 && forced[i] < part.cell1 && part.scores[forced[i] - part.cell0] > FASA_MASKED) {
-                part.scores[forced[i] - part.cell0] = FASA_FORCED;
+            if (forced[i] >= cell && forced[i] < cell + n && scores[forced[i] - cell] > FASA_MASKED) {
+                scores[forced[i] - cell] = FASA_FORCED;
             }
         }
+        fasa_collect(part, cell, n, end);
+    }
+    if (part.n_ids < op.n_fac && end < INFINITY) {
+        part.n_ids = 0;
+        fasa_collect(part, part.cell0, part.cell1 - part.cell0, INFINITY);
     }
 
-    static constexpr int64_t N = 8*FASA_TIPS_CELLS;
-
-    std::fill(part.bins, part.bins + FASA_BINS + 1, 0);
-    for (int64_t i = 0; i < n; i += N) {
-        uint16_t bins[N];
-        const int64_t n_bins = std::min(N, n - i);
-        fasa_bins(part.scores + i, n_bins, part.best, bins);
-        for (int64_t j = 0; j < n_bins; ++j) {
-            part.bins[bins[j]]++;
-        }
+    std::fill(part.bins, part.bins + FASA_BINS, 0);
+    for (int64_t i = 0; i < part.n_ids; ++i) {
+        part.bins[fasa_bin(part.scores[part.ids[i] - part.cell0], part.best)]++;
     }
 }
 
 //
-// collect, list
+// list
 //
 
 // the parts of a row, in order; their bins are those of one histogram
@@ -405,31 +458,7 @@ struct fasa_row_parts {
             }
         }
     }
-
-    // no cell in this bin or a better one is farther from the best
-    float distance_end() const {
-        if (bin >= FASA_BINS - 1) {
-            return INFINITY;
-        }
-        const int32_t bits = (bin + 1 + FASA_BIN_FIRST) << FASA_BIN_SHIFT;
-        float res;
-        memcpy(&res, &bits, sizeof(res));
-        return res;
-    }
 };
-
-static void fasa_collect(const fasa_row_parts & row, fasa_part & part) {
-    const float end = row.distance_end();
-
-    part.n_ids = 0;
-    for (int64_t i = 0; i < part.cell1 - part.cell0; i += FASA_LANES) {
-        const vec      score = v_load(part.scores + i);
-        const uint32_t bits  = std::isinf(end) ? v_bits_gt(score, v_set1(FASA_MASKED)) : v_bits_gt(v_set1(end), v_sub(v_set1(part.best), score));
-        if (bits) {
-            part.n_ids += v_append_ids(bits, part.cell0 + i, part.ids + part.n_ids);
-        }
-    }
-}
 
 // write the ids of one part of a row; scratch: floats, as many as there are cells in the bin
 static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, const fasa_part & own, float * scratch) {
@@ -447,9 +476,7 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
     if (row.n_upto > op.n_fac) {
         float * end = scratch;
         for_each_id([&](const fasa_part & part, int32_t, float score) {
-            uint16_t bin;
-            fasa_bins(&score, 1, part.best, &bin);
-            if (bin == row.bin) {
+            if (fasa_bin(score, part.best) == row.bin) {
                 *end++ = score;
             }
         });
@@ -465,13 +492,12 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
     int64_t n = 0;
     for_each_id([&](const fasa_part & part, int32_t id, float score) {
         const bool equal = score == threshold && n_equal > 0;
-        if (score > threshold || equal) {
-            if (&part == &own) {
-                ids[n] = id;
-            }
-            n++;
-            n_equal -= equal;
+        const bool taken = score > threshold || equal;
+        if (&part == &own && n < op.n_fac) {
+            ids[n] = id; // stays if taken, else the next one replaces it
         }
+        n       += taken;
+        n_equal -= equal;
     });
     if (own.cell1 == op.n_kv) {
         std::fill(ids + n, ids + op.n_fac, -1);
@@ -542,7 +568,6 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
 
         for_each_own([&](fasa_part & part) { fasa_score  (op, part, query, stats); });
         for_each_own([&](fasa_part & part) { fasa_combine(op, part, stats, query.sum); });
-        for_each_own([&](fasa_part & part) { fasa_collect(row_of(part), part); });
         for_each_own([&](fasa_part & part) { fasa_list   (op, row_of(part), part, scratch); });
     }
 
@@ -556,9 +581,6 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         fasa_score  (op, *own, query, stats);
         fasa_combine(op, *own, stats, query.sum);
 
-        const fasa_row_parts whole(own, 1, row, op.n_fac);
-
-        fasa_collect(whole, *own);
-        fasa_list   (op, whole, *own, scratch);
+        fasa_list   (op, fasa_row_parts(own, 1, row, op.n_fac), *own, scratch);
     }
 }
