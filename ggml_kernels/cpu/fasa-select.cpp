@@ -93,7 +93,7 @@ struct fasa_select_op {
         size_parts  = align(2*sizeof(fasa_part));
         size_scores = align(n_group*n_kv*sizeof(float));
         size_ids    = align((n_kv + 2*FASA_LANES)*sizeof(int32_t)); // v_append_ids writes beyond the end
-        size_scratch = align(n_kv*sizeof(float));
+        size_scratch = align((n_kv + 1)*sizeof(float));
         size_query  = align(n_group*(n_quads + 2)*sizeof(int32_t) + 2*n_group*FASA_LANES*sizeof(float));
     }
 
@@ -487,20 +487,26 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
         n_equal   = rank - std::count_if(scratch, scratch + rank, [&](float x) { return x > threshold; });
     }
 
-    int32_t * ids = op.ids_of(own.row);
+    auto * chosen = (int32_t *) scratch; // of the own part; others read its candidates at the same time
 
-    int64_t n = 0;
+    int64_t n_chosen = 0;
+    int64_t n_before = 0; // of the parts before
     for_each_id([&](const fasa_part & part, int32_t id, float score) {
         const bool equal = score == threshold && n_equal > 0;
         const bool taken = score > threshold || equal;
-        if (&part == &own && n < op.n_fac) {
-            ids[n] = id; // stays if taken, else the next one replaces it
-        }
-        n       += taken;
+
         n_equal -= equal;
+        if (&part == &own) {
+            chosen[n_chosen] = id; // if it is not taken, the next one replaces it
+            n_chosen += taken;
+        } else if (&part < &own) {
+            n_before += taken;
+        }
     });
+
+    int32_t * ids = std::copy_n(chosen, n_chosen, op.ids_of(own.row) + n_before);
     if (own.cell1 == op.n_kv) {
-        std::fill(ids + n, ids + op.n_fac, -1);
+        std::fill(ids, op.ids_of(own.row) + op.n_fac, -1);
     }
 }
 
