@@ -67,6 +67,7 @@ declare(
         "ggml_fasa_store": (ptr, ptr, ptr, ptr, ptr, ptr, ctypes.c_int),
         "ggml_fasa_select": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, i64, f32),
         "ggml_fasa_attend": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr, f32, f32),
+        "ggml_fasa_prefer_huge_pages": (None, ptr),
     }
 )
 
@@ -155,6 +156,7 @@ class Graph:
         """Of a tensor's memory; gives memory to all tensors that have none yet."""
         if not base.ggml_get_data(tensor) and (buffer := base.ggml_backend_alloc_ctx_tensors(self._ctx, self._backend)):
             self._buffers.append(buffer)
+            base.ggml_fasa_prefer_huge_pages(buffer)  # as under a KV cache with tips
         if not (address := base.ggml_get_data(tensor)):
             raise FasaError(f"no memory for a tensor of {base.ggml_nbytes(tensor)} bytes: use fewer layers or cells")
         return address

@@ -3,6 +3,11 @@
 #include "fasa-tips.h"
 #include "ggml-impl.h"
 
+#if defined(__linux__)
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 int64_t ggml_fasa_cells_per_block(void) {
     return FASA_TIPS_CELLS;
 }
@@ -157,4 +162,24 @@ ggml_tensor * ggml_fasa_attend(
     result->src[5] = sinks;
 
     return result;
+}
+
+void ggml_fasa_prefer_huge_pages(ggml_backend_buffer_t buffer) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (!ggml_backend_buffer_is_host(buffer)) {
+        return;
+    }
+    const uintptr_t page  = sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (uintptr_t) ggml_backend_buffer_get_base(buffer);
+    const uintptr_t end   = begin + ggml_backend_buffer_get_size(buffer);
+
+    // only pages that are wholly of the buffer; where the system has no huge ones, it refuses and all stays as it is
+    const uintptr_t first = (begin + page - 1)/page*page;
+    const uintptr_t last  = end/page*page;
+    if (first < last) {
+        madvise((void *) first, last - first, MADV_HUGEPAGE);
+    }
+#else
+    GGML_UNUSED(buffer);
+#endif
 }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "ggml.h"
+#include "ggml-backend.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -92,6 +93,10 @@ extern "C" {
             struct ggml_tensor  * sinks,
             float                 scale,
             float                 logit_softcap);
+
+    // ask the system for huge pages under a buffer in host memory, best before it is written to; elsewhere nothing happens
+    // rows read here and there cost a page-table walk each, which huge pages spare
+    GGML_API void ggml_fasa_prefer_huge_pages(ggml_backend_buffer_t buffer);
 
 #ifdef __cplusplus
 }

@@ -137,6 +137,8 @@ llama_fasa_tips::llama_fasa_tips(
         if (!buf) {
             throw std::runtime_error("failed to allocate buffer for the FASA tip cache");
         }
+        ggml_fasa_prefer_huge_pages(buf);
+
         LLAMA_LOG_INFO("%s: %10s tip buffer size = %8.2f MiB\n", __func__,
                 ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
 
