@@ -186,10 +186,14 @@ static inline void fasa_score_block(
             }
         }
         for (int64_t iq = 0; iq < n_quads; ++iq) {
+            ivec t[N_VECS];
             for (int iv = 0; iv < N_VECS; ++iv) {
-                const ivec t = i_tips(values + FASA_TIPS_QUAD*(iq*FASA_TIPS_CELLS + i + iv*FASA_LANES));
-                for (int ih = 0; ih < N; ++ih) {
-                    acc[ih][iv] = i_dot(acc[ih][iv], t, i_set1(query.quads[ih*n_quads + iq]));
+                t[iv] = i_tips(values + FASA_TIPS_QUAD*(iq*FASA_TIPS_CELLS + i + iv*FASA_LANES));
+            }
+            for (int ih = 0; ih < N; ++ih) {
+                const ivec q = i_set1(query.quads[ih*n_quads + iq]);
+                for (int iv = 0; iv < N_VECS; ++iv) {
+                    acc[ih][iv] = i_dot(acc[ih][iv], t[iv], q);
                 }
             }
         }
