@@ -93,7 +93,7 @@ class Fasa:
             SchemaError: a value is out of range.
         """
         params = _capi.get_params(self._llm.ctx)
-        if params is None:
+        if params is None or (settings.get("enabled") and not self.available):
             raise FasaError(f"{self._llm.model_path} has no FASA profile: make one with `fasa-edge convert`")
         for name in settings:
             if name in _FIXED_AT_LOAD:

@@ -116,6 +116,14 @@ def check_layers(llm: fasa_edge.Llama, case: Case) -> None:
     assert stats.n_layers_dense == {reason: N_DECODE * n for reason, n in case.dense.items()}
 
 
+def test_exact_decodes_as_dense_does(case, llm, tokens, dense) -> None:
+    exact = teacher_forced(llm, tokens, N_PROMPT, enabled=False, exact=True)
+    llm.fasa.configure(exact=False)
+    n_attend = case.n_layer - case.dense.get("no_kv_heads", 0)
+    assert llm.fasa.stats().n_layers_exact == N_DECODE * n_attend
+    assert 0 < nmse(dense, exact) <= TOLERANCE
+
+
 def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
     everything = teacher_forced(llm, tokens, N_PROMPT, budget=N_CTX)
     check_layers(llm, case)

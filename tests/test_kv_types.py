@@ -38,4 +38,10 @@ def test_all_cells_decode_as_dense(model: Path, n_embd_head: int) -> None:
             assert ctx.reasons() == {"none": 2}
             llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
             ctx.configure(enabled=False)
-            assert nmse(ctx.decode(batch), everything) <= 5e-5, (type_k, type_v)
+            dense = ctx.decode(batch)
+            assert nmse(dense, everything) <= 5e-5, (type_k, type_v)
+            llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
+            ctx.configure(exact=True)
+            ctx.stats()
+            assert nmse(dense, ctx.decode(batch)) <= 5e-5, (type_k, type_v)
+            assert ctx.stats().n_layers_exact == 2
