@@ -1,4 +1,4 @@
-"""``fasa.exact``: decode steps that attend to all cells do so with FASA's kernel; `test_architectures.py` has all kinds."""
+"""``fasa.exact``: decode steps that attend to all cells take FASA's kernel (all kinds: ``test_architectures.py``)."""
 
 from __future__ import annotations
 
