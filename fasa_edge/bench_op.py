@@ -151,6 +151,8 @@ def run(
         n_chunk = heads.n_embd_head // 2
         if n_tip is not None and not 1 <= n_tip <= n_chunk:
             raise FasaError(f"n_tip = {n_tip} is out of range: choose 1 to {n_chunk}, the chunks of {heads}")
+        if heads.n_embd_head % 32 and not {type_k, type_v} <= {"f32", "f16", "bf16"}:
+            raise FasaError(f"{type_k} and {type_v} of {heads}: a quantized head takes a multiple of 32 dims, or use f16")
     cases = [(heads, depth) for heads in geometries for depth in sorted(set(depths))]
     n_steps, n_done = len(cases) * (n_repetitions + 1), 0
     with MemoryReader(n_threads) as reader:
@@ -213,11 +215,12 @@ class _Layers:
         return len(self.graph.view(self.tips[0]))
 
     def _check_memory(self) -> None:
-        n_bytes = self.n * self.n_kv * self.kv_row_bytes
+        tip_bytes = self.heads.n_head_kv * (2 * self.n_tip + 2 + 2)  # with a scale, and dims filled up to four
+        n_bytes = self.n * self.n_kv * (self.kv_row_bytes + tip_bytes)
         if n_bytes > (available := psutil.virtual_memory().available):
             raise FasaError(
-                f"K and V of {self.n} layers of {self.heads} with {self.n_kv} cells take {n_bytes} bytes of memory, "
-                f"{available} are available: measure fewer cells or layers"
+                f"K, V and tips of {self.n} layers of {self.heads} with {self.n_kv} cells take {n_bytes} bytes of "
+                f"memory, {available} are available: measure fewer cells or layers"
             )
 
     def _fill(self, rng: np.random.Generator, type_k: int) -> None:

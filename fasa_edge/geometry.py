@@ -94,6 +94,6 @@ def find_heads(name: str) -> Heads:
     heads = Heads(*map(int, match.groups()))
     if not heads.n_head_kv or heads.n_head % heads.n_head_kv or not heads.n_head:
         raise FasaError(f"geometry {name}: the query heads must be a multiple of the KV heads")
-    if not 32 <= heads.n_embd_head <= 512 or heads.n_embd_head % 32:
-        raise FasaError(f"geometry {name}: the head size must be a multiple of 32, from 32 to 512")
+    if not 16 <= heads.n_embd_head <= 512 or heads.n_embd_head % 16:
+        raise FasaError(f"geometry {name}: the head size must be a multiple of 16, from 16 to 512")
     return heads

@@ -224,10 +224,11 @@ class Llama(llama_cpp.Llama):
                 raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
         self.fasa = Fasa(self)
 
-        needs_profile = (key for key in overrides if key.startswith("fasa.") and key != "fasa.exact")
-        if not self.fasa.available and (ignored := list(needs_profile)):
+        alone = ("fasa.exact",) if isinstance(overrides.get("fasa.exact"), bool) else ()  # needs no profile
+        ignored = [key for key in overrides if key.startswith("fasa.") and key not in alone]
+        if not self.fasa.available and ignored:
             warnings.warn(f"{model_path} has no FASA profile, so {', '.join(ignored)} has no effect", stacklevel=2)
-        for line in _capi.override_report(self.model):
+        for line in _capi.override_report(self.model) if self.fasa.available else ():
             warnings.warn(f"override without effect: {line}", stacklevel=2)
 
     @property

@@ -26,7 +26,8 @@ def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> 
     dom = np.take_along_axis(np.asarray(k, np.float32), dims[None, :, :], axis=2)
     if k_type is not None:
         dom = dom.astype(k_type).astype(np.float32)
-    scale = (np.abs(dom).max(axis=2, keepdims=True) / np.float32(127)).astype(np.float16).astype(np.float32)
+    top = np.abs(dom).max(axis=2, keepdims=True)
+    scale = (np.where(np.isfinite(top), top, np.nan) / np.float32(127)).astype(np.float16).astype(np.float32)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     return np.clip(np.rint(dom * inverse), -127, 127).astype(np.float32) * scale
 
@@ -65,7 +66,7 @@ def _round_to_8_bits(x: np.ndarray) -> np.ndarray:
     """Rows of float32 as multiples of a 127th of their greatest magnitude; a row that is not finite becomes NaN."""
     top = np.abs(x).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
-        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
         return np.where(np.isfinite(top), np.rint(x * inverse) * (top.astype(np.float64) / 127), np.nan)
 
 

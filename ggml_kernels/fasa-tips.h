@@ -25,12 +25,9 @@ static inline size_t fasa_tips_block_size(int64_t n_dim) {
     return FASA_TIPS_CELLS*(sizeof(uint16_t) + (size_t) fasa_tips_n_dim(n_dim));
 }
 
-static inline uint16_t * fasa_tips_scales(void * block) {
-    return (uint16_t *) block;
-}
-
-static inline int8_t * fasa_tips_values(void * block) {
-    return (int8_t *) block + FASA_TIPS_CELLS*sizeof(uint16_t);
+// byte in a block where the values begin, behind the scales
+static inline size_t fasa_tips_values(void) {
+    return FASA_TIPS_CELLS*sizeof(uint16_t);
 }
 
 // where dim i of a cell lies among the values of its block

@@ -249,7 +249,8 @@ def test_settings_are_as_before(tmp_path: Path) -> None:
     [
         (("--op",), 2, "takes no MODEL but a --geometry"),
         (("--op", "--geometry", "1/2x64"), 1, "multiple of the KV heads"),
-        (("--op", "--geometry", "2/2x48"), 1, "multiple of 32"),
+        (("--op", "--geometry", "2/2x40"), 1, "multiple of 16"),
+        (("--op", "--geometry", "2/2x80", "-ctk", "q8_0"), 1, "multiple of 32"),
         (("--op", "--geometry", "llama"), 1, "as 32/8x64, or one of llama-3.1-8b"),
         (("--op", "--geometry", "2/2x32", "--n-tip", 17), 1, "choose 1 to 16"),
         (("--op", "--geometry", "2/2x32", "-d", 0), 1, "at least 1 of each"),

@@ -109,6 +109,13 @@ def test_settings_change_between_steps(annotated, load) -> None:
     assert llm.fasa.stats().n_layers_exact == N_LAYER * N_DECODE // 2
 
 
+@pytest.mark.parametrize("annotated_or_not", [True, False])
+def test_an_override_of_another_type_is_reported(annotated, tmp_path, load, annotated_or_not) -> None:
+    model = annotated if annotated_or_not else make_model(tmp_path / "tiny.gguf", "llama", Shape())
+    with pytest.warns(UserWarning, match="fasa.exact(: must be of type bool| has no effect)"):
+        load(model, kv_overrides={"fasa.exact": 1})
+
+
 @pytest.mark.parametrize("kv_unified", [True, False])
 def test_several_sequences_and_tokens(annotated, kv_unified) -> None:
     batch = [(TEXTS[seq][200 + i], 200 + i, (seq,)) for seq in range(3) for i in range(2)]

@@ -405,3 +405,41 @@ def test_attend_matches_its_composed_twin(shape: Shape) -> None:
         g.run(*per_head)
         twin = np.concatenate([g.read(out, np.float32, (n_group, shape.n_embd_head)) for out in per_head])[None]
     assert nmse(run_attend(case, idx, k), twin) <= NMSE_STOCK
+
+
+@pytest.mark.parametrize("n_kv", [64, 4992])
+@pytest.mark.parametrize("where", ["q", "all k", "some k"])
+def test_attend_does_not_hide_what_is_not_a_number(n_kv: int, where: str) -> None:
+    case = make_case(Shape(n_kv=n_kv))
+    k = case.k.astype(np.float16)
+    (case.q if where == "q" else k if where == "all k" else k[:40])[:] = np.nan
+    listed = np.tile(np.arange(50, dtype=np.int32), (1, 3, 1))
+    assert all(np.isnan(run_attend(case, cells, k)).all() for cells in (None, listed))
+
+
+def test_a_key_that_is_not_finite_is_not_chosen() -> None:
+    case = make_case(Shape(n_head=3))
+    visible = set(run_select(case, 256).ravel().tolist())
+    case.k[7] = np.nan
+    case.k[9] = np.inf
+    assert set(run_select(case, 256).ravel().tolist()) == visible - {7, 9} and {7, 9} < visible
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 16])
+@pytest.mark.parametrize("n_head_kv", [1, 3])
+def test_select_where_the_sample_misleads(n_head_kv: int, n_threads: int) -> None:
+    """The best cells are few and together, or where no sample is taken; the guess leaves out too many of them."""
+    case = make_case(Shape(n_head=2 * n_head_kv, n_head_kv=n_head_kv, n_kv=40960))
+    case.q[:] = 1
+    case.k *= 0.01
+    for best in (slice(1000, 1300), slice(5, None, 256), slice(0, None, 3)):
+        case.k[best] += 1
+    scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale)
+    for n_fac in (100, 700):
+        assert_same_cells(run_select(case, n_fac, n_threads=n_threads), reference.select(scores, n_fac), scores)
+
+
+def test_tips_take_at_most_7_percent_of_a_cache() -> None:
+    with Graph() as g:
+        tips = g.ggml_fasa_new_tips(4096, 2 * 16, 8, 1)
+        assert len(g.view(tips)) <= 0.07 * 4096 * 8 * 2 * 128 * 2

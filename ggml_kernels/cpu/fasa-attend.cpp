@@ -3,7 +3,7 @@
 //   attend   for some cells and all query heads of a group: the greatest logit, and sums with the weights relative to it
 //   combine  these sums of a head over all its cells
 //
-// A row of K and V is read once for the whole group. The cells of a head are divided into chunks that depend on their
+// A row of K and V comes from memory once for the whole group, and from the cache for every four of its heads. The cells of a head are divided into chunks that depend on their
 // number alone, and the chunks are dealt to the threads, so any number of threads has the same result.
 
 #include "fasa-simd.h"
@@ -11,7 +11,7 @@
 #include <cfloat>
 
 static constexpr int64_t FASA_TILE       = 256; // cells whose logits are at hand together
-static constexpr int64_t FASA_MIN_CHUNK  = 128; // cells
+static constexpr int64_t FASA_MIN_CHUNK  = 32;  // cells
 static constexpr int64_t FASA_MAX_CHUNKS = 64;  // of a head
 static constexpr int64_t FASA_AHEAD      = 16;  // cells by which a row is asked for before it is needed
 static constexpr int64_t FASA_UNPACKED   = 16;  // rows that are made floats together, where no loader knows the type
@@ -54,7 +54,12 @@ struct fasa_attend_op {
         n_tokens  = q->ne[2];
         n_stream  = q->ne[3];
         n_list    = idx ? idx->ne[0] : k->ne[2];
-        n_chunk   = std::max(FASA_MIN_CHUNK, GGML_PAD((n_list + FASA_MAX_CHUNKS - 1)/FASA_MAX_CHUNKS, FASA_MIN_CHUNK));
+
+        // enough chunks for many threads, but not more than that, as each has sums of its own; the same for one stream or many
+        const int64_t min_chunk  = n_head_kv*n_tokens < 4 ? FASA_MIN_CHUNK : 4*FASA_MIN_CHUNK;
+        const int64_t max_chunks = std::max<int64_t>(FASA_MAX_CHUNKS/n_tokens, 1);
+
+        n_chunk   = GGML_PAD(std::max(min_chunk, (n_list + max_chunks - 1)/max_chunks), FASA_MIN_CHUNK);
         n_chunks  = (n_list + n_chunk - 1)/n_chunk;
 
         n_k       = fasa_pad(k->ne[0]);
@@ -410,7 +415,8 @@ static void fasa_combine(const fasa_attend_op & op, int64_t is, int64_t it, int6
     const float * sums  = partial + op.sums_offset(first, ih % op.n_group);
     const float * sinks = op.sinks ? (const float *) op.sinks->data : nullptr;
 
-    const auto chunk = [&](int64_t ic) { return sums + ic*op.n_group*op.n_sums; };
+    const auto chunk    = [&](int64_t ic) { return sums + ic*op.n_group*op.n_sums; };
+    const auto is_empty = [&](int64_t ic) { return chunk(ic)[op.n_v + 1] == 0.0f; }; // NaN is not: it must be seen
 
     float max = sinks ? sinks[ih] : -INFINITY;
     for (int64_t ic = 0; ic < op.n_chunks; ++ic) {
@@ -418,14 +424,14 @@ static void fasa_combine(const fasa_attend_op & op, int64_t is, int64_t it, int6
     }
     float sum = sinks ? std::exp(sinks[ih] - max) : 0.0f;
     for (int64_t ic = 0; ic < op.n_chunks; ++ic) {
-        sum += chunk(ic)[op.n_v + 1] > 0.0f ? chunk(ic)[op.n_v + 1]*std::exp(chunk(ic)[op.n_v] - max) : 0.0f;
+        sum += is_empty(ic) ? 0.0f : chunk(ic)[op.n_v + 1]*std::exp(chunk(ic)[op.n_v] - max);
     }
 
     float * out = (float *) ((char *) op.dst->data + ih*op.dst->nb[1] + it*op.dst->nb[2] + is*op.dst->nb[3]);
 
     std::fill(out, out + op.v->ne[0], 0.0f);
     for (int64_t ic = 0; ic < op.n_chunks; ++ic) {
-        if (chunk(ic)[op.n_v] > -INFINITY) {
+        if (!is_empty(ic)) {
             const float weight = std::exp(chunk(ic)[op.n_v] - max)/sum;
             for (int64_t i = 0; i < op.v->ne[0]; ++i) {
                 out[i] += weight*chunk(ic)[i];

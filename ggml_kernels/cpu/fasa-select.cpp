@@ -1,8 +1,9 @@
-// Scores every cell on its tips and lists the best ones, in three steps with a barrier between them:
+// Scores every cell on its tips and lists the best ones, in four steps with a barrier between them:
 //
 //   score    tip scores of each query head; their maximum and sum of exp, by chunks of cells
 //   combine  one score per cell, comparable between the query heads of a group; candidates, and a histogram of them
-//   list     the candidates in better bins than the one that holds the n_fac-th, and of that one the best
+//   gather   scores of the candidates in the bin that holds the n_fac-th best cell
+//   list     the candidates in better bins, and of that one the best
 //
 // A row is what one KV head does for one token. Threads take whole rows as far as these are equally many for all, and
 // then need no barrier; the cells of what rows remain are split into one part per thread. Sums are made by chunks of
@@ -16,6 +17,7 @@
 
 static constexpr float   FASA_MASKED = -INFINITY;
 static constexpr float   FASA_FORCED =  INFINITY;
+static constexpr float   FASA_LEAST  =  1e-30f; // a query of smaller elements is zero: their inverse is not finite
 static constexpr int64_t FASA_CHUNK  = 1024; // cells
 static constexpr int64_t FASA_PIECE  = 128;  // cells
 static constexpr int64_t FASA_AHEAD  = 8;    // blocks of tips that are asked for before they are needed
@@ -45,6 +47,8 @@ struct fasa_part {
     float   * scores; // [n_cells] by query head, with a stride of a whole row; then of the group in the first one
     int32_t * ids;    // of the candidates
     int64_t   n_ids;
+    float   * gathered;
+    int64_t   n_gathered;
 
     float    best; // score of the row
     uint32_t bins[FASA_BINS];
@@ -69,13 +73,13 @@ struct fasa_select_op {
     int64_t n_chunks; // of a row
     int64_t n_fac;
 
-    // bytes
-    size_t size_stats;  // of all rows: fasa_row_stats [n_rows, n_chunks, n_group]
-    size_t size_parts;  // of a thread: two parts, for it can have the end of one row and the beginning of another
-    size_t size_scores; // of a thread: floats [n_group, n_kv]
-    size_t size_ids;    // of a thread
-    size_t size_scratch; // of a thread: floats [n_kv]
-    size_t size_query;  // of a thread: rounded query heads of a row
+    // bytes; of a row at work: a thread's own, or one that all share
+    size_t size_stats;   // of all rows: fasa_row_stats [n_rows, n_chunks, n_group]
+    size_t size_scores;  // of a row at work: floats [n_group, n_kv]
+    size_t size_cells;   // of a row at work, for its candidates and for the gathered ones: 4 bytes a cell
+    size_t size_parts;   // of a thread: two parts, for it can have the end of one row and the beginning of another
+    size_t size_scratch; // of a thread: 4 bytes a cell, and one more
+    size_t size_query;   // of a thread: rounded query heads of a row
 
     explicit fasa_select_op(const ggml_tensor * dst) :
         q(dst->src[0]), tips(dst->src[1]), dims(dst->src[2]), mask(dst->src[3]), forced(dst->src[4]), dst(dst) {
@@ -89,17 +93,18 @@ struct fasa_select_op {
         n_chunks  = (n_kv + FASA_CHUNK - 1)/FASA_CHUNK;
         n_fac     = dst->ne[0];
 
-        size_stats  = align(n_rows*n_chunks*n_group*sizeof(fasa_row_stats));
-        size_parts  = align(2*sizeof(fasa_part));
-        size_scores = align(n_group*n_kv*sizeof(float));
-        size_ids    = align((n_kv + 2*FASA_LANES)*sizeof(int32_t)); // v_append_ids writes beyond the end
+        size_stats   = align(n_rows*n_chunks*n_group*sizeof(fasa_row_stats));
+        size_scores  = align(n_group*n_kv*sizeof(float));
+        size_cells   = align(n_kv*sizeof(float));
+        size_parts   = align(2*sizeof(fasa_part));
         size_scratch = align((n_kv + 1)*sizeof(float));
-        size_query  = align(n_group*(n_quads + 2)*sizeof(int32_t) + 2*n_group*FASA_LANES*sizeof(float));
+        size_query   = align(n_group*(n_quads + 2)*sizeof(int32_t) + 2*n_group*FASA_LANES*sizeof(float));
     }
 
     static size_t align(size_t size) { return GGML_PAD(size, CACHE_LINE_SIZE); }
 
-    size_t size_thread() const { return size_scores + size_ids + size_scratch + size_query; }
+    // threads that share rows are more than these rows, so there are never more rows at work than either
+    int64_t n_at_work(int64_t n_threads) const { return std::min(n_rows, n_threads); }
 
     int64_t head  (int64_t row) const { return row % n_head_kv; }
     int64_t token (int64_t row) const { return row / n_head_kv % n_tokens; }
@@ -116,7 +121,7 @@ struct fasa_select_op {
 
 size_t ggml_fasa_select_work_size(const ggml_tensor * dst, int n_tasks) {
     const fasa_select_op op(dst);
-    return op.size_stats + n_tasks*(op.size_parts + op.size_thread());
+    return op.size_stats + op.n_at_work(n_tasks)*(op.size_scores + 2*op.size_cells) + n_tasks*(op.size_parts + op.size_scratch + op.size_query);
 }
 
 //
@@ -152,12 +157,13 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
             const float x = std::fabs(q_row[dims[i]]);
             amax = x > amax || std::isnan(x) ? x : amax;
         }
-        const bool finite = std::isfinite(amax);
+        const bool  finite  = std::isfinite(amax);
+        const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
 
         int8_t * values = (int8_t *) (query.quads + ig*op.n_quads);
         int32_t  sum    = 0;
         for (int64_t i = 0; i < FASA_TIPS_QUAD*op.n_quads; ++i) {
-            values[i] = i < op.n_dim && finite && amax > 0.0f ? (int8_t) std::nearbyint(q_row[dims[i]]*(127.0f/amax)) : 0;
+            values[i] = i < op.n_dim && inverse > 0.0f ? (int8_t) std::nearbyint(q_row[dims[i]]*inverse) : 0;
             sum += values[i];
         }
         query.start[ig] = -FASA_DOT_BIAS*sum;
@@ -233,14 +239,14 @@ static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, 
         }
 
         for (int64_t cell = cell0; cell < cell1; cell += FASA_TIPS_CELLS) {
-            char * block = const_cast<char *>(tips) + cell/FASA_TIPS_CELLS*block_size;
+            const char * block = tips + cell/FASA_TIPS_CELLS*block_size;
 
             for (size_t i = 0; i < block_size && ig == 0; i += CACHE_LINE_SIZE) {
                 FASA_PREFETCH(block + FASA_AHEAD*block_size + i);
             }
 
             const auto score_block = [&](auto n) {
-                fasa_score_block<n.value>(fasa_tips_values(block), (const ggml_fp16_t *) fasa_tips_scales(block), mask + cell,
+                fasa_score_block<decltype(n)::value>((const int8_t *) block + fasa_tips_values(), (const ggml_fp16_t *) block, mask + cell,
                     op.n_quads, heads, scores + (cell - cell0), op.n_kv);
             };
             switch (n_heads) {
@@ -333,7 +339,7 @@ static float fasa_bin_end(int32_t bin) {
     return bin < FASA_BINS - 1 ? res : INFINITY;
 }
 
-// append the cells that are nearer to the best score than end; n: a multiple of FASA_LANES
+// append the cells that are nearer to the best score than end; n: a multiple of FASA_LANES, so no id is written past the part's
 static void fasa_collect(fasa_part & part, int64_t cell0, int64_t n, float end) {
     const float * scores = part.scores + (cell0 - part.cell0);
 
@@ -464,49 +470,58 @@ struct fasa_row_parts {
     }
 };
 
-// write the ids of one part of a row; scratch: floats, as many as there are cells in the bin
-static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, const fasa_part & own, float * scratch) {
-    const auto for_each_id = [&](auto f) {
-        row.for_each([&](const fasa_part & part) {
-            for (int64_t i = 0; i < part.n_ids; ++i) {
-                f(part, part.ids[i], part.scores[part.ids[i] - part.cell0]);
-            }
-        });
-    };
+static void fasa_gather(const fasa_row_parts & row, fasa_part & part) {
+    part.n_gathered = 0;
+    for (int64_t i = 0; i < part.n_ids && row.bin < FASA_BINS; ++i) {
+        const float score = part.scores[part.ids[i] - part.cell0];
 
+        part.gathered[part.n_gathered] = score; // if it is of another bin, the next one replaces it
+        part.n_gathered += fasa_bin(score, part.best) == row.bin;
+    }
+}
+
+// write the ids of one part of a row; scratch: as many floats or ids as there are cells, and one
+static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, const fasa_part & own, void * scratch) {
     float   threshold = FASA_MASKED; // above it all cells are taken
     int64_t n_equal   = 0;           // of the cells at the threshold, those that are, by lower id
 
     if (row.n_upto > op.n_fac) {
-        float * end = scratch;
-        for_each_id([&](const fasa_part & part, int32_t, float score) {
-            if (fasa_bin(score, part.best) == row.bin) {
-                *end++ = score;
-            }
-        });
-        const int64_t rank = op.n_fac - row.n_above; // within the bin, from 1; 0: none of it
-        std::nth_element(scratch, scratch + std::max<int64_t>(rank - 1, 0), end, std::greater<float>());
+        auto * begin = (float *) scratch;
+        auto * end   = begin;
+        row.for_each([&](const fasa_part & part) { end = std::copy_n(part.gathered, part.n_gathered, end); });
 
-        threshold = scratch[std::max<int64_t>(rank - 1, 0)];
-        n_equal   = rank - std::count_if(scratch, scratch + rank, [&](float x) { return x > threshold; });
+        const int64_t rank = op.n_fac - row.n_above; // within the bin, from 1; 0: none of it
+        std::nth_element(begin, begin + std::max<int64_t>(rank - 1, 0), end, std::greater<float>());
+
+        threshold = begin[std::max<int64_t>(rank - 1, 0)];
+        n_equal   = rank - std::count_if(begin, begin + rank, [&](float x) { return x > threshold; });
     }
 
-    auto * chosen = (int32_t *) scratch; // of the own part; others read its candidates at the same time
-
-    int64_t n_chosen = 0;
-    int64_t n_before = 0; // of the parts before
-    for_each_id([&](const fasa_part & part, int32_t id, float score) {
-        const bool equal = score == threshold && n_equal > 0;
-        const bool taken = score > threshold || equal;
-
-        n_equal -= equal;
-        if (&part == &own) {
-            chosen[n_chosen] = id; // if it is not taken, the next one replaces it
-            n_chosen += taken;
-        } else if (&part < &own) {
-            n_before += taken;
+    int64_t n_before = 0; // ids of the parts before
+    row.for_each([&](const fasa_part & part) {
+        if (&part >= &own) {
+            return;
+        }
+        for (int32_t bin = 0; bin < row.bin; ++bin) {
+            n_before += part.bins[bin];
+        }
+        for (int64_t i = 0; i < part.n_gathered; ++i) {
+            const bool equal = part.gathered[i] == threshold && n_equal > 0;
+            n_before += part.gathered[i] > threshold || equal;
+            n_equal  -= equal;
         }
     });
+
+    auto *  chosen   = (int32_t *) scratch;
+    int64_t n_chosen = 0;
+    for (int64_t i = 0; i < own.n_ids; ++i) {
+        const float score = own.scores[own.ids[i] - own.cell0];
+        const bool  equal = score == threshold && n_equal > 0;
+
+        chosen[n_chosen] = own.ids[i]; // if it is not taken, the next one replaces it
+        n_chosen += score > threshold || equal;
+        n_equal  -= equal;
+    }
 
     int32_t * ids = std::copy_n(chosen, n_chosen, op.ids_of(own.row) + n_before);
     if (own.cell1 == op.n_kv) {
@@ -524,22 +539,33 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
     const int64_t ith = params->ith;
     const int64_t nth = params->nth;
 
-    // [stats of all rows] [parts of all threads] [scores, ids, scratch, query of each thread]
-    auto * stats   = (fasa_row_stats *) params->wdata;
-    auto * parts   = (fasa_part *) ((char *) stats + op.size_stats);
-    auto * scores  = (float     *) ((char *) parts + op.size_parts*nth + op.size_thread()*ith);
-    auto * ids     = (int32_t   *) ((char *) scores  + op.size_scores);
-    auto * scratch = (float     *) ((char *) ids     + op.size_ids);
-    auto * quads   = (int32_t   *) ((char *) scratch + op.size_scratch);
-    auto * start   = quads + op.n_group*op.n_quads;
-    auto * scale   = (float *) start + op.n_group;
-    auto * max     = scale + op.n_group;
-    auto * sum     = max   + op.n_group*FASA_LANES;
+    // [stats] [scores, candidates, gathered: of the rows at work] [parts] [scratch, query: of each thread]
+    auto * stats    = (fasa_row_stats *) params->wdata;
+    auto * scores   = (char *) stats    + op.size_stats;
+    auto * ids      = (char *) scores   + op.size_scores*op.n_at_work(nth);
+    auto * gathered = (char *) ids      + op.size_cells *op.n_at_work(nth);
+    auto * parts    = (fasa_part *) (gathered + op.size_cells*op.n_at_work(nth));
+    auto * scratch  = (char *) parts    + op.size_parts*nth + (op.size_scratch + op.size_query)*ith;
+    auto * quads    = (int32_t *) (scratch + op.size_scratch);
+    auto * start    = quads + op.n_group*op.n_quads;
+    auto * scale    = (float *) start + op.n_group;
+    auto * max      = scale + op.n_group;
+    auto * sum      = max   + op.n_group*FASA_LANES;
 
     const fasa_query query = { quads, start, scale, max, sum };
 
-    const int64_t n_whole = op.n_rows/nth;    // rows of each thread
-    const int64_t shared0 = n_whole*nth;      // first of the rows that all threads share
+    // at: of the rows at work
+    const auto set_part = [&](fasa_part & part, int64_t row, int64_t cell0, int64_t cell1, int64_t at) {
+        part.row      = row;
+        part.cell0    = cell0;
+        part.cell1    = cell1;
+        part.scores   = (float   *) (scores   + op.size_scores*at) + cell0;
+        part.ids      = (int32_t *) (ids      + op.size_cells *at) + cell0;
+        part.gathered = (float   *) (gathered + op.size_cells *at) + cell0;
+    };
+
+    const int64_t n_whole = op.n_rows/nth; // rows of each thread
+    const int64_t shared0 = n_whole*nth;   // first of the rows that all threads share
     const int64_t n_units = (op.n_rows - shared0)*op.n_chunks;
 
     auto * own = parts + 2*ith;
@@ -548,20 +574,17 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         // chunks one after the other, across the end of a row
         const int64_t unit1 = n_units*(ith + 1)/nth;
 
-        int64_t unit   = n_units*ith/nth;
-        int64_t offset = 0;
+        int64_t unit = n_units*ith/nth;
         for (int i = 0; i < 2; ++i) {
-            const int64_t row      = unit/op.n_chunks;
-            const int64_t unit_end = std::min(unit1, (row + 1)*op.n_chunks);
+            const int64_t at       = unit/op.n_chunks;
+            const int64_t unit_end = std::min(unit1, (at + 1)*op.n_chunks);
 
-            own[i].row    = unit < unit_end ? shared0 + row : -1;
-            own[i].cell0  = (unit     - row*op.n_chunks)*FASA_CHUNK;
-            own[i].cell1  = std::min((unit_end - row*op.n_chunks)*FASA_CHUNK, op.n_kv);
-            own[i].scores = scores + offset;
-            own[i].ids    = ids    + offset + i*FASA_LANES;
-
-            offset += own[i].cell1 - own[i].cell0;
-            unit    = unit_end;
+            if (unit < unit_end) {
+                set_part(own[i], shared0 + at, (unit - at*op.n_chunks)*FASA_CHUNK, std::min((unit_end - at*op.n_chunks)*FASA_CHUNK, op.n_kv), at);
+            } else {
+                own[i].row = -1;
+            }
+            unit = unit_end;
         }
 
         const auto for_each_own = [&](auto f) {
@@ -578,19 +601,19 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
 
         for_each_own([&](fasa_part & part) { fasa_score  (op, part, query, stats); });
         for_each_own([&](fasa_part & part) { fasa_combine(op, part, stats, query.sum); });
+        for_each_own([&](fasa_part & part) { fasa_gather (row_of(part), part); });
         for_each_own([&](fasa_part & part) { fasa_list   (op, row_of(part), part, scratch); });
     }
 
     for (int64_t row = ith*n_whole; row < (ith + 1)*n_whole; ++row) {
-        own->row    = row;
-        own->cell0  = 0;
-        own->cell1  = op.n_kv;
-        own->scores = scores;
-        own->ids    = ids;
+        set_part(*own, row, 0, op.n_kv, ith);
 
         fasa_score  (op, *own, query, stats);
         fasa_combine(op, *own, stats, query.sum);
 
-        fasa_list   (op, fasa_row_parts(own, 1, row, op.n_fac), *own, scratch);
+        const fasa_row_parts whole(own, 1, row, op.n_fac);
+
+        fasa_gather(whole, *own);
+        fasa_list  (op, whole, *own, scratch);
     }
 }

@@ -42,7 +42,9 @@
 //
 // FASA_ACCS: accumulators that leave room for operands among the registers
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+#define FASA_AVX512
 
 static constexpr int FASA_LANES = 16;
 static constexpr int FASA_ACCS  = 16;
@@ -335,7 +337,7 @@ static inline float v_greatest(vec x) {
 
 // write first + i for every set bit i, return their number; writes up to FASA_LANES ids
 static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) {
-#if defined(__AVX512F__)
+#if defined(FASA_AVX512)
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
 
@@ -360,7 +362,7 @@ static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) 
 //
 // FASA_DOT_BIAS: what i_dot adds to a tip, times q: sums start at -FASA_DOT_BIAS*(sum of q)
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(FASA_AVX512)
 
 using ivec = __m512i;
 

@@ -56,7 +56,11 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
 
         float amax = 0.0f;
         for (int64_t i = 0; i < n_dim; ++i) {
-            amax = std::max(amax, std::fabs(key(i)));
+            const float x = std::fabs(key(i));
+            amax = std::isfinite(x) ? std::max(amax, x) : NAN;
+            if (std::isnan(amax)) {
+                break; // as the score will be
+            }
         }
 
         // the f16 scale is what select multiplies by: quantize against the rounded one
@@ -64,9 +68,9 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
         const float       d     = GGML_CPU_FP16_TO_FP32(scale);
         const float       id_d  = d > 0.0f ? 1.0f/d : 0.0f;
 
-        fasa_tips_scales(block)[lane] = scale;
+        ((ggml_fp16_t *) block)[lane] = scale;
 
-        int8_t * values = fasa_tips_values(block);
+        int8_t * values = (int8_t *) block + fasa_tips_values();
         for (int64_t i = 0; i < fasa_tips_n_dim(n_dim); ++i) {
             const float x = i < n_dim ? std::nearbyint(key(i)*id_d) : 0.0f;
             values[fasa_tips_offset(i, lane)] = (int8_t) std::min(127.0f, std::max(-127.0f, x));

@@ -154,6 +154,10 @@ ggml_tensor * llama_fasa_attn::build(
 
     if (!is_sparse && !is_exact(k, v, kq_b)) {
         inp->add_layer(reason, row_bytes, 0);
+        if (fasa->params.exact && !fasa_is_prompt(fasa->params, graph.ubatch) && !fasa->logged_exact) {
+            LLAMA_LOG_WARN("fasa: fasa.exact has no effect on layer %d: it takes flash attention, K in host memory, and no bias on the logits\n", il);
+            fasa->logged_exact = true;
+        }
         return nullptr;
     }
 

@@ -16,13 +16,14 @@ class  llama_fasa_tips;
 struct llama_fasa_context {
     explicit llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile);
 
-    const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one
+    const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one; may have no chunks
 
     llama_fasa_params params  = {};
     bool              capture = false;
     llama_fasa_stats  stats   = {};
 
     bool logged[LLAMA_FASA_REASON_COUNT] = {};
+    bool logged_exact = false;
 
     // of the graph that ran last
     const llama_fasa_graph_input * last_run = nullptr;

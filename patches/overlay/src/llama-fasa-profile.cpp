@@ -107,7 +107,8 @@ public:
     fasa_reader(const gguf_context * metadata, const llama_fasa_overrides & overrides) : metadata(metadata), overrides(overrides) {}
 
     // whatever the state of the metadata
-    bool is_ignored() const {
+    bool is_ignored() {
+        known.insert("fasa.version");
         const auto it = overrides.find("fasa.version");
         return it != overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_INT && it->second.val_i64 == 0;
     }
@@ -127,7 +128,6 @@ public:
     }
 
     void read(const char * key, bool & value) {
-        known.insert(key);
         value = gguf_get_val_bool(metadata, find(key, GGUF_TYPE_BOOL));
         override_bool(key, value);
     }
@@ -137,11 +137,11 @@ public:
         if (gguf_find_key(metadata, key) >= 0) {
             return read(key, value);
         }
-        known.insert(key);
         override_bool(key, value);
     }
 
     void override_bool(const char * key, bool & value) {
+        known.insert(key);
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_BOOL, "bool")) {
             value = ovrd->val_bool;
         }
@@ -162,10 +162,10 @@ public:
     }
 
     // overrides that nothing has read, or not as they were meant
-    std::string report() {
+    std::string report(const char * reason = "no such setting") {
         for (const auto & [key, ovrd] : overrides) {
             if (key.rfind("fasa.", 0) == 0 && known.find(key) == known.end()) {
-                lines += key + ": no such setting\n";
+                lines += key + ": " + reason + "\n";
             }
         }
         return lines;
@@ -243,10 +243,11 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         res->params.max_batch = FASA_EXACT_MAX_BATCH;
         reader.override_bool("fasa.exact", res->params.exact);
 
-        for (const auto & [key, ovrd] : overrides) {
-            if (!reader.is_ignored() && key.rfind("fasa.", 0) == 0 && key != "fasa.exact") {
-                LLAMA_LOG_WARN("%s: override %s has no effect: there is no FASA profile\n", __func__, key.c_str());
-            }
+        if (!reader.is_ignored()) { // else a profile may come from another file, and they are for that
+            res->override_report = reader.report("there is no FASA profile");
+        }
+        if (!res->override_report.empty()) {
+            LLAMA_LOG_WARN("%s: overrides without effect:\n%s", __func__, res->override_report.c_str());
         }
         return res->params.exact ? res : nullptr;
     }
