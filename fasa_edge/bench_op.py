@@ -152,7 +152,7 @@ def run(
         if n_tip is not None and not 1 <= n_tip <= n_chunk:
             raise FasaError(f"n_tip = {n_tip} is out of range: choose 1 to {n_chunk}, the chunks of {heads}")
         if heads.n_embd_head % 32 and not {type_k, type_v} <= {"f32", "f16", "bf16"}:
-            raise FasaError(f"{type_k} and {type_v} of {heads}: a quantized head takes a multiple of 32 dims, or use f16")
+            raise FasaError(f"{type_k} and {type_v} of {heads}: quantized heads take a multiple of 32 dims; use f16")
     cases = [(heads, depth) for heads in geometries for depth in sorted(set(depths))]
     n_steps, n_done = len(cases) * (n_repetitions + 1), 0
     with MemoryReader(n_threads) as reader:
