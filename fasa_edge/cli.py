@@ -166,6 +166,7 @@ def _generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) 
         "tokens_per_second": n_tokens / seconds if seconds > 0 else 0.0,
         "layers_sparse": stats.n_layers_sparse,
         "layers_dense": stats.n_layers_dense,
+        "layers_exact": stats.n_layers_exact,
         "bytes_kv": stats.bytes_kv,
         "bytes_tips": stats.bytes_tips,
         "bytes_kv_dense": stats.bytes_kv_dense,
@@ -177,10 +178,11 @@ def _attention(report: dict[str, Any], model: str) -> str:
     """What the attention of a generated text read."""
     if not report["settings"]:
         return f"dense: {model} has no FASA profile, make one with `fasa-edge convert`"
+    exact = f", {report['layers_exact']} of these exact" if report["layers_exact"] else ""
     return (
         f"KV read {size_text(report['bytes_kv'] + report['bytes_tips'])} (tips {size_text(report['bytes_tips'])}), "
         f"dense reads {size_text(report['bytes_kv_dense'])}; "
-        f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}"
+        f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}{exact}"
     )
 
 

@@ -12,11 +12,12 @@ from typing import Any
 from fasa_edge import _capi, bench_op
 from fasa_edge import bench as bench_model
 from fasa_edge._cli import json_option, load_model, load_options, print_json, progress_bars, size_text
-from fasa_edge._figure import to_png
+from fasa_edge._figure import new_figure, to_png
 from fasa_edge.bench import BenchRow
 from fasa_edge.bench_op import OpRow
 from fasa_edge.bench_plot import draw_models, draw_ops
 from fasa_edge.convert.output import check_output, write_bytes
+from fasa_edge.errors import FasaError
 from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
 from fasa_edge.model import without_weights
 
@@ -124,15 +125,17 @@ def bench(
         raise click.UsageError("--profile goes with MODEL: a --geometry has one of its own")
     if plot is not None:
         check_output(plot, force=force)
+        new_figure(1, 1)  # that needs matplotlib, which had better be missed before hours of measurement
     measure, tabulated, draw = (_ops, _op_table, draw_ops) if op else (_models, _model_table, draw_models)
     with progress_bars() as progress:
         rows = list(measure(model or names, progress, **options))
-    if plot is not None:
+    if as_json or fmt == "json":
+        print_json([row.as_dict() for row in rows])
+    else:
+        click.echo(tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True))
+    if plot is not None:  # last, so that nothing measured is lost if it cannot be written
         write_bytes(plot, None, to_png(draw(rows)), force=force)
         click.echo(f"drawn: {plot}", err=True)
-    if as_json or fmt == "json":
-        return print_json([row.as_dict() for row in rows])
-    click.echo(tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True))
 
 
 def _ops(
@@ -176,6 +179,8 @@ def _models(
     **options: Any,
 ) -> Iterator[BenchRow]:
     depths = depths or [0, 2048, 7168]
+    if min(depths) < 0:
+        raise FasaError(f"depth {min(depths)}: choose 0 or more")
     options |= {"depths": depths, "n_gen": n_gen, "n_ctx": n_ctx or max(depths) + n_gen, "progress": progress}
     if isinstance(source, str):
         yield from _model(source, fill=fill or "prefill", **options)
@@ -214,8 +219,11 @@ def _model(
     try:
         for row in bench_model.run(llm, depths, n_gen, repetitions, report, budgets=budgets or (), fill=fill):
             if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
-                remedy = "lower --budget, or set --override-kv fasa.min_ctx=int:1"
-                click.echo(f"note: FASA ran dense at depth {row.n_depth}, below its min_ctx: {remedy}", err=True)
+                if row.n_depth < (llm.fasa.settings["min_ctx"] or 2 * row.budget):
+                    why = "below its min_ctx: lower --budget, or set --override-kv fasa.min_ctx=int:1"
+                else:
+                    why = "in all layers: see fasa.n_dense_layers, and --verbose for other reasons"
+                click.echo(f"note: FASA ran dense at depth {row.n_depth}, {why}", err=True)
             yield row
     finally:
         llm.close()

@@ -89,12 +89,15 @@ class Fasa:
                 is fixed when the model is loaded.
 
         Raises:
-            FasaError: the model has no profile, or a field is unknown or fixed.
+            FasaError: the model has no profile (``exact`` alone does with ``fasa_exact=True`` at load), or a field is
+                unknown or fixed.
             SchemaError: a value is out of range.
         """
         params = _capi.get_params(self._llm.ctx)
-        if params is None or (settings.get("enabled") and not self.available):
-            raise FasaError(f"{self._llm.model_path} has no FASA profile: make one with `fasa-edge convert`")
+        alone = settings.keys() == {"exact"}
+        if params is None or not (self.available or alone):
+            remedy = "load it with fasa_exact=True" if alone else "make one with `fasa-edge convert`"
+            raise FasaError(f"{self._llm.model_path} has no FASA profile: {remedy}")
         for name in settings:
             if name in _FIXED_AT_LOAD:
                 raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")

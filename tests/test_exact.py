@@ -63,6 +63,8 @@ def test_a_model_without_profile(tmp_path, load, recwarn) -> None:
     assert (steps(exact) == found).all()
     with pytest.raises(fasa_edge.FasaError, match="has no FASA profile: make one with `fasa-edge convert`"):
         exact.fasa.configure(enabled=True)
+    with pytest.raises(fasa_edge.FasaError, match="has no FASA profile: load it with fasa_exact=True"):
+        stock.fasa.configure(exact=True)
 
 
 def test_other_overrides_without_profile_still_have_no_effect(tmp_path, load) -> None:
