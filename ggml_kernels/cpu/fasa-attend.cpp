@@ -3,8 +3,9 @@
 //   attend   for some cells and all query heads of a group: the greatest logit, and sums with the weights relative to it
 //   combine  these sums of a head over all its cells
 //
-// A row of K and V comes from memory once for the whole group, and from the cache for every four of its heads. The cells of a head are divided into chunks that depend on their
-// number alone, and the chunks are dealt to the threads, so any number of threads has the same result.
+// A row of K and V comes from memory once for the whole group, and from the cache for every four of its heads. The cells
+// of a head are divided into chunks, and these are dealt to the threads. Chunks do not depend on the number of threads,
+// so neither does the result.
 
 #include "fasa-simd.h"
 
