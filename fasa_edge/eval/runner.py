@@ -1,12 +1,11 @@
 """Runs a model from one prefix with many methods: the prefix is read once, by dense attention, and then decoded from.
 
-Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the prefix
-as a saved state.
+Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the
+prefix as a saved state.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from fasa_edge.model import Llama, kv_bytes_per_cell
 
 import numpy as np
 import psutil
-
 
 _CELLS, _MASS = (getattr(_capi, f"CAPTURE_{name}", 0) for name in ("CELLS", "MASS"))
 
