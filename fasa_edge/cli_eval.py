@@ -142,7 +142,7 @@ def evaluate(
 ) -> None:
     """Measure how good sparse decoding with MODEL is.
 
-    Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), and recall of attention mass (mass).
+    Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
     A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention on
     another number of threads. Of prompts: how many are answered, with the question in the part that is decoded.
 
