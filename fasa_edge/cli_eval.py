@@ -26,8 +26,8 @@ from fasa_edge.eval.text import Block, TextRow
 import click
 from tabulate import tabulate
 
-_OF_METHODS = ("enabled", "budget", "min_ctx", "policy")
-"""Settings that a method has by itself."""
+_NOT_SET = ("enabled", "budget", "min_ctx", "policy", "max_batch")
+"""Settings that a method has by itself, and one that changes what a prompt is."""
 
 
 class _Setting(click.ParamType):
@@ -40,7 +40,7 @@ class _Setting(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, equals, item = value.partition("=")
-        allowed = [field.name for field in fields(FasaConfig) if field.name not in _OF_METHODS]
+        allowed = [field.name for field in fields(FasaConfig) if field.name not in _NOT_SET]
         if not equals or name not in allowed:
             self.fail(f"{value!r}: expected NAME=VALUE with a name of {', '.join(allowed)}", param, ctx)
         if item in ("true", "false"):
@@ -71,8 +71,8 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     "method_names",
     type=List(str),
     metavar="NAME,...",
-    default="noise,fasa",
-    help=f"Besides dense; of {', '.join(METHODS)}.",
+    default="fasa",
+    help=f"Besides dense, and noise for texts; of {', '.join(METHODS)}.",
 )
 @click.option("--budgets", type=List(int), metavar="N,...", default="128,256,512", help="Cells attended to.")
 @click.option(
@@ -143,14 +143,15 @@ def evaluate(
     """Measure how good sparse decoding with MODEL is.
 
     Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
-    A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention on
-    another number of threads. Of prompts: how many are answered, with the question in the part that is decoded.
+    A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention with
+    the cells shared out among the threads in another way. Of prompts: how many are answered, with the question in the part that is decoded.
 
     "kept" counts the cells that a method really attends to.
     """
     tasks_text, tasks_prompts = _split([name for group in names for name in group] or ["ppl", "kld"], prompts)
     load_time, settings = ({k: v for k, v in settings if (k == "n_dense_layers") is wanted} for wanted in (True, False))
     methods = expand(method_names, budgets, n_tips or (), settings)
+    with_noise = expand(["noise", *method_names], budgets, n_tips or (), settings)
     if plot is not None:
         check_output(plot, force=force)
         new_figure(1, 1)  # that needs matplotlib, which had better be missed before hours of measurement
@@ -174,7 +175,9 @@ def evaluate(
         key = identity(runner, [model, loading["profile"]]) if resume else {}
         report = lambda stage: lambda done, total: progress(stage, done, total)  # noqa: E731
         mass = "mass" in tasks_text
-        cells = text.run(runner, blocks, methods, batch, mass=mass, results=results, key=key, progress=report("texts"))
+        cells = text.run(
+            runner, blocks, with_noise, batch, mass=mass, results=results, key=key, progress=report("texts")
+        )
         text_cells = list(cells)
         answer_cells = answers.run(
             runner,
@@ -220,7 +223,8 @@ def _split(names: Sequence[str], prompts: str | None) -> tuple[list[str], list[s
 def _vocabulary(model: str) -> llama_cpp.Llama:
     """The model without its weights, to count tokens before anything takes time."""
     try:
-        return llama_cpp.Llama(model, vocab_only=True, verbose=False)
+        with llama_cpp._utils.suppress_stdout_stderr(disable=False):
+            return llama_cpp.Llama(model, vocab_only=True, verbose=False)
     except ValueError as error:
         raise ModelError(f"{error}: is it a GGUF model?") from error
 

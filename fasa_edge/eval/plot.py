@@ -18,7 +18,7 @@ _N_COLUMNS = 4
 
 
 def draw(texts: Sequence[TextRow], answers: Sequence[AnswerRow], measure: str = "kl") -> Figure:
-    """A panel for each length of the prefix, quality over budget; then a heatmap for each task and method.
+    """A panel for each length of the prefix, quality over cells attended to; then a heatmap for each task and method.
 
     Args:
         texts: over all texts.
@@ -65,11 +65,11 @@ def _draw_text(axes: Axes, rows: Sequence[TextRow], measure: str) -> None:
     for lines in _grouped(rows, _name):
         values = [getattr(row, measure) for row in lines]
         if lines[0].budget:
-            axes.plot([row.budget for row in lines], values, "o-", ms=4, label=_name(lines[0]))
+            axes.plot([row.kept or row.budget for row in lines], values, "o-", ms=4, label=_name(lines[0]))
         elif values[0]:  # dense has no distance to itself
             axes.axhline(values[0], ls={"dense": "-", "noise": ":"}.get(lines[0].method, "--"), c="gray",
                          label=_name(lines[0]))  # fmt: skip
-    axes.set(xlabel="budget, cells", ylabel=_LABELS[measure], title=f"after {rows[0].n_prefix:,} tokens")
+    axes.set(xlabel="cells attended to", ylabel=_LABELS[measure], title=f"after {rows[0].n_prefix:,} tokens")
     if budgets:
         axes.set_xscale("log")
         axes.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -89,11 +89,19 @@ def _draw_map(axes: Axes, rows: Sequence[AnswerRow], _: None) -> None:
         if score is not None:
             scores[depths.index(row.depth)][lengths.index(row.length)] = score
     axes.set_facecolor("lightgray")
-    axes.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.imshow(scores, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, line in enumerate(scores):
         for x, score in enumerate(line):
             if score == score:
-                axes.text(x, y, f"{100 * score:.0f}", ha="center", va="center", fontsize=7)
+                axes.text(
+                    x,
+                    y,
+                    f"{100 * score:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if score > 0.5 else "black",
+                )
     axes.set_xticks(range(len(lengths)), ["any" if length is None else f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:.2f}" for depth in depths])
     of_dense = ", of what dense answers" if any(row.score is None for row in rows) else ""

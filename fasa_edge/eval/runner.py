@@ -175,8 +175,6 @@ class Runner:
         """
         self._require(len(self._main.tokens) + len(tokens))
         context = self._prepare(method)
-        if method.name == "noise":  # threads make a difference to single tokens only
-            batch = 1
         return self._run(context, list(tokens), len(context.tokens), method, batch or self.max_batch, mass)
 
     def generate(
@@ -271,7 +269,10 @@ class Runner:
         masses: list[list[np.ndarray]] = [[] for _ in range(n_layer)]
         threads = llm.n_threads, llm.n_threads_batch
         if method.name == "noise":
-            llama_cpp.llama_set_n_threads(llm.ctx, *(n - 1 or 2 for n in threads))
+            # flash attention shares the cells of a single token out among the threads, not those of a batch
+            n_threads = llm.n_threads - 1 or 2 if batch == 1 else max(llm.n_threads, 2)
+            llama_cpp.llama_set_n_threads(llm.ctx, n_threads, n_threads)
+            batch = 1
         _capi.set_capture(llm.ctx, flags)
         try:
             for start in range(0, len(tokens), batch):
