@@ -18,7 +18,7 @@ from fasa_edge._cli import json_option, load_model, model_options, print_json, p
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
 from fasa_edge.cli_eval import evaluate
-from fasa_edge.config import FasaConfig
+from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import ChatError, FasaError
 
 import click
@@ -66,6 +66,7 @@ main.add_command(evaluate)
 @click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
 @click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
+@click.option("--select", type=click.Choice(SELECTS), default=FasaConfig.select, help="Who chooses the cells.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
