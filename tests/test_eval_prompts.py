@@ -100,7 +100,7 @@ def test_numbers_and_their_keys(name, n_values, n_wanted):
     asked = re.findall(r"[a-z]+-[a-z]+", prompt.question)
     assert len(found) == n_values and len(prompt.references) == n_wanted
     assert {value for key, value in found if key in asked} == set(prompt.references)
-    assert all(key in prompt.answer_prefix for key in asked)
+    assert asked[0] in prompt.answer_prefix
 
 
 def test_variables():
@@ -184,7 +184,7 @@ def test_a_short_text_is_repeated_where_that_does_not_change_the_answer():
     "name, options, message",
     [
         ("niah_single", {"text": " \n"}, "the text for the filler is empty: give one"),
-        ("cwe", {"text": "only a few words here"}, "3 different words .* too few for 1500 tokens: give a longer text"),
+        ("cwe", {"text": "a few other terms here"}, "3 different words .* too few for 1500 tokens: give a longer text"),
         ("passage_count", {"text": TEXT[:3000]}, "too few paragraphs for 1500 tokens .*: give a longer text"),
         ("passage_retrieval", {"text": "short"}, "too few paragraphs for 1500 tokens .*: give a longer text"),
         ("passkey", {"depth": 1.5}, r"depth = 1.5 is out of range: choose 0 .* to 1"),
