@@ -96,7 +96,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     "paths",
     type=click.Path(exists=True, dir_okay=False),
     multiple=True,
-    help="UTF-8 text.  [default: the second half of pydoc_data.topics]",
+    help="UTF-8 text; the first one is the filler of prompts, too.  [default: second half of pydoc_data.topics]",
 )
 @click.option("--file", "prompts", type=click.Path(exists=True, dir_okay=False), help="Prompts of the task jsonl.")
 @click.option(
