@@ -66,7 +66,10 @@ class _Line:
 
     def prompt(self, number: int) -> Prompt:
         formats: dict[str, Callable[[], dict]] = {
-            "references": self._own, "outputs": self._ruler, "answers": self._longbench, "answer": self._aime
+            "references": self._own,
+            "outputs": self._ruler,
+            "answers": self._longbench,
+            "answer": self._aime,
         }
         key = next((key for key in formats if key in self.values), None)
         if key is None:

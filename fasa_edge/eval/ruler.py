@@ -197,14 +197,11 @@ def _niah(
         depths[0] = tags["depth"] = depth_of(depth, rng)
 
     asked = _listed(keys[:n_keys])
-    if n_wanted == 1:
-        question = f"\nWhat is the special magic number for {asked} mentioned in the provided text?"
-        answer_prefix = f" One of the special magic numbers for {asked} is:"  # as the text says it: helps small models
-        n_predict = 16
-    else:
-        question = f"\nWhat are all the special magic numbers for {asked} mentioned in the provided text?"
-        answer_prefix = f" The special magic numbers for {asked} mentioned in the provided text are:"
-        n_predict = 64
+    what, noun, verb, n_predict = (
+        ("What is the", "number", "is", 16) if n_wanted == 1 else ("What are all the", "numbers", "are", 64)
+    )
+    question = f"\n{what} special magic {noun} for {asked} mentioned in the provided text?"
+    answer_prefix = f" The special magic {noun} for {asked} mentioned in the provided text {verb}:"
     prompt = Prompt("", question, answer_prefix, tuple(values[:n_wanted]), n_predict=n_predict, tags=tags)
     filler = pieces[start:] + pieces[:start]
     return _with_needles(prompt, filler, list(zip(depths, needles, strict=True)), " ", count_tokens)
