@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from fasa_edge.errors import EvalError
 from fasa_edge.eval.haystack import (
+    SLACK,
     CountTokens,
     depth_of,
     fit,
@@ -70,7 +71,7 @@ def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str,
     room = room_for_context(prompt, count_tokens)
     n = _fit(passages, room, length, count_tokens)
     longest = max(count_tokens(_excerpt(passage)) for passage in passages[:n])  # the same text at all depths
-    n = _fit(passages, room - longest, length, count_tokens)
+    n = min(n, _fit(passages, room - longest - SLACK, length, count_tokens))
     asked = passages[round(tags["depth"] * (n - 1))]
     # All that hold the excerpt are right.
     references = tuple(str(i) for i, passage in enumerate(passages[:n], 1) if _excerpt(asked) in passage)
