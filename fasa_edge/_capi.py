@@ -271,7 +271,7 @@ def fingerprint(model: int) -> str:
 
 
 def set_capture(ctx: int, *what: Capture) -> None:
-    """What to keep of every attention layer for :func:`captured`, from the next micro-batch on; nothing if not given."""
+    """What to keep of every attention layer for :func:`captured` from the next micro-batch on; by default nothing."""
     _set_capture(ctx, sum(what))
 
 

@@ -138,8 +138,8 @@ def run(
         runner: the model.
         items: from :func:`encode`.
         methods: the first is dense.
-        teacher_forced: an answer counts if each of its tokens is the likeliest after the right ones before it, and none
-            is generated; for prompts with one reference.
+        teacher_forced: an answer counts if each of its tokens, but for mere spaces, is the likeliest after the right ones
+            before it, and none is generated; for prompts with one reference.
         only_if_dense: leave prompts that dense fails to dense.
         results: from former runs, and for later ones.
         key: what they depend on besides (:func:`fasa_edge.eval.results.identity`).
@@ -184,7 +184,9 @@ def _answer(runner: Runner, item: Item, method: Method, forced: bool) -> dict[st
     if forced:
         steps = runner.decode([*item.question, *item.answer[:-1]], method)
         found = steps.logits[len(item.question) - 1 :].argmax(axis=-1)
-        return {"score": float((found == item.answer).all()), "answer": None}
+        # a space by itself is how an answer is written, not what it says
+        said = [bool(runner.llm.detokenize([token]).strip()) for token in item.answer]
+        return {"score": float((found == item.answer)[said].all()), "answer": None}
     prompt = item.prompt
 
     def text(tokens: list[int]) -> str:
