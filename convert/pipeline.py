@@ -148,7 +148,7 @@ def _make_profile(
             raise ConvertError(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
-        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, partial(progress, "calibrate"))
+        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, progress)
         fingerprint = model.fingerprint
     return Profile(
         n_tip=n_tip,
