@@ -1,0 +1,110 @@
+"""The methods that are measured: what a name, a budget and a number of chunks mean as settings of FASA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fasa_edge.errors import FasaError
+
+REFERENCES = ("dense", "noise")
+"""Attend to all cells with stock's flash attention; "noise" token by token with another number of threads, which is the
+noise of the engine itself."""
+
+POLICIES = ("fasa", "fasa_sum", "oracle", "streaming", "quest", "snapkv", "h2o", "random")
+"""Values of the setting ``policy``."""
+
+OBSERVERS = ("snapkv", "h2o")
+"""Of these, the ones that choose by the attention of the prompt."""
+
+_CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
+
+METHODS = (*REFERENCES, "all", *POLICIES)
+"""All names; "all" is FASA with a budget of all cells."""
+
+Value = bool | int | str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to attend.
+
+    Attributes:
+        name: of :data:`METHODS`.
+        budget: cells attended to; None for the methods that attend to all.
+        n_tip: chunks scored per KV head; None: the model's own, or none are.
+        settings: further settings of FASA, (name, value).
+    """
+
+    name: str
+    budget: int | None = None
+    n_tip: int | None = None
+    settings: tuple[tuple[str, Value], ...] = ()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it runs the FASA ops."""
+        return self.name not in REFERENCES
+
+    @property
+    def observes(self) -> bool:
+        """Whether it has to see the prompt's attention."""
+        return self.name in OBSERVERS
+
+    @property
+    def label(self) -> str:
+        """The method without its budget."""
+        return self.name + (f", n_tip {self.n_tip}" if self.n_tip else "")
+
+    def run_time_settings(self, n_ctx: int) -> dict[str, Value]:
+        """What it changes of a context's settings; ``n_tip`` is none of them, a context has that from its making.
+
+        Every step is sparse, however few cells there are.
+        """
+        if not self.sparse:
+            return {"enabled": False, "exact": False}
+        policy = {} if self.name in ("all", "fasa") else {"policy": self.name}
+        return {"enabled": True, "min_ctx": 1, "budget": self.budget or n_ctx, **policy, **dict(self.settings)}
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"method": self.name, "budget": self.budget, "n_tip": self.n_tip, "settings": dict(self.settings)}
+
+
+DENSE = Method("dense")
+"""The reference."""
+
+
+def expand(
+    names: Sequence[str],
+    budgets: Sequence[int],
+    n_tips: Sequence[int] = (),
+    settings: Mapping[str, Value] | None = None,
+) -> list[Method]:
+    """The methods of a table, dense first.
+
+    Args:
+        names: of :data:`METHODS`.
+        budgets: of each method that has one.
+        n_tips: of each method that scores chunks; none for the model's own.
+        settings: of all sparse methods.
+
+    Raises:
+        FasaError: a name is unknown, or a number is out of range.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise FasaError(f"method {name!r} is unknown: choose from {', '.join(METHODS)}")
+    for what, numbers in (("budget", budgets), ("n_tip", n_tips)):
+        if any(number < 1 for number in numbers):
+            raise FasaError(f"{what} {min(numbers)}: choose 1 or more")
+    more = tuple(sorted((settings or {}).items()))
+    methods = [DENSE]
+    for name in names:
+        if name in REFERENCES:
+            methods.append(Method(name))
+            continue
+        tips = tuple(n_tips) if name in _CHUNKED and n_tips else (None,)
+        amounts = (None,) if name == "all" else tuple(budgets)
+        methods += [Method(name, budget, n_tip, more) for n_tip in tips for budget in amounts]
+    return list(dict.fromkeys(methods))

@@ -1,0 +1,118 @@
+"""What an evaluation has measured so far: kept in memory, and in a file from which a later run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fasa_edge
+from fasa_edge import _capi
+from fasa_edge.errors import FasaError
+from fasa_edge.eval.runner import Runner
+
+import numpy as np
+
+
+class Results:
+    """Values by key, both JSON objects; a key holds everything that determines its value.
+
+    Args:
+        path: a file of JSON lines, each a key and a value; read now, made if there is none, and longer by a line with
+            every value. None: in memory only.
+
+    Raises:
+        FasaError: the file cannot be read or written, or is no such file.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._values: dict[str, dict[str, Any]] = {}
+        self._path = path
+        if path is None:
+            return
+        try:
+            with path.open("ab+") as file:
+                file.seek(0)
+                lines = file.read().split(b"\n")
+                n_damaged = sum(not self._read(line) for line in lines if line)
+                if lines[-1]:  # a run was broken off while it wrote
+                    file.write(b"\n")
+        except OSError as error:
+            raise FasaError(f"{path} cannot be read and written: {error.strerror}") from error
+        if n_damaged and n_damaged == sum(map(bool, lines)):
+            raise FasaError(f"{path} holds no results of `fasa-edge eval`: name another file, or a new one")
+        if n_damaged:
+            warnings.warn(f"{path}: {n_damaged} damaged line(s) ignored; what they held is measured again", stacklevel=2)
+
+    def _read(self, line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+            key, value = entry["key"], entry["value"]
+        except (ValueError, TypeError, KeyError):
+            return False
+        if not isinstance(key, dict) or not isinstance(value, dict):
+            return False
+        self._values[_canonical(key)] = value
+        return True
+
+    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The value of a key, None if it was not measured."""
+        return self._values.get(_canonical(key))
+
+    def put(self, key: Mapping[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+        """Keep a value, and write it down at once; returns it.
+
+        Raises:
+            FasaError: it cannot be written.
+        """
+        self._values[_canonical(key)] = value
+        if self._path is not None:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": dict(key), "value": value}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise FasaError(f"{self._path} cannot be written: {error.strerror}") from error
+        return value
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def identity(runner: Runner, files: Sequence[str | Path | None]) -> dict[str, Any]:
+    """What a result depends on besides its task and method.
+
+    Args:
+        runner: what runs it.
+        files: the model, its profile, an adapter; hashed as a whole.
+    """
+    llm = runner.llm
+    types = {name: _capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
+    threads = {"n_threads": llm.n_threads, "n_threads_batch": llm.n_threads_batch}
+    return {
+        "fasa_edge": fasa_edge.__version__,
+        "fingerprint": _capi.fingerprint(llm.model),
+        "files": [_sha256(Path(path)) for path in files if path is not None],
+        "base": runner.settings,
+        **types,
+        **threads,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def hash_tokens(tokens: Sequence[int]) -> str:
+    """A short name for a sequence of tokens."""
+    return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()[:32]

@@ -1,0 +1,322 @@
+"""Runs a model from one prefix with many methods: the prefix is read once, by dense attention, and then decoded from.
+
+Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the prefix
+as a saved state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fasa_edge import _capi
+from fasa_edge._lib import llama_cpp
+from fasa_edge.cache_fill import restore_sequence, save_sequence
+from fasa_edge.errors import FasaError
+from fasa_edge.eval.methods import DENSE, Method
+from fasa_edge.model import Llama, kv_bytes_per_cell
+
+import numpy as np
+import psutil
+
+
+_CELLS, _MASS = (getattr(_capi, f"CAPTURE_{name}", 0) for name in ("CELLS", "MASS"))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a method made of some tokens.
+
+    Attributes:
+        logits: after each token, float32 [n_tokens, n_vocab].
+        kept: cells attended to, mean over the sparse layers, the heads that choose, and the tokens; None if all layers
+            ran dense.
+        mass: for each layer the share of the softmax over all visible cells that the chosen cells hold, float32
+            [n_tokens, n_head]; None for a layer that ran dense. Empty if it was not asked for.
+    """
+
+    logits: np.ndarray
+    kept: float | None
+    mass: list[np.ndarray | None]
+
+
+@dataclass
+class _Context:
+    """A context, and the settings with which it was made."""
+
+    llm: Llama
+    base: dict[str, Any]
+    tokens: list[int]
+    """Prefix in its cache."""
+
+
+class Runner:
+    """A model that decodes from one prefix with any method.
+
+    Args:
+        model_path: as in :class:`fasa_edge.Llama`.
+        n_ctx: cells of a context.
+        options: other arguments of :class:`fasa_edge.Llama`.
+
+    Raises:
+        FasaError: as :class:`fasa_edge.Llama`.
+    """
+
+    def __init__(self, model_path: str, n_ctx: int = 0, **options: Any) -> None:
+        options.setdefault("verbose", False)
+        self._load: Callable[..., Llama] = lambda **more: Llama(model_path, n_ctx=n_ctx, **options, **more)
+        self._main = self._open()
+        self._others: dict[int, _Context] = {}  # by n_tip, the latest used last
+        self._observed = False
+        self._state: np.ndarray | None = None  # of the prefix, once another context needed it
+
+    def _open(self, **options: Any) -> _Context:
+        llm = self._load(**options)
+        return _Context(llm, llm.fasa.settings, [])
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free all contexts."""
+        for context in (self._main, *self._others.values()):
+            context.llm.close()
+        self._others.clear()
+
+    @property
+    def llm(self) -> Llama:
+        """The model with the settings that it has by itself."""
+        return self._main.llm
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prefix."""
+        return list(self._main.tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings in force but for what a method changes; empty without a profile and without ``exact``."""
+        return dict(self._main.base)
+
+    @property
+    def max_batch(self) -> int:
+        """Tokens that can be decoded at once."""
+        return self._main.base.get("max_batch", 16)
+
+    def check(self, methods: Sequence[Method], batch: int = 1) -> None:
+        """Refuse what could not run, before any long work.
+
+        Raises:
+            FasaError: the model has no profile, or a number is out of range.
+        """
+        llm = self._main.llm
+        if not 1 <= batch <= self.max_batch:
+            raise FasaError(
+                f"batch {batch}: choose 1 to {self.max_batch}, the model's max_batch; more tokens are a prompt, which "
+                "runs dense"
+            )
+        if not llm.fasa.available and (sparse := [method.name for method in methods if method.sparse]):
+            raise FasaError(
+                f"{llm.model_path} has no FASA profile, which {', '.join(dict.fromkeys(sparse))} take: make one with "
+                "`fasa-edge convert`, or choose the methods dense and noise"
+            )
+        n_chunk = max(len(_capi.chunk_dims(layer)) for layer in _capi.layer_geometry(llm.model))
+        for method in methods:
+            if method.n_tip and method.n_tip > n_chunk:
+                raise FasaError(f"n_tip {method.n_tip}: a head of {llm.model_path} has {n_chunk} chunks; lower it")
+            if method.budget and method.budget > llm.n_ctx():
+                raise FasaError(
+                    f"budget {method.budget} exceeds the context of {llm.n_ctx()} tokens: lower it, or raise n_ctx"
+                )
+            self._configure(self._main, method)
+
+    def prefill(self, tokens: Sequence[int], observe: bool = False) -> None:
+        """Make the tokens the prefix, read by dense attention; what it shares with the prefix before is not read anew.
+
+        Args:
+            tokens: int [n_tokens].
+            observe: for methods that choose by the attention of the prompt: read it whole, and keep that attention.
+
+        Raises:
+            FasaError: the context is too small, or llama.cpp failed.
+        """
+        context, tokens = self._main, list(tokens)
+        if context.tokens == tokens and (self._observed or not observe):
+            return
+        self._require(len(tokens))
+        n_same = 0 if observe else _n_common(context.tokens, tokens)
+        self._state = None
+        self._configure(context, DENSE, **({"policy": "h2o"} if observe else {}))
+        if not self._cut(context, n_same):
+            n_same = 0
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context.llm.ctx), True)
+        context.tokens = tokens[:n_same]
+        n_batch = context.llm.n_batch
+        for start in range(n_same, len(tokens), n_batch):
+            _decode(context.llm, tokens[start : start + n_batch], start, n_logits=0)
+        context.tokens, self._observed = tokens, observe
+        if _forgets(context.llm):
+            self._state = save_sequence(context.llm.ctx)
+
+    def decode(self, tokens: Sequence[int], method: Method, batch: int | None = None, mass: bool = False) -> Steps:
+        """Decode tokens that follow the prefix, which stays as it is.
+
+        Args:
+            tokens: int [n_tokens].
+            method: how.
+            batch: tokens decoded at once; None for as many as are decoded sparsely. Always 1 for "noise".
+            mass: whether to measure attention mass, which takes long.
+
+        Raises:
+            FasaError: the context is too small, or llama.cpp failed.
+        """
+        self._require(len(self._main.tokens) + len(tokens))
+        context = self._prepare(method)
+        if method.name == "noise":  # threads make a difference to single tokens only
+            batch = 1
+        return self._run(context, list(tokens), len(context.tokens), method, batch or self.max_batch, mass)
+
+    def generate(
+        self, tokens: Sequence[int], method: Method, n: int, stop: Callable[[list[int]], bool] = lambda tokens: False
+    ) -> list[int]:
+        """Decode tokens that follow the prefix, then go on greedily, token by token.
+
+        Args:
+            tokens: int [n_tokens], at least one.
+            method: how.
+            n: tokens to generate at most; fewer if the model ends the text.
+            stop: called with the tokens so far after each; whether these are enough.
+
+        Returns:
+            The tokens generated, without that of the end.
+        """
+        self._require(len(self._main.tokens) + len(tokens) + n)
+        context = self._prepare(method)
+        llm = context.llm
+        vocab = llama_cpp.llama_model_get_vocab(llm.model)
+        n_past = len(context.tokens)
+        steps = self._run(context, list(tokens), n_past, method, self.max_batch)
+        n_past += len(tokens)
+        res: list[int] = []
+        while len(res) < n:
+            token = int(steps.logits[-1].argmax())
+            if llama_cpp.llama_vocab_is_eog(vocab, token):
+                break
+            res.append(token)
+            if stop(res) or len(res) == n:
+                break
+            steps = self._run(context, [token], n_past, method, 1)
+            n_past += 1
+        return res
+
+    def _require(self, n_tokens: int) -> None:
+        if n_tokens > (n_ctx := self._main.llm.n_ctx()):
+            raise FasaError(f"{n_tokens} tokens exceed the context of {n_ctx}: use fewer, or raise n_ctx")
+
+    def _prepare(self, method: Method) -> _Context:
+        """The context of a method, holding the prefix and nothing else."""
+        context = self._context(method)
+        if context is not self._main and context.tokens != self._main.tokens:
+            if self._state is None:
+                self._cut(self._main, len(self._main.tokens))
+                self._state = save_sequence(self._main.llm.ctx)
+            context.tokens = []
+            restore_sequence(context.llm.ctx, self._state)
+            context.tokens = list(self._main.tokens)
+        elif not self._cut(context, len(context.tokens)):
+            restore_sequence(context.llm.ctx, self._state)
+        self._configure(context, method)
+        return context
+
+    def _context(self, method: Method) -> _Context:
+        """Contexts stay open as long as there is memory for the next one."""
+        n_tip = method.n_tip
+        if n_tip is None or n_tip == self._main.base.get("n_tip"):
+            return self._main
+        context = self._others.pop(n_tip, None)
+        if context is None:
+            llm = self._main.llm
+            types = llm.context_params.type_k, llm.context_params.type_v
+            needed = llama_cpp.llama_model_size(llm.model) + llm.n_ctx() * kv_bytes_per_cell(llm.model, *types)
+            while self._others and psutil.virtual_memory().available < 1.5 * needed:
+                self._others.pop(next(iter(self._others))).llm.close()
+            context = self._open(fasa_n_tip=n_tip)
+        self._others[n_tip] = context
+        return context
+
+    def _configure(self, context: _Context, method: Method, **more: Any) -> None:
+        if not context.llm.fasa.available:
+            if context.base:
+                context.llm.fasa.configure(exact=False)
+            return  # dense in any case
+        base = {name: value for name, value in context.base.items() if name not in ("n_tip", "n_dense_layers")}
+        context.llm.fasa.configure(**(base | method.run_time_settings(context.llm.n_ctx()) | more))
+
+    @staticmethod
+    def _cut(context: _Context, n: int) -> bool:
+        """Forget all but the first ``n`` tokens; False: a memory that cannot forget a part, and did not."""
+        return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context.llm.ctx), 0, n, -1)
+
+    def _run(
+        self, context: _Context, tokens: list[int], n_past: int, method: Method, batch: int, mass: bool = False
+    ) -> Steps:
+        llm = context.llm
+        flags = _CELLS | (_MASS if mass else 0) if method.sparse else 0
+        n_layer = len(_capi.layer_geometry(llm.model))
+        logits = np.empty((len(tokens), llm.n_vocab()), np.float32)
+        n_cells = n_lists = 0
+        masses: list[list[np.ndarray]] = [[] for _ in range(n_layer)]
+        threads = llm.n_threads, llm.n_threads_batch
+        if method.name == "noise":
+            llama_cpp.llama_set_n_threads(llm.ctx, *(n - 1 or 2 for n in threads))
+        _capi.set_capture(llm.ctx, flags)
+        try:
+            for start in range(0, len(tokens), batch):
+                part = tokens[start : start + batch]
+                logits[start : start + len(part)] = _decode(llm, part, n_past + start, n_logits=len(part))
+                for il in range(n_layer if flags else 0):
+                    cells = _capi.captured(llm.ctx, il, "cells")
+                    if cells is None:
+                        continue
+                    n_cells += int((cells >= 0).sum())
+                    n_lists += cells.shape[0] * cells.shape[1]
+                    if mass:
+                        masses[il].append(_capi.captured(llm.ctx, il, "mass"))
+        finally:
+            _capi.set_capture(llm.ctx, 0)
+            llama_cpp.llama_set_n_threads(llm.ctx, *threads)
+        by_layer = [np.concatenate(parts) if parts else None for parts in masses] if mass and method.sparse else []
+        return Steps(logits, n_cells / n_lists if n_lists else None, by_layer)
+
+
+def _decode(llm: Llama, tokens: Sequence[int], n_past: int, n_logits: int) -> np.ndarray:
+    """Decode a batch of sequence 0; logits of its last ``n_logits`` tokens, float32 [n_logits, n_vocab]."""
+    n = len(tokens)
+    batch = llama_cpp.llama_batch_init(n, 0, 1)
+    try:
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, n_past + i, 1, 0
+            batch.logits[i] = i >= n - n_logits
+        if status := llama_cpp.llama_decode(llm.ctx, batch):
+            raise FasaError(f"llama_decode returned {status} for {n} tokens: see llama.cpp's log")
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    if not n_logits:
+        return np.empty((0, llm.n_vocab()), np.float32)
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), (n_logits, llm.n_vocab())).copy()
+
+
+def _forgets(llm: Llama) -> bool:
+    """Whether the memory cannot be cut back, for a state in it is not that of a token."""
+    return llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model)
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
