@@ -130,20 +130,8 @@ def convert(
             check_output(profile_path, path, force=force)
         n_given = None if n_tip == "auto" else n_tip
         made = _make_profile(header, calibration_text, n_given, objective, tokens, top_k, config, progress)
-        checked = unchecked = None
-        if check:
-            try:
-                checked = check_profile(
-                    header,
-                    made,
-                    calibration_text[1],
-                    _context_length(header),
-                    auto=n_tip == "auto",
-                    progress=partial(progress, "check"),
-                )
-                made = replace(made, n_tip=checked.n_tip)
-            except (FasaError, RuntimeError, MemoryError) as error:  # the calibration must not be lost
-                unchecked = str(error) or "there is too little memory"
+        checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress) if check else (None, None)
+        made = replace(made, n_tip=checked.n_tip) if checked else made
         metadata = to_metadata(made)
         beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
         if copies:
@@ -192,6 +180,17 @@ def _make_profile(
         ),
         fingerprint=fingerprint,
     )
+
+
+def _check(
+    header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress
+) -> tuple[Check | None, str | None]:
+    """What :func:`check_profile` finds, or why it finds nothing: a calibration must not be lost to that."""
+    n_ctx, auto = _context_length(header), n_tip == "auto"
+    try:
+        return check_profile(header, profile, content, n_ctx, auto=auto, progress=partial(progress, "check")), None
+    except (FasaError, RuntimeError, MemoryError) as error:
+        return None, str(error) or "there is too little memory"
 
 
 def _check_model(header: GgufHeader, n_tensors: int) -> None:

@@ -128,6 +128,7 @@ def check_profile(
         with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path) as runner:
             block = _held_out(runner, profile, content, n_prefix)
             noise = _measure(runner, block, Method("noise")).kl
+            runner.llm.fasa.reset_stats()
             n_most = len(n_tips).bit_length()
             n_done = 0
 
@@ -137,7 +138,8 @@ def check_profile(
                 row = _measure(runner, block, Method("fasa", budget, n_tip))
                 n_done += 1
                 if row.mass is None:
-                    raise ConvertError(f"no layer ran sparse ({', '.join(runner.llm.fasa.stats().n_layers_dense)})")
+                    reasons = runner.llm.fasa.stats().n_layers_dense.keys() - {"disabled"}  # by which the others ran
+                    raise ConvertError(f"no layer runs sparse ({', '.join(sorted(reasons))})")
                 return Check(
                     text=block.text,
                     n_prefix=n_prefix,
@@ -177,8 +179,8 @@ def _budget(profile: Profile, n_prefix: int) -> int:
     budget = max(n_prefix // 8, config.n_sink + config.n_recent)
     if 2 * budget > n_prefix:
         raise ConvertError(
-            f"n_sink + n_recent = {config.n_sink + config.n_recent} is more than half of a prefix of {n_prefix} tokens, "
-            "so that any choice would pass"
+            f"n_sink + n_recent = {config.n_sink + config.n_recent} is more than half of the {n_prefix} tokens that it "
+            "would attend to, so that any choice of the rest would do"
         )
     return budget
 

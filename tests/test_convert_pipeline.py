@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import OBJECTIVES, capture, convert, inspect, pipeline
+from fasa_edge.convert import OBJECTIVES, capture, inspect, pipeline
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError, SchemaError
@@ -16,6 +16,7 @@ from fasa_edge.schema import GGUFValueType
 import numpy as np
 import pytest
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 TOKENS = 1029  # enough for agreement with top_k = 128, and a last block as small as a decode step
 
