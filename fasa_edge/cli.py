@@ -65,7 +65,10 @@ class _NTip(click.ParamType):
 @click.option("--objective", type=click.Choice(sorted(convert.OBJECTIVES)), default="lsq", help="Chooses the chunks.")
 @click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objectives `agreement` and `mass`.")
 @click.option(
-    "--n-tip", type=_NTip(), help="Chunks scored per KV head; auto: as few as pass.  [default: 8 + head size / 16]"
+    "--n-tip",
+    type=_NTip(),
+    metavar="INTEGER|auto",
+    help="Chunks scored per KV head; auto: as few as pass.  [default: 8 + head size / 16]",
 )
 @click.option("--budget", type=int, default=FasaConfig.budget, help="Cells that a decoded token attends to.")
 @click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
@@ -73,7 +76,7 @@ class _NTip(click.ParamType):
 @click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
 @click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
-@click.option("--no-check", "check", is_flag=True, flag_value=False, default=True, help="Leave out the final check.")
+@click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:

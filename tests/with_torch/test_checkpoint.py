@@ -74,7 +74,7 @@ def nmse(expected: np.ndarray, found: np.ndarray) -> float:
 
 def by_command(checkpoint: Path, tmp_path: Path) -> Path:
     """With what a user may choose; as 32-bit floats."""
-    command = [FASA, "convert", checkpoint, "-o", "out.gguf", "--no-check", "--outtype", "f32", "--tokens=512", "--json"]
+    command = [FASA, "convert", checkpoint, "-o", "out.gguf", "--no-check", "--outtype=f32", "--tokens=512", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["path"] == "out.gguf" and done.stderr == ""
     assert names(tmp_path) == ["out.gguf"]
