@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fasa_edge import _capi
+from fasa_edge._capi import Capture
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.errors import ConvertError
@@ -91,7 +92,7 @@ class ModelRun:
             ConvertError: decoding failed, or a captured value is not finite.
         """
         self._llm.reset()
-        _capi.set_capture(self._llm.ctx, True)
+        _capi.set_capture(self._llm.ctx, Capture.Q, Capture.K)
         try:
             for start in range(0, len(tokens), n_block):
                 block = tokens[start : start + n_block]
@@ -100,12 +101,12 @@ class ModelRun:
                 except RuntimeError as error:
                     raise ConvertError(f"{self._path} failed at token {start} of {len(tokens)}: {error}") from error
                 for il in layers:
-                    q, k = (_capi.captured(self._llm.ctx, il, which) for which in "qk")
+                    q, k = (_capi.captured(self._llm.ctx, il, which) for which in (Capture.Q, Capture.K))
                     if q is not None and k is not None:
                         self._check(il, q, k, len(block))
                         yield start + len(block), il, q, k
         finally:
-            _capi.set_capture(self._llm.ctx, False)
+            _capi.set_capture(self._llm.ctx)
 
     def _check(self, il: int, q: np.ndarray, k: np.ndarray, n_tokens: int) -> None:
         layer = self.geometry[il]

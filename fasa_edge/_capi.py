@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import count, takewhile
 
 from fasa_edge._lib import ggml, llama_cpp
@@ -29,11 +31,35 @@ class Params(ctypes.Structure):
         ("max_batch", ctypes.c_uint32),
         ("n_tip", ctypes.c_uint32),
         ("n_dense_layers", ctypes.c_uint32),
+        ("_select", ctypes.c_int),
+        ("_policy", ctypes.c_int),
     ]
 
-    def as_dict(self) -> dict[str, int | bool]:
+    def __init__(self, *, select: str = "group", policy: str = "fasa", **fields: int | bool) -> None:
+        super().__init__(**fields)
+        self.select, self.policy = select, policy
+
+    @property
+    def select(self) -> str:
+        """One of :data:`SELECTS`."""
+        return SELECTS[self._select]
+
+    @select.setter
+    def select(self, name: str) -> None:
+        self._select = SELECTS.index(name)
+
+    @property
+    def policy(self) -> str:
+        """One of :data:`POLICIES`."""
+        return POLICIES[self._policy]
+
+    @policy.setter
+    def policy(self, name: str) -> None:
+        self._policy = POLICIES.index(name)
+
+    def as_dict(self) -> dict[str, int | bool | str]:
         """The fields by name."""
-        return {name: getattr(self, name) for name, *_ in self._fields_}
+        return {(name := field.removeprefix("_")): getattr(self, name) for field, _ in self._fields_}
 
 
 class _Layer(ctypes.Structure):
@@ -68,15 +94,17 @@ _get_params = _function("llama_fasa_get_params", ctypes.c_bool, _ptr, ctypes.POI
 _set_params = _function("llama_fasa_set_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
 _reason_name = _function("llama_fasa_reason_name", ctypes.c_char_p, ctypes.c_int)
 _reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p, ctypes.c_int)
+_policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int)
+_select_name = _function("llama_fasa_select_name", ctypes.c_char_p, ctypes.c_int)
 _tips_size = _function("llama_fasa_tips_size", ctypes.c_size_t, _ptr)
 _get_layer = _function("llama_fasa_get_layer", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.POINTER(_Layer))
 _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
 )
 _fingerprint = _function("llama_fasa_fingerprint", ctypes.c_char_p, _ptr)
-_set_capture = _function("llama_fasa_set_capture", None, _ptr, ctypes.c_bool)
+_set_capture = _function("llama_fasa_set_capture", None, _ptr, ctypes.c_uint32)
 _get_capture = _function(
-    "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_char, ctypes.POINTER(ctypes.c_int64), _ptr
+    "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
 )
 
 _type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int, lib=_ggml)
@@ -101,8 +129,18 @@ def cache_type(name: str) -> int:
     return next(ggml_type for ggml_type in count() if type_name(ggml_type) == name)
 
 
-_reason_names = takewhile(lambda name: name is not None, map(_reason_name, count()))
-REASONS = tuple((name.decode(), _reason_description(i).decode()) for i, name in enumerate(_reason_names))
+
+def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
+    return tuple(name.decode() for name in takewhile(lambda name: name is not None, map(name_of, count())))
+
+
+POLICIES = _names(_policy_name)
+"""``enum llama_fasa_policy_type``: which cells a head attends to; the first is FASA, the others are for evaluation."""
+
+SELECTS = _names(_select_name)
+"""``enum llama_fasa_select_type``: who chooses."""
+
+REASONS = tuple((name, _reason_description(i).decode()) for i, name in enumerate(_names(_reason_name)))
 """``enum llama_fasa_reason``: (name, description) of why a layer did not run sparse; the first, "none": it did."""
 
 
@@ -122,6 +160,19 @@ class Stats(ctypes.Structure):
 
 _get_stats = _function("llama_fasa_get_stats", None, _ptr, ctypes.POINTER(Stats))
 _reset_stats = _function("llama_fasa_reset_stats", None, _ptr)
+
+
+class Capture(IntEnum):
+    """``enum llama_fasa_capture``: what can be kept of a micro-batch, with its shape."""
+
+    Q = 1
+    """float32 [n_tokens, n_head, n_embd_head], after RoPE, before any Hadamard rotation."""
+    K = 2
+    """float32 [n_tokens, n_head_kv, n_embd_head], likewise."""
+    CELLS = 4
+    """int32 [n_tokens, n_head_kv or n_head, n_list], chosen cells, ascending, then -1; of sparse layers."""
+    MASS = 8
+    """float32 [n_tokens, n_head], attention weight that these cells hold of 1; of sparse layers, computed slowly."""
 
 
 @dataclass(frozen=True)
@@ -219,20 +270,20 @@ def fingerprint(model: int) -> str:
     return _fingerprint(model).decode()
 
 
-def set_capture(ctx: int, capture: bool) -> None:
-    """Keep Q and K of every attention layer for :func:`captured`."""
-    _set_capture(ctx, capture)
+def set_capture(ctx: int, *what: Capture) -> None:
+    """What to keep of every attention layer for :func:`captured`, from the next micro-batch on; nothing if not given."""
+    _set_capture(ctx, sum(what))
 
 
-def captured(ctx: int, il: int, which: str) -> np.ndarray | None:
-    """Q ("q") or K ("k") of layer ``il`` in the last micro-batch, after RoPE and before any Hadamard rotation.
+def captured(ctx: int, il: int, what: Capture) -> np.ndarray | None:
+    """What was kept of layer ``il`` in the last micro-batch.
 
     Returns:
-        float32 [n_tokens, n_head or n_head_kv, n_embd_head], or ``None`` if the layer was not captured.
+        As :class:`Capture` says, or ``None`` if the layer was not captured.
     """
     ne = (ctypes.c_int64 * 3)()
-    if not _get_capture(ctx, il, which.encode(), ne, None):
+    if not _get_capture(ctx, il, what, ne, None):
         return None
-    res = np.empty(tuple(reversed(ne)), dtype=np.float32)
-    _get_capture(ctx, il, which.encode(), ne, res.ctypes.data)
-    return res
+    res = np.empty(tuple(reversed(ne)), dtype=np.int32 if what == Capture.CELLS else np.float32)
+    _get_capture(ctx, il, what, ne, res.ctypes.data)
+    return res[..., 0] if what == Capture.MASS else res

@@ -290,7 +290,10 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
     for budget in budgets:
         n_fac = min(budget, layers.depth)
         forced = graph.tensor(np.concatenate((first, last))[None, :n_fac].astype(np.int32))
-        ids = [graph.ggml_fasa_select(q, tips, layers.dims, mask, forced, n_fac, scale) for tips in layers.tips]
+        ids = [
+            graph.ggml_fasa_select(q, tips, layers.dims, mask, forced, heads.n_head_kv, n_fac, scale)
+            for tips in layers.tips
+        ]
         given = graph.new(I32, 1, heads.n_head_kv, n_fac)
         ids_bytes, kv_bytes = len(graph.view(given)), n_fac * layers.kv_row_bytes
         select_bytes = layers.tips_bytes + mask_bytes + ids_bytes

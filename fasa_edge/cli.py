@@ -17,7 +17,7 @@ from fasa_edge import _lib, convert
 from fasa_edge._cli import json_option, load_model, model_options, print_json, progress_bars, size_text
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
-from fasa_edge.config import FasaConfig
+from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import ChatError, FasaError
 
 import click
@@ -76,6 +76,7 @@ class _NTip(click.ParamType):
 @click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
 @click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
+@click.option("--select", type=click.Choice(SELECTS), default=FasaConfig.select, help="Who chooses the cells.")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option

@@ -12,6 +12,8 @@ from fasa_edge.errors import SchemaError
 
 INT32_MAX = 2**31 - 1  # cell ids and counts are int32 in the runtime
 
+SELECTS = ("group", "head")
+
 LIMITS = {  # inclusive range of each number, in the unit of its field
     "budget": (1, INT32_MAX),
     "n_sink": (0, INT32_MAX),
@@ -36,6 +38,8 @@ class FasaConfig:
         n_dense_layers: leading layers that stay dense.
         min_ctx: cached tokens below which a step stays dense; 0 means twice the budget.
         max_batch: tokens per sequence up to which a batch counts as decoding; larger ones are prompts and stay dense.
+        select: who chooses the tokens: "group", each KV head for all query heads that read it, or "head", each query
+            head for itself, as in the paper; that reads and scores as many times more as a group has heads.
 
     Raises:
         SchemaError: a value of the wrong type, out of range, or ``n_sink + n_recent > budget``.
@@ -49,6 +53,7 @@ class FasaConfig:
     n_dense_layers: int = 1
     min_ctx: int = 0
     max_batch: int = 16  # a decoded token and the 10 that llama-cpp-python's draft model adds
+    select: str = "group"
 
     def __post_init__(self) -> None:
         for name in ("enabled", "exact"):
@@ -60,6 +65,8 @@ class FasaConfig:
                 raise SchemaError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
             if not low <= value <= high:
                 raise SchemaError(f"{name} = {value} is out of range: choose {low} to {high}")
+        if self.select not in SELECTS:
+            raise SchemaError(f"select = {self.select!r} is unknown: choose from {', '.join(SELECTS)}")
         if self.n_sink + self.n_recent > self.budget:
             raise SchemaError(
                 f"n_sink + n_recent = {self.n_sink} + {self.n_recent} = {self.n_sink + self.n_recent} exceeds "

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fasa_edge import _capi
@@ -18,8 +18,9 @@ from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 import psutil
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-_FLAGS = ("enabled", "exact")
-_SETTINGS = (*_FLAGS, "budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip")
+_TYPES = {"enabled": bool, "exact": bool, "select": str, "policy": str}
+_TYPES |= dict.fromkeys(("budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip"), int)
+_TYPE_NAMES = {bool: "True or False", str: "a name", int: "a whole number"}
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 
 _N_CTX_UNKNOWN = 512
@@ -55,7 +56,7 @@ class FasaStats:
     bytes_tips: int
     bytes_kv_dense: int
     tips_size: int
-    settings: dict[str, int | bool]
+    settings: dict[str, int | bool | str]
     ineffective_overrides: list[str]
 
     @property
@@ -76,17 +77,18 @@ class Fasa:
         return _capi.has_profile(self._llm.model)
 
     @property
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, int | bool | str]:
         """Settings in force, by name; empty without a profile or ``fasa_exact=True`` at load."""
         params = _capi.get_params(self._llm.ctx)
         return params.as_dict() if params else {}
 
-    def configure(self, **settings: int | bool) -> None:
+    def configure(self, **settings: int | bool | str) -> None:
         """Change settings from the next step on: ``llm.fasa.configure(budget=1024)``, ``configure(enabled=False)``.
 
         Args:
             settings: fields of :class:`fasa_edge.config.FasaConfig`, but for ``n_dense_layers``, which like ``n_tip``
-                is fixed when the model is loaded.
+                is fixed when the model is loaded; and ``policy``, one of :data:`fasa_edge._capi.POLICIES`: who is to
+                choose the cells in place of FASA, for evaluation.
 
         Raises:
             FasaError: the model has no profile (``exact`` alone does with ``fasa_exact=True`` at load), or a field is
@@ -101,10 +103,12 @@ class Fasa:
         for name in settings:
             if name in _FIXED_AT_LOAD:
                 raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
-            if name not in _SETTINGS:
-                raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_SETTINGS)}")
+            if name not in _TYPES:
+                raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_TYPES)}")
         wanted = {**params.as_dict(), **settings}
-        FasaConfig(**{name: value for name, value in wanted.items() if name != "n_tip"})
+        FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
+        if wanted["policy"] not in _capi.POLICIES:
+            raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(_capi.POLICIES)}")
         _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
 
     def stats(self) -> FasaStats:
@@ -151,7 +155,8 @@ class Llama(llama_cpp.Llama):
             profile replaces that of the model, even a damaged one.
         fasa_settings: ``fasa_enabled``, ``fasa_exact`` (the one that needs no profile), ``fasa_budget``,
             ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``, ``fasa_min_ctx``, ``fasa_max_batch``,
-            ``fasa_n_tip``; each replaces the default stored in the model.
+            ``fasa_n_tip``, ``fasa_select``; each replaces the default stored in the model. And ``fasa_policy``, see
+            :meth:`Fasa.configure`.
         kwargs: every other argument of ``llama_cpp.Llama``.
 
     Raises:
@@ -184,17 +189,15 @@ class Llama(llama_cpp.Llama):
             )
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("fasa_")}
         for name in settings:
-            if name.removeprefix("fasa_") not in _SETTINGS:
+            if name.removeprefix("fasa_") not in _TYPES:
                 raise FasaError(
                     f"{name} is no argument of fasa_edge.Llama: choose from fasa_profile, "
-                    f"{', '.join('fasa_' + s for s in _SETTINGS)}"
+                    f"{', '.join('fasa_' + s for s in _TYPES)}"
                 )
         for name, value in settings.items():
-            expected = bool if name.removeprefix("fasa_") in _FLAGS else int
+            expected = _TYPES[name.removeprefix("fasa_")]
             if value is not None and type(value) is not expected:
-                raise SchemaError(
-                    f"{name} = {value!r}: expected {'True or False' if expected is bool else 'a whole number'}"
-                )
+                raise SchemaError(f"{name} = {value!r}: expected {_TYPE_NAMES[expected]}")
         if kwargs.get("lora_base") is not None:
             warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)
         # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.

@@ -32,8 +32,10 @@ def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> 
     return np.clip(np.rint(dom * inverse), -127, 127).astype(np.float32) * scale
 
 
-def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-    """Token importance of every cell for each KV head (TIP, arXiv 2602.03152 section 4.2).
+def score(
+    q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float, by_head: bool = False
+) -> np.ndarray:
+    """Token importance of every cell for each head that chooses (TIP, arXiv 2602.03152 section 4.2).
 
     A query head's scores are its logits on the dominant chunks alone, with the query rounded to 8 bits. The heads of a
     group are made comparable by log-softmax over the visible cells, and the greatest counts; one head alone keeps its
@@ -45,9 +47,10 @@ def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, s
         dims: int32 [n_head_kv, n_dim].
         mask: float [n_tokens, n_kv], 0 visible, -inf not.
         scale: of the logits.
+        by_head: each query head chooses for itself, not each KV head for its group.
 
     Returns:
-        float64 [n_tokens, n_head_kv, n_kv].
+        float64 [n_tokens, n_head_kv, n_kv], by head [n_tokens, n_head, n_kv].
     """
     n_tokens, n_head, n_embd_head = q.shape
     n_head_kv, n_dim = dims.shape
@@ -56,6 +59,8 @@ def score(q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, s
     with np.errstate(invalid="ignore"):
         heads = scale * np.einsum("thgd,chd->thgc", _round_to_8_bits(dom), tips.astype(np.float64))
     heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
+    if by_head:
+        heads = heads.reshape(n_tokens, n_head, 1, -1)
     if heads.shape[2] > 1:
         with np.errstate(invalid="ignore"):
             heads = heads - np.logaddexp.reduce(heads, axis=3, keepdims=True)
@@ -71,15 +76,15 @@ def _round_to_8_bits(x: np.ndarray) -> np.ndarray:
 
 
 def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> np.ndarray:
-    """The cells that each KV head attends to: the ``n_fac`` best, equal scores by the lower id.
+    """The cells that each head attends to: the ``n_fac`` best, equal scores by the lower id.
 
     Args:
-        scores: float64 [n_tokens, n_head_kv, n_kv] from :func:`score`; -inf: not visible.
+        scores: float64 [n_tokens, n_head_sel, n_kv] from :func:`score`; -inf: not visible.
         n_fac: budget, forced cells included.
         forced: int32 [n_tokens, n_forced], cells chosen whatever their score if they are visible; -1: none.
 
     Returns:
-        int32 [n_tokens, n_head_kv, n_fac], ascending, then -1.
+        int32 [n_tokens, n_head_sel, n_fac], ascending, then -1.
     """
     scores = scores.copy()
     for it, cells in enumerate(forced if forced is not None else ()):
@@ -109,7 +114,7 @@ def attend(
         q: float32 [n_tokens, n_head, n_embd_head_k].
         k: [n_kv, n_head_kv, n_embd_head_k] as cached.
         v: [n_kv, n_head_kv, n_embd_head_v] as cached.
-        idx: int32 [n_tokens, n_head_kv, n_fac] from :func:`select`.
+        idx: int32 [n_tokens, n_head_kv or n_head, n_fac] from :func:`select`.
         scale: of the logits.
         logit_softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
         sinks: float [n_head], logits that take a share of the softmax and give nothing.
@@ -121,7 +126,7 @@ def attend(
     n_group = n_head // k.shape[1]
     res = np.zeros((n_tokens, n_head, v.shape[2]))
     for it, ih in np.ndindex(n_tokens, n_head):
-        cells = idx[it, ih // n_group]
+        cells = idx[it, ih * idx.shape[1] // n_head]
         cells = cells[cells >= 0]
         if len(cells) == 0:
             continue

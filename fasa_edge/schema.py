@@ -64,6 +64,7 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.n_dense_layers": GGUFValueType.UINT32,
     "fasa.min_ctx": GGUFValueType.UINT32,
     "fasa.max_batch": GGUFValueType.UINT32,
+    "fasa.select": GGUFValueType.STRING,
     "fasa.calibration.text": GGUFValueType.STRING,
     "fasa.calibration.tokens": GGUFValueType.UINT32,
     "fasa.calibration.top_k": GGUFValueType.UINT32,
@@ -72,7 +73,7 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.fingerprint": GGUFValueType.STRING,
 }
 
-OPTIONAL = {"fasa.exact": False}
+OPTIONAL = {"fasa.exact": FasaConfig.exact, "fasa.select": FasaConfig.select}
 """Scalars that came later than the version, and what holds where a file lacks them."""
 
 ARRAYS = {  # every array key and its element type
@@ -82,7 +83,7 @@ ARRAYS = {  # every array key and its element type
     "fasa.agreement": GGUFValueType.FLOAT32,
 }
 
-OVERRIDABLE = frozenset(["fasa.n_tip", *(PREFIX + field.name for field in fields(FasaConfig))])
+OVERRIDABLE = frozenset(["fasa.n_tip", "fasa.policy", *(PREFIX + field.name for field in fields(FasaConfig))])
 """The keys that may be overridden when a model is loaded (llama.cpp's ``kv_overrides``)."""
 
 

@@ -80,6 +80,7 @@ ggml_tensor * ggml_fasa_select(
         ggml_tensor  * dims,
         ggml_tensor  * mask,
         ggml_tensor  * forced,
+        int64_t        n_head_sel,
         int64_t        n_fac,
         float          scale) {
     fasa_check_tips(tips, dims);
@@ -91,6 +92,7 @@ ggml_tensor * ggml_fasa_select(
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->nb[0] == sizeof(float));
     GGML_ASSERT(q->ne[1] % dims->ne[1] == 0);
+    GGML_ASSERT(n_head_sel == dims->ne[1] || n_head_sel == q->ne[1]);
     GGML_ASSERT(tips->ne[3] == n_stream);
     fasa_check_mask(mask, n_kv, n_tokens, n_stream);
     GGML_ASSERT(n_fac > 0 && n_fac <= n_kv);
@@ -102,7 +104,7 @@ ggml_tensor * ggml_fasa_select(
         GGML_ASSERT(forced->ne[1] == n_tokens && forced->ne[2] == n_stream && forced->ne[3] == 1);
     }
 
-    ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, dims->ne[1], n_tokens, n_stream);
+    ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, n_head_sel, n_tokens, n_stream);
 
     ggml_set_op_params_f32(result, 0, scale);
 
@@ -138,7 +140,8 @@ ggml_tensor * ggml_fasa_attend(
     if (idx) {
         GGML_ASSERT(idx->type == GGML_TYPE_I32);
         GGML_ASSERT(ggml_is_contiguous(idx));
-        GGML_ASSERT(idx->ne[1] == k->ne[1] && idx->ne[2] == q->ne[2] && idx->ne[3] == q->ne[3]);
+        GGML_ASSERT(idx->ne[1] == k->ne[1] || idx->ne[1] == q->ne[1]);
+        GGML_ASSERT(idx->ne[2] == q->ne[2] && idx->ne[3] == q->ne[3]);
     } else {
         fasa_check_mask(mask, k->ne[2], q->ne[2], q->ne[3]);
     }

@@ -49,19 +49,20 @@ extern "C" {
             struct ggml_tensor  * idxs,
             enum   ggml_type      type_k);
 
-    // list the cells that each KV head attends to
+    // list the cells that each KV head, or each query head, attends to
     //
     //   q:      F32 [n_embd_head, n_head, n_tokens, n_stream]
     //   tips:   I8  the first n_kv cells of the tip cache (a view in dimension 1)
     //   dims:   I32 [n_dim, n_head_kv]
     //   mask:   F16 [n_kv, n_tokens, 1, n_stream] 0: visible, -INFINITY: not
     //   forced: I32 [n_forced, n_tokens, n_stream] or NULL: visible cells chosen whatever their score, -1: none
+    //   n_head_sel: n_head_kv: the query heads of a group share one choice; n_head: each has its own
     //   scale:  of the logits
     //
-    //   res:    I32 [n_fac, n_head_kv, n_tokens, n_stream] ids within the stream, ascending, each once, then -1
+    //   res:    I32 [n_fac, n_head_sel, n_tokens, n_stream] ids within the stream, ascending, each once, then -1
     //
-    // the query heads of a group share one choice: a cell's score is the greatest of its heads' log-softmax over
-    // the tip scores of all visible cells; equal scores go to the lower id; forced cells count in n_fac
+    // where heads share a choice, a cell's score is the greatest of their log-softmax over the tip scores of all
+    // visible cells; equal scores go to the lower id; forced cells count in n_fac
     GGML_API struct ggml_tensor * ggml_fasa_select(
             struct ggml_context * ctx,
             struct ggml_tensor  * q,
@@ -69,6 +70,7 @@ extern "C" {
             struct ggml_tensor  * dims,
             struct ggml_tensor  * mask,
             struct ggml_tensor  * forced,
+            int64_t               n_head_sel,
             int64_t               n_fac,
             float                 scale);
 
@@ -77,7 +79,7 @@ extern "C" {
     //   q:     F32 [n_embd_head_k, n_head,    n_tokens, n_stream]
     //   k:         [n_embd_head_k, n_head_kv, n_kv,     n_stream]
     //   v:         [n_embd_head_v, n_head_kv, n_kv,     n_stream] !! not transposed !!
-    //   idx:   I32 [n_fac, n_head_kv, n_tokens, n_stream] from ggml_fasa_select: visible cells, -1 is skipped
+    //   idx:   I32 [n_fac, n_head_sel, n_tokens, n_stream] from ggml_fasa_select: visible cells, -1 is skipped
     //   mask:  F16 [n_kv, n_tokens, 1, n_stream] 0: visible, -INFINITY: not
     //   sinks: F32 [n_head] or NULL, as in ggml_flash_attn_ext_add_sinks
     //   scale, logit_softcap: as in ggml_flash_attn_ext

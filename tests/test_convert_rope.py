@@ -8,6 +8,7 @@ positions is the rotation: chunk ``i`` of the key at position ``p`` must be chun
 from __future__ import annotations
 
 from fasa_edge import _capi
+from fasa_edge._capi import Capture
 from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.rope import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NONE, ROPE_NORM, ROPE_VISION, chunk_dims
@@ -112,9 +113,9 @@ def test_a_chunk_of_an_image_turns_by_one_of_its_positions(arch, rope_type, tmp_
 
     model = make_model(tmp_path / "tiny.gguf", arch, shape)
     llm = llama_cpp.Llama(str(model), n_ctx=512, flash_attn=True, verbose=False)
-    _capi.set_capture(llm.ctx, True)
+    _capi.set_capture(llm.ctx, Capture.Q, Capture.K)
     decode_embeddings(llm, np.ones((64, shape.n_embd), np.float32).cumsum(axis=1) / shape.n_embd, pos)
-    for which in "qk":
+    for which in (Capture.Q, Capture.K):
         planes = as_planes(_capi.captured(llm.ctx, 0, which).astype(np.float64), shape, rope_type)
         distance = (pos - pos[:, :1])[section].T * angles(shape)  # from the first token, [n_tokens, n_chunk]
         turned = planes[:1] * np.exp(1j * distance)[:, None, :]

@@ -81,7 +81,10 @@ def run_store(
     return tips, dims, g.ggml_fasa_store(tips, g.tensor(k), dims, g.tensor(cells), type_k)
 
 
-def run_select(case: Case, n_fac: int, forced: np.ndarray | None = None, n_threads: int = 2) -> np.ndarray:
+def run_select(
+    case: Case, n_fac: int, forced: np.ndarray | None = None, n_threads: int = 2, by_head: bool = False
+) -> np.ndarray:
+    n_head_sel = case.q.shape[1] if by_head else case.k.shape[1]
     with Graph() as g:
         tips, dims, stored = run_store(g, case, case.k)
         idx = g.ggml_fasa_select(
@@ -90,11 +93,12 @@ def run_select(case: Case, n_fac: int, forced: np.ndarray | None = None, n_threa
             dims,
             g.tensor(case.mask),
             None if forced is None else g.tensor(forced),
+            n_head_sel,
             n_fac,
             case.scale,
         )
         g.run(stored, idx, n_threads=n_threads)
-        return g.read(idx, np.int32, (case.q.shape[0], case.k.shape[1], n_fac))
+        return g.read(idx, np.int32, (case.q.shape[0], n_head_sel, n_fac))
 
 
 def run_attend(
@@ -227,7 +231,7 @@ def test_store_without_rounding_matches_reference() -> None:
     case = make_case(Shape(n_head=3))
     with Graph() as g:
         tips, dims, stored = run_store(g, case, case.k, type_k=F32)
-        idx = g.ggml_fasa_select(g.tensor(case.q), tips, dims, g.tensor(case.mask), None, 32, case.scale)
+        idx = g.ggml_fasa_select(g.tensor(case.q), tips, dims, g.tensor(case.mask), None, 3, 32, case.scale)
         g.run(stored, idx)
         idx = g.read(idx, np.int32, (1, 3, 32))
     scores = reference.score(case.q, reference.store(case.k, case.dims, None), case.dims, case.mask, case.scale)
@@ -271,7 +275,7 @@ def test_streams_do_not_touch_each_other() -> None:
         view = g.ggml_view_4d(tips, size, shape.n_kv // 32, n_head_kv, 2, *strides, 0)
         q = stack(*(case.q for case in cases))
         mask = stack(*(case.mask[None] for case in cases))
-        idx = g.ggml_fasa_select(q, view, k_dims, mask, stack(*forced), n_fac, cases[0].scale)
+        idx = g.ggml_fasa_select(q, view, k_dims, mask, stack(*forced), n_head_kv, n_fac, cases[0].scale)
         k = stack(*(case.k.astype(np.float16) for case in cases))
         out = g.ggml_fasa_attend(q, k, stack(*(case.v for case in cases)), idx, None, None, cases[0].scale, 0.0)
         g.run(stored, out)
@@ -284,13 +288,14 @@ def test_streams_do_not_touch_each_other() -> None:
         assert (out[stream] == run_attend(case, alone, case.k.astype(np.float16))).all()
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("n_embd_head", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("n_group", range(1, 17))
-def test_every_group_and_head_size(n_embd_head: int, n_group: int) -> None:
-    case = make_case(Shape(n_embd_head, 2 * n_group, 2, n_kv=96, n_dim=16 + n_embd_head // 8))
+def test_every_group_and_head_size(n_embd_head: int, n_group: int, by_head: bool) -> None:
+    case = make_case(Shape(n_embd_head, 2 * n_group, 2, n_kv=96, n_dim=16 + n_embd_head // 8, n_tokens=2))
     k = case.k.astype(np.float16)
-    idx = run_select(case, 30)
-    scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale)
+    idx = run_select(case, 30, by_head=by_head)
+    scores = reference.score(case.q, reference.store(case.k, case.dims), case.dims, case.mask, case.scale, by_head)
     assert_same_cells(idx, reference.select(scores, 30), scores)
     assert nmse(run_attend(case, idx, k), reference.attend(case.q, k, case.v, idx, case.scale)) <= NMSE_REFERENCE
 

@@ -33,8 +33,9 @@ struct fasa_attend_op {
     const ggml_tensor * sinks;
     const ggml_tensor * dst;
 
-    int64_t n_head_kv;
-    int64_t n_group;
+    int64_t n_heads;  // that have a list: KV heads for their whole group, or query heads
+    int64_t n_shared; // of them that read one KV head
+    int64_t n_group;  // query heads that share a list
     int64_t n_tokens;
     int64_t n_stream;
     int64_t n_list;   // cells of a head, listed or masked ones included
@@ -45,19 +46,20 @@ struct fasa_attend_op {
     int64_t n_k;       // of a row of K, whole vectors
     int64_t n_v;
     int64_t n_sums;    // of a query head in a chunk: greatest logit, sum of weights, weighted sum of V
-    int64_t n_partial; // of all chunks: [n_sums, n_group, n_chunks, n_head_kv, n_tokens, n_stream]
+    int64_t n_partial; // of all chunks: [n_sums, n_group, n_chunks, n_heads, n_tokens, n_stream]
     int64_t n_thread;  // of a thread: query heads, logits, ids, unpacked rows
 
     explicit fasa_attend_op(const ggml_tensor * dst) :
         q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), idx(dst->src[3]), mask(dst->src[4]), sinks(dst->src[5]), dst(dst) {
-        n_head_kv = k->ne[1];
-        n_group   = q->ne[1]/n_head_kv;
+        n_heads   = idx ? idx->ne[1] : k->ne[1];
+        n_shared  = n_heads/k->ne[1];
+        n_group   = q->ne[1]/n_heads;
         n_tokens  = q->ne[2];
         n_stream  = q->ne[3];
         n_list    = idx ? idx->ne[0] : k->ne[2];
 
         // enough chunks for many threads, but not more than that, as each has sums of its own; the same for one stream or many
-        const int64_t min_chunk  = n_head_kv*n_tokens < 4 ? FASA_MIN_CHUNK : 4*FASA_MIN_CHUNK;
+        const int64_t min_chunk  = n_heads*n_tokens < 4 ? FASA_MIN_CHUNK : 4*FASA_MIN_CHUNK;
         const int64_t max_chunks = std::max<int64_t>(FASA_MAX_CHUNKS/n_tokens, 1);
 
         n_chunk   = GGML_PAD(std::max(min_chunk, (n_list + max_chunks - 1)/max_chunks), FASA_MIN_CHUNK);
@@ -66,25 +68,25 @@ struct fasa_attend_op {
         n_k       = fasa_pad(k->ne[0]);
         n_v       = fasa_pad(v->ne[0]);
         n_sums    = n_v + FASA_LANES;
-        n_partial = n_sums*n_group*n_chunks*n_head_kv*n_tokens*n_stream;
+        n_partial = n_sums*n_group*n_chunks*n_heads*n_tokens*n_stream;
         n_thread  = GGML_PAD(n_group*n_k + FASA_MAX_TILE*(FASA_TILE + FASA_LANES) + FASA_TILE + FASA_AHEAD + FASA_LANES +
             FASA_UNPACKED*std::max(n_k, n_v), CACHE_LINE_SIZE_F32);
     }
 
-    // the cells of a chunk for one token and KV head
+    // the cells of a chunk for one token and list
     struct unit {
         int64_t stream, chunk, head, token;
     };
 
-    int64_t n_units() const { return n_stream*n_chunks*n_head_kv*n_tokens; }
+    int64_t n_units() const { return n_stream*n_chunks*n_heads*n_tokens; }
 
     // heads and tokens inside of a chunk: they read neighbours, or the same
     unit get_unit(int64_t i) const {
-        return { i/n_tokens/n_head_kv/n_chunks, i/n_tokens/n_head_kv % n_chunks, i/n_tokens % n_head_kv, i % n_tokens };
+        return { i/n_tokens/n_heads/n_chunks, i/n_tokens/n_heads % n_chunks, i/n_tokens % n_heads, i % n_tokens };
     }
 
     int64_t sums_offset(const unit & u, int64_t ig) const {
-        return ((((u.stream*n_tokens + u.token)*n_head_kv + u.head)*n_chunks + u.chunk)*n_group + ig)*n_sums;
+        return ((((u.stream*n_tokens + u.token)*n_heads + u.head)*n_chunks + u.chunk)*n_group + ig)*n_sums;
     }
 };
 
@@ -138,8 +140,8 @@ struct fasa_rows {
     int64_t             n;    // floats, whole vectors
     float             * unpacked; // nullptr: a loader reads the rows in place
 
-    fasa_rows(const ggml_tensor * t, const fasa_attend_op::unit & u, float * scratch) :
-        t(t), base((const char *) t->data + u.head*t->nb[1] + u.stream*t->nb[3]), n(fasa_pad(t->ne[0])) {
+    fasa_rows(const ggml_tensor * t, int64_t head_kv, int64_t stream, float * scratch) :
+        t(t), base((const char *) t->data + head_kv*t->nb[1] + stream*t->nb[3]), n(fasa_pad(t->ne[0])) {
         const bool native = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 ||
             t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
         unpacked = native && t->ne[0] == n ? nullptr : scratch;
@@ -331,7 +333,7 @@ static int64_t fasa_get_ids(const fasa_attend_op & op, const fasa_attend_op::uni
     int64_t n = 0;
 
     if (op.idx) {
-        const int32_t * list = (const int32_t *) op.idx->data + ((u.stream*op.n_tokens + u.token)*op.n_head_kv + u.head)*op.n_list;
+        const int32_t * list = (const int32_t *) op.idx->data + ((u.stream*op.n_tokens + u.token)*op.n_heads + u.head)*op.n_list;
         for (int64_t i = i0; i < i1; ++i) {
             GGML_ASSERT(list[i] < op.k->ne[2]);
             ids[n] = list[i];
@@ -363,8 +365,8 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
     int32_t * ids      = (int32_t *) (logits + FASA_MAX_TILE*(FASA_TILE + FASA_LANES));
     float   * unpacked = (float   *) ids + FASA_TILE + FASA_AHEAD + FASA_LANES;
 
-    const fasa_rows k(op.k, u, unpacked);
-    const fasa_rows v(op.v, u, unpacked);
+    const fasa_rows k(op.k, u.head/op.n_shared, u.stream, unpacked);
+    const fasa_rows v(op.v, u.head/op.n_shared, u.stream, unpacked);
 
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const float * row = (const float *) ((const char *) op.q->data +
@@ -456,7 +458,7 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
 
     ggml_barrier(params->threadpool);
 
-    const int64_t n_head = op.n_head_kv*op.n_group;
+    const int64_t n_head = op.n_heads*op.n_group;
     const int64_t n_out  = n_head*op.n_tokens*op.n_stream;
 
     for (int64_t i = n_out*ith/nth; i < n_out*(ith + 1)/nth; ++i) {

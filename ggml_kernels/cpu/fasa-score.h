@@ -54,8 +54,9 @@ struct fasa_select_op {
 
     int64_t n_dim;
     int64_t n_quads;
-    int64_t n_head_kv;
-    int64_t n_group;
+    int64_t n_head_sel; // heads that choose: a KV head for its whole group, or each query head
+    int64_t n_shared;   // of them that read one KV head
+    int64_t n_group;    // query heads that share a choice
     int64_t n_tokens;
     int64_t n_rows;
     int64_t n_kv;
@@ -72,15 +73,16 @@ struct fasa_select_op {
 
     explicit fasa_select_op(const ggml_tensor * dst) :
         q(dst->src[0]), tips(dst->src[1]), dims(dst->src[2]), mask(dst->src[3]), forced(dst->src[4]), dst(dst) {
-        n_dim     = dims->ne[0];
-        n_quads   = fasa_tips_n_dim(n_dim)/FASA_TIPS_QUAD;
-        n_head_kv = dims->ne[1];
-        n_group   = q->ne[1]/n_head_kv;
-        n_tokens  = q->ne[2];
-        n_rows    = n_head_kv*n_tokens*q->ne[3];
-        n_kv      = tips->ne[1]*FASA_TIPS_CELLS;
-        n_chunks  = (n_kv + FASA_CHUNK - 1)/FASA_CHUNK;
-        n_fac     = dst->ne[0];
+        n_dim      = dims->ne[0];
+        n_quads    = fasa_tips_n_dim(n_dim)/FASA_TIPS_QUAD;
+        n_head_sel = dst->ne[1];
+        n_shared   = n_head_sel/dims->ne[1];
+        n_group    = q->ne[1]/n_head_sel;
+        n_tokens   = q->ne[2];
+        n_rows     = n_head_sel*n_tokens*q->ne[3];
+        n_kv       = tips->ne[1]*FASA_TIPS_CELLS;
+        n_chunks   = (n_kv + FASA_CHUNK - 1)/FASA_CHUNK;
+        n_fac      = dst->ne[0];
 
         size_stats   = align(n_rows*n_chunks*n_group*sizeof(fasa_row_stats));
         size_scores  = align(n_group*n_kv*sizeof(float));
@@ -95,9 +97,10 @@ struct fasa_select_op {
     // threads that share rows are more than these rows, so there are never more rows at work than either
     int64_t n_at_work(int64_t n_threads) const { return std::min(n_rows, n_threads); }
 
-    int64_t head  (int64_t row) const { return row % n_head_kv; }
-    int64_t token (int64_t row) const { return row / n_head_kv % n_tokens; }
-    int64_t stream(int64_t row) const { return row / n_head_kv / n_tokens; }
+    int64_t head   (int64_t row) const { return row % n_head_sel; }
+    int64_t head_kv(int64_t row) const { return head(row) / n_shared; }
+    int64_t token  (int64_t row) const { return row / n_head_sel % n_tokens; }
+    int64_t stream (int64_t row) const { return row / n_head_sel / n_tokens; }
 
     const ggml_fp16_t * mask_of(int64_t row) const {
         return (const ggml_fp16_t *) ((const char *) mask->data + token(row)*mask->nb[1] + stream(row)*mask->nb[3]);
@@ -126,7 +129,7 @@ struct fasa_query {
 
 static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_query & query) {
     const float     scale = ggml_get_op_params_f32(op.dst, 0);
-    const int32_t * dims  = (const int32_t *) op.dims->data + op.head(row)*op.n_dim;
+    const int32_t * dims  = (const int32_t *) op.dims->data + op.head_kv(row)*op.n_dim;
 
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const float * q_row = (const float *) ((const char *) op.q->data +
@@ -205,7 +208,7 @@ static inline void fasa_score_block(
 // piece and the next there is little to compute, so the memory stays busy
 static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_query & query, int64_t cell0, int64_t cell1) {
     const size_t        block_size = fasa_tips_block_size(op.n_dim);
-    const char        * tips       = (const char *) op.tips->data + op.head(part.row)*op.tips->nb[2] + op.stream(part.row)*op.tips->nb[3];
+    const char        * tips       = (const char *) op.tips->data + op.head_kv(part.row)*op.tips->nb[2] + op.stream(part.row)*op.tips->nb[3];
     const ggml_fp16_t * mask       = op.mask_of(part.row);
 
     for (int64_t ig = 0; ig < op.n_group; ig += FASA_MAX_TILE) {

@@ -5,7 +5,7 @@
 //   gather   scores of the candidates in the bin that holds the n_fac-th best cell
 //   list     the candidates in better bins, and of that one the best
 //
-// A row is what one KV head does for one token. Threads take whole rows as far as these are equally many for all, and
+// A row is what one KV head, or a query head that chooses for itself, does for one token. Threads take whole rows as far as these are equally many for all, and
 // then need no barrier; the cells of what rows remain are split into one part per thread. Sums are made by chunks of
 // cells and added in order, so the result does not depend on who made them.
 
@@ -127,7 +127,7 @@ static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa
     const float end = fasa_guess_end(op, part, lse);
 
     const int64_t   n_forced = op.forced ? op.forced->ne[0] : 0;
-    const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_kv*n_forced : nullptr;
+    const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_sel*n_forced : nullptr;
 
     part.n_ids = 0;
     for (int64_t cell = part.cell0; cell < part.cell1; cell += FASA_CHUNK) {

@@ -15,6 +15,32 @@ extern "C" {
     // settings
     //
 
+    // which cells a head attends to: FASA, or what it is compared with, for evaluation on the CPU
+    enum llama_fasa_policy_type {
+        LLAMA_FASA_POLICY_FASA,
+        LLAMA_FASA_POLICY_FASA_SUM,  // a group's score is the sum of its heads' softmax, not the greatest
+        LLAMA_FASA_POLICY_ORACLE,    // all chunks
+        LLAMA_FASA_POLICY_RANDOM,    // n_tip chunks drawn at random
+        LLAMA_FASA_POLICY_STREAMING, // the first n_sink cells and the last ones
+        LLAMA_FASA_POLICY_QUEST,     // pages of 16 cells, by bounds of their keys
+        LLAMA_FASA_POLICY_SNAPKV,    // cells of the prompt, by the attention of its last tokens; and all that is decoded
+        LLAMA_FASA_POLICY_H2O,       // cells by the attention that they have had
+        LLAMA_FASA_POLICY_COUNT,
+    };
+
+    // as in the override fasa.policy; NULL: no such policy
+    LLAMA_API const char * llama_fasa_policy_name(enum llama_fasa_policy_type policy);
+
+    // who chooses
+    enum llama_fasa_select_type {
+        LLAMA_FASA_SELECT_GROUP, // each KV head, for all query heads that read it
+        LLAMA_FASA_SELECT_HEAD,  // each query head
+        LLAMA_FASA_SELECT_COUNT,
+    };
+
+    // as in fasa.select; NULL: no such thing
+    LLAMA_API const char * llama_fasa_select_name(enum llama_fasa_select_type select);
+
     // defaults come from the metadata `fasa.<field>`, which --override-kv can replace at load
     struct llama_fasa_params {
         bool     enabled;
@@ -26,6 +52,9 @@ extern "C" {
         uint32_t max_batch;      // a batch with more tokens of one sequence is a prompt and runs dense
         uint32_t n_tip;          // chunks scored per KV head (N_tip)                  fixed when the model is loaded
         uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded
+
+        enum llama_fasa_select_type select;
+        enum llama_fasa_policy_type policy; // never in the metadata, only an override
     };
 
     LLAMA_API bool llama_fasa_model_has_profile(const struct llama_model * model);
@@ -69,6 +98,7 @@ extern "C" {
         LLAMA_FASA_REASON_STALE_TIPS,
         LLAMA_FASA_REASON_NON_CAUSAL,
         LLAMA_FASA_REASON_ATTN_BIAS,
+        LLAMA_FASA_REASON_POLICY,
         LLAMA_FASA_REASON_COUNT,
     };
 
@@ -95,7 +125,7 @@ extern "C" {
     LLAMA_API size_t llama_fasa_tips_size  (const struct llama_context * ctx); // bytes
 
     //
-    // calibration
+    // calibration and evaluation
     //
 
     // one layer as FASA sees it
@@ -118,12 +148,20 @@ extern "C" {
     // architecture and head geometry in one line: a profile belongs to the models that share it
     LLAMA_API const char * llama_fasa_fingerprint(const struct llama_model * model);
 
-    // keep Q and K of each attention layer, as they enter the attention: after RoPE, before any Hadamard rotation
-    LLAMA_API void llama_fasa_set_capture(struct llama_context * ctx, bool capture);
+    // what can be kept of the last micro-batch
+    enum llama_fasa_capture {
+        LLAMA_FASA_CAPTURE_Q     = 1, // F32 [n_embd_head, n_head,    n_tokens] as it enters the attention: after RoPE,
+        LLAMA_FASA_CAPTURE_K     = 2, // F32 [n_embd_head, n_head_kv, n_tokens] before any Hadamard rotation
+        LLAMA_FASA_CAPTURE_CELLS = 4, // I32 [n_list, n_head_kv or n_head, n_tokens] chosen cells, -1: none; sparse layers
+        LLAMA_FASA_CAPTURE_MASS  = 8, // F32 [1, n_head, n_tokens] attention weight that these hold of 1;    sparse layers,
+                                      //     on the CPU and slowly
+    };
 
-    // of the last micro-batch: F32 ne[3] = [n_embd_head, n_head or n_head_kv, n_tokens], which: 'q' or 'k'
-    // dst may be NULL; false: not captured
-    LLAMA_API bool llama_fasa_get_capture(struct llama_context * ctx, int32_t il, char which, int64_t ne[3], float * dst);
+    // what: LLAMA_FASA_CAPTURE_*, or'ed; 0: nothing
+    LLAMA_API void llama_fasa_set_capture(struct llama_context * ctx, uint32_t what);
+
+    // of one layer, with its shape; dst may be NULL; false: not captured
+    LLAMA_API bool llama_fasa_get_capture(struct llama_context * ctx, int32_t il, enum llama_fasa_capture which, int64_t ne[3], void * dst);
 
     //
     // build

@@ -3,6 +3,7 @@
 #include "llama-cparams.h"
 #include "llama-fasa-profile.h"
 #include "llama-fasa-tips.h"
+#include "llama-fasa-weights.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -12,12 +13,6 @@
 #include <algorithm>
 #include <limits>
 #include <map>
-
-llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile) : profile(std::move(profile)) {
-    if (this->profile) {
-        params = this->profile->params;
-    }
-}
 
 // more tokens of one sequence than a decode step has
 static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
@@ -29,6 +24,21 @@ static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch 
         }
     }
     return false;
+}
+
+llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile) : profile(std::move(profile)) {
+    if (this->profile) {
+        set_params(this->profile->params);
+    }
+}
+
+void llama_fasa_context::set_params(const llama_fasa_params & params) {
+    this->params = params;
+    this->policy = llama_fasa_policy_make(params, *profile, observed);
+}
+
+bool llama_fasa_context::observes(const llama_ubatch & ubatch) const {
+    return policy && policy->needs_prompt() && (!params.enabled || fasa_is_prompt(params, ubatch));
 }
 
 //
@@ -99,6 +109,15 @@ bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, con
         is_flash_attn(v) && !fasa_is_prompt(fasa->params, graph.ubatch);
 }
 
+void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const {
+    if (fasa->capture & which) {
+        cur = ggml_cont(graph.ctx0, cur);
+        ggml_set_output(cur);
+        ggml_build_forward_expand(graph.gf, cur);
+        inp.captured[{ il, which }] = cur;
+    }
+}
+
 ggml_tensor * llama_fasa_attn::build(
         const llama_kv_cache_context * mctx,
         ggml_tensor * k_idxs,
@@ -120,17 +139,9 @@ ggml_tensor * llama_fasa_attn::build(
 
     inp->layers.insert(il);
 
-    if (fasa->capture) {
-        const auto capture = [&](std::vector<ggml_tensor *> & captured, ggml_tensor * cur) {
-            captured.resize(std::max<size_t>(captured.size(), il + 1));
-            captured[il] = ggml_cont(ctx0, cur);
-            ggml_set_output(captured[il]);
-            ggml_build_forward_expand(gf, captured[il]);
-        };
-        capture(inp->captured_q, q_cur);
-        if (k_cur) { // null: the layer reads the cache of another one
-            capture(inp->captured_k, k_cur);
-        }
+    capture(*inp, LLAMA_FASA_CAPTURE_Q, q_cur);
+    if (k_cur) { // null: the layer reads the cache of another one
+        capture(*inp, LLAMA_FASA_CAPTURE_K, k_cur);
     }
 
     if (!fasa->profile) {
@@ -147,8 +158,46 @@ ggml_tensor * llama_fasa_attn::build(
         ggml_build_forward_expand(gf, stored);
     }
 
-    const auto   reason    = reason_dense(*mctx, v, kq_b);
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+
+    const auto split_streams = [&](ggml_tensor * t) {
+        return ggml_view_4d(ctx0, t, t->ne[0], t->ne[1], n_tokens, n_stream, t->nb[1], t->nb[2], t->nb[2]*n_tokens, 0);
+    };
+
+    const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+
+    if (fasa->observes(graph.ubatch) && tips && tips->get_layer(il).tips && n_stream == 1) {
+        ggml_build_forward_expand(gf, fasa->observed.build(ctx0, il, split_streams(q), k, kq_mask, kq_scale, softcap));
+    }
+
+    auto         reason    = reason_dense(*mctx, v, kq_b);
     const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
+
+    llama_fasa_policy_args args = {};
+
+    if (reason == LLAMA_FASA_REASON_NONE) {
+        const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_HEAD;
+
+        inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
+
+        args.ctx        = ctx0;
+        args.il         = il;
+        args.q          = split_streams(q_cur);
+        args.q_rot      = q == q_cur ? args.q : split_streams(q);
+        args.k          = k;
+        args.tips       = mctx->get_fasa_tips_view(ctx0, il);
+        args.dims       = tips->get_layer(il).dims;
+        args.mask       = kq_mask;
+        args.forced     = inp->build_forced(ctx0, n_tokens, n_stream);
+        args.n_head_sel = by_head ? q->ne[1] : k->ne[1];
+        args.n_fac      = inp->n_fac;
+        args.scale      = kq_scale;
+
+        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (fasa->observed.is_empty() || n_stream > 1))) {
+            reason = LLAMA_FASA_REASON_POLICY;
+        }
+    }
 
     const bool is_sparse = reason == LLAMA_FASA_REASON_NONE;
 
@@ -161,30 +210,26 @@ ggml_tensor * llama_fasa_attn::build(
         return nullptr;
     }
 
-    const int64_t n_stream = k->ne[3];
-    const int64_t n_tokens = q->ne[2]/n_stream;
-
-    const auto split_streams = [&](ggml_tensor * t) {
-        return ggml_view_4d(ctx0, t, t->ne[0], t->ne[1], n_tokens, n_stream, t->nb[1], t->nb[2], t->nb[2]*n_tokens, 0);
-    };
-
     ggml_tensor * idx = nullptr;
 
     if (is_sparse) {
-        const auto & layer = tips->get_layer(il);
+        const size_t tip_bytes = args.tips->ne[0]*args.tips->ne[2]/ggml_fasa_cells_per_block();
 
-        inp->add_layer(reason, row_bytes, layer.tips->ne[0]*layer.tips->ne[2]/ggml_fasa_cells_per_block());
-        inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
+        inp->add_layer(reason, row_bytes, fasa->params.policy == LLAMA_FASA_POLICY_FASA ? tip_bytes : 0, args.n_head_sel/k->ne[1]);
 
-        idx = ggml_fasa_select(ctx0, split_streams(q_cur), mctx->get_fasa_tips_view(ctx0, il), layer.dims, kq_mask,
-                inp->build_forced(ctx0, n_tokens, n_stream), inp->n_fac, kq_scale);
+        idx = fasa->policy->build(args);
         graph.cb(idx, "fasa_select", il);
+
+        capture(*inp, LLAMA_FASA_CAPTURE_CELLS, idx);
+        if (fasa->capture & LLAMA_FASA_CAPTURE_MASS) {
+            ggml_tensor * weights = llama_fasa_weights(ctx0, args.q_rot, k, kq_mask, kq_scale, softcap);
+            ggml_tensor * mass    = llama_fasa_mass(ctx0, weights, idx);
+            capture(*inp, LLAMA_FASA_CAPTURE_MASS, ggml_reshape_3d(ctx0, mass, 1, mass->ne[0], mass->ne[1]*mass->ne[2]));
+        }
     } else {
         inp->add_layer(reason, row_bytes, 0);
         inp->n_layers_exact++;
     }
-
-    const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
     ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, is_sparse ? nullptr : kq_mask, sinks, kq_scale, softcap);
     graph.cb(cur, "fasa_attend", il);
@@ -239,11 +284,12 @@ llama_fasa_graph_input::~llama_fasa_graph_input() {
     }
 }
 
-void llama_fasa_graph_input::add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes) {
+void llama_fasa_graph_input::add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes, size_t n_lists) {
     n_layers[reason]++;
 
     if (reason == LLAMA_FASA_REASON_NONE) {
         row_bytes_sparse += row_bytes;
+        row_bytes_listed += row_bytes*n_lists;
         this->tip_bytes  += tip_bytes;
     } else if (reason != LLAMA_FASA_REASON_SLIDING_WINDOW) {
         row_bytes_dense  += row_bytes;
@@ -273,6 +319,7 @@ void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
     if (forced && forced->buffer) {
         set_forced(ubatch);
     }
+    fasa.observed.begin(*ubatch, fasa.observes(*ubatch));
     count(ubatch);
 }
 
@@ -336,7 +383,9 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
             n_visible--;
         }
 
-        stats.bytes_kv       += n_visible*row_bytes_dense + std::min<size_t>(n_visible, n_fac)*row_bytes_sparse;
+        const size_t n_kept = row_bytes_sparse > 0 ? fasa.policy->n_kept(n_visible, n_fac) : 0;
+
+        stats.bytes_kv       += n_visible*row_bytes_dense + n_kept*row_bytes_listed;
         stats.bytes_tips     += n_kv*tip_bytes;
         stats.bytes_kv_dense += n_visible*(row_bytes_dense + row_bytes_sparse);
     }

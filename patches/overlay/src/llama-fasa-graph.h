@@ -1,14 +1,15 @@
 #pragma once
 
 #include "llama-fasa.h"
+#include "llama-fasa-observed.h"
+#include "llama-fasa-policy.h"
 #include "llama-graph.h"
 
+#include <map>
 #include <memory>
 #include <set>
-#include <vector>
 
 class  llama_kv_cache_context;
-struct llama_fasa_profile;
 class  llama_fasa_graph_input;
 class  llama_fasa_tips;
 
@@ -18,9 +19,17 @@ struct llama_fasa_context {
 
     const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one; may have no chunks
 
+    void set_params(const llama_fasa_params & params);
+
     llama_fasa_params params  = {};
-    bool              capture = false;
+    uint32_t          capture = 0; // enum llama_fasa_capture
     llama_fasa_stats  stats   = {};
+
+    llama_fasa_observed                observed;
+    std::unique_ptr<llama_fasa_policy> policy; // of the params; nullptr: no profile
+
+    // whether the policy wants to see this micro-batch
+    bool observes(const llama_ubatch & ubatch) const;
 
     bool logged[LLAMA_FASA_REASON_COUNT] = {};
     bool logged_exact = false;
@@ -57,6 +66,8 @@ private:
 
     bool is_flash_attn(const ggml_tensor * v) const;
 
+    void capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const;
+
     const llm_graph_context & graph;
     llama_fasa_context      * fasa; // nullptr: the model has no profile
 
@@ -80,15 +91,13 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    // a layer of the graph: sparse if the reason is NONE
-    void add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes);
+    // a layer of the graph: sparse if the reason is NONE; n_lists: of cells, for each KV head
+    void add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes, size_t n_lists = 1);
 
     // cells that every token attends to: I32 [n_forced, n_tokens/n_stream, n_stream], nullptr: none
     ggml_tensor * build_forced(ggml_context * ctx, int64_t n_tokens, int64_t n_stream);
 
-    // Q and K by layer, when capturing
-    std::vector<ggml_tensor *> captured_q;
-    std::vector<ggml_tensor *> captured_k;
+    std::map<std::pair<int32_t, llama_fasa_capture>, ggml_tensor *> captured; // by layer
 
     int64_t n_fac = 0; // cells attended to in sparse layers
 
@@ -113,6 +122,7 @@ private:
 
     // bytes of one cell, all KV heads, summed over the layers
     size_t row_bytes_sparse = 0; // K and V
+    size_t row_bytes_listed = 0; // of the sparse layers, once for each list
     size_t row_bytes_dense  = 0;
     size_t tip_bytes        = 0;
 };

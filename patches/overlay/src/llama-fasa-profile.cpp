@@ -93,6 +93,12 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (params.max_batch < 1 || params.max_batch > FASA_MAX_BATCH) {
         throw std::runtime_error(format("fasa.max_batch = %u is out of range: it must be from 1 to %u", params.max_batch, FASA_MAX_BATCH));
     }
+    if (!llama_fasa_select_name(params.select)) {
+        throw std::runtime_error(format("fasa.select = %d is out of range: it must be from 0 to %d", (int) params.select, LLAMA_FASA_SELECT_COUNT - 1));
+    }
+    if (!llama_fasa_policy_name(params.policy)) {
+        throw std::runtime_error(format("fasa.policy = %d is out of range: it must be from 0 to %d", (int) params.policy, LLAMA_FASA_POLICY_COUNT - 1));
+    }
 }
 
 //
@@ -147,6 +153,18 @@ public:
         }
     }
 
+    // one of the names that name_of gives, which ends with nullptr
+    template <typename T>
+    void read_name(const char * key, T & value, const char * (*name_of)(T), bool is_stored) {
+        known.insert(key);
+        if (is_stored && gguf_find_key(metadata, key) >= 0) {
+            value = find_name(key, str(key), name_of);
+        }
+        if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_STR, "str")) {
+            value = find_name(key, ovrd->val_str, name_of);
+        }
+    }
+
     std::string str(const char * key) const {
         return gguf_get_val_str(metadata, find(key, GGUF_TYPE_STRING));
     }
@@ -172,6 +190,18 @@ public:
     }
 
 private:
+    template <typename T>
+    static T find_name(const char * key, const std::string & name, const char * (*name_of)(T)) {
+        std::string names;
+        for (int i = 0; name_of((T) i); ++i) {
+            if (name == name_of((T) i)) {
+                return (T) i;
+            }
+            names += (i > 0 ? ", " : "") + std::string(name_of((T) i));
+        }
+        throw std::runtime_error(format("%s = '%s' is unknown: choose from %s", key, name.c_str(), names.c_str()));
+    }
+
     int find(const char * key, gguf_type type) const {
         const int id = gguf_find_key(metadata, key);
         if (id < 0) {
@@ -274,6 +304,8 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.read("fasa.max_batch",      params.max_batch);
     reader.read("fasa.n_tip",          params.n_tip);
     reader.read("fasa.n_dense_layers", params.n_dense_layers);
+    reader.read_name("fasa.select",    params.select, llama_fasa_select_name, true);
+    reader.read_name("fasa.policy",    params.policy, llama_fasa_policy_name, false);
     llama_fasa_params_validate(params);
 
     const auto head_count_kv = reader.array<int32_t>("fasa.head_count_kv", GGUF_TYPE_INT32);
@@ -291,6 +323,8 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     for (int32_t il = 0; il < n_layer; ++il) {
         const auto    layer   = llama_fasa_model_layer(model, il);
         const int32_t n_chunk = chunk_count[il];
+
+        res->layers.push_back(layer);
 
         if (head_count_kv[il] == 0) {
             res->dims.emplace_back();

@@ -19,6 +19,8 @@ struct llama_fasa_profile {
     // per layer: I32 [n_dim, n_head_kv], the dims of the n_tip best chunks of each KV head; empty: no chunks
     std::vector<std::vector<int32_t>> dims;
 
+    std::vector<llama_fasa_layer> layers;
+
     // false: all there is to it is `exact`, which needs no chunks and so no profile
     bool has_chunks = true;
 

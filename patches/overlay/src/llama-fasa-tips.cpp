@@ -47,7 +47,7 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     ggml_tensor * idxs    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
     ggml_tensor * dims    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
     ggml_tensor * tips    = ggml_fasa_new_tips(ctx.get(), n_kv, n_dim, n_head_kv, 1);
-    ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, mask, nullptr, n_fac, 1.0f);
+    ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, mask, nullptr, n_head_kv, n_fac, 1.0f);
 
     return
         ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&

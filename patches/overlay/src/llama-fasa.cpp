@@ -25,6 +25,30 @@
 // settings
 //
 
+const char * llama_fasa_policy_name(llama_fasa_policy_type policy) {
+    switch (policy) {
+        case LLAMA_FASA_POLICY_FASA:      return "fasa";
+        case LLAMA_FASA_POLICY_FASA_SUM:  return "fasa_sum";
+        case LLAMA_FASA_POLICY_ORACLE:    return "oracle";
+        case LLAMA_FASA_POLICY_RANDOM:    return "random";
+        case LLAMA_FASA_POLICY_STREAMING: return "streaming";
+        case LLAMA_FASA_POLICY_QUEST:     return "quest";
+        case LLAMA_FASA_POLICY_SNAPKV:    return "snapkv";
+        case LLAMA_FASA_POLICY_H2O:       return "h2o";
+        case LLAMA_FASA_POLICY_COUNT:     break;
+    }
+    return nullptr;
+}
+
+const char * llama_fasa_select_name(llama_fasa_select_type select) {
+    switch (select) {
+        case LLAMA_FASA_SELECT_GROUP: return "group";
+        case LLAMA_FASA_SELECT_HEAD:  return "head";
+        case LLAMA_FASA_SELECT_COUNT: break;
+    }
+    return nullptr;
+}
+
 bool llama_fasa_model_has_profile(const llama_model * model) {
     return model->fasa && model->fasa->has_chunks;
 }
@@ -35,7 +59,7 @@ const char * llama_fasa_model_override_report(const llama_model * model) {
 
 void llama_context::fasa_changed() {
     // without a profile and without capture the graph must not know of FASA at all
-    cparams.fasa = fasa->profile || fasa->capture ? fasa.get() : nullptr;
+    cparams.fasa = fasa->profile || fasa->capture != 0 ? fasa.get() : nullptr;
     cparams.fasa_epoch++;
 }
 
@@ -68,7 +92,7 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
         return false;
     }
 
-    fasa.params = *params;
+    fasa.set_params(*params);
     ctx->fasa_changed();
 
     return true;
@@ -96,6 +120,7 @@ static const struct {
     /* STALE_TIPS     */ { "stale_tips",     "the tips could not be made again after K changed (see the log)" },
     /* NON_CAUSAL     */ { "non_causal",     "attention is not causal" },
     /* ATTN_BIAS      */ { "attn_bias",      "attention has a bias on its logits (ALiBi or other)" },
+    /* POLICY         */ { "policy",         "fasa.policy takes K in host memory, snapkv and h2o a prompt of one sequence that they saw, random and fasa_sum K of f16 or so" },
 };
 
 static_assert(sizeof(FASA_REASONS)/sizeof(FASA_REASONS[0]) == LLAMA_FASA_REASON_COUNT, "every reason has a row");
@@ -156,27 +181,27 @@ const char * llama_fasa_fingerprint(const llama_model * model) {
     return res.c_str();
 }
 
-void llama_fasa_set_capture(llama_context * ctx, bool capture) {
-    ctx->get_fasa().capture = capture;
+void llama_fasa_set_capture(llama_context * ctx, uint32_t what) {
+    ctx->get_fasa().capture = what;
     ctx->fasa_changed();
 }
 
-bool llama_fasa_get_capture(llama_context * ctx, int32_t il, char which, int64_t ne[3], float * dst) {
+bool llama_fasa_get_capture(llama_context * ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) {
     const auto * run = ctx->get_fasa().last_run;
     if (!run) {
         return false;
     }
 
-    const auto & captured = which == 'q' ? run->captured_q : run->captured_k;
-    if (il < 0 || il >= (int32_t) captured.size() || !captured[il]) {
+    const auto it = run->captured.find({ il, which });
+    if (it == run->captured.end()) {
         return false;
     }
 
-    std::copy_n(captured[il]->ne, 3, ne);
+    std::copy_n(it->second->ne, 3, ne);
 
     if (dst) {
         ctx->synchronize();
-        ggml_backend_tensor_get(captured[il], dst, 0, ggml_nbytes(captured[il]));
+        ggml_backend_tensor_get(it->second, dst, 0, ggml_nbytes(it->second));
     }
     return true;
 }

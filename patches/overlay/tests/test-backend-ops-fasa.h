@@ -101,7 +101,7 @@ struct test_fasa : public test_case {
 };
 
 // GGML_OP_FASA_SELECT: store K, then choose
-// twin: ggml_set_rows, and for every cell the greatest softmax probability among the heads of a group
+// twin: ggml_set_rows, and for every cell the greatest softmax probability among the heads that share a choice
 struct test_fasa_select : public test_fasa {
     const int64_t hsk;                 // K head size
     const int64_t nh;                  // num KV heads
@@ -114,6 +114,7 @@ struct test_fasa_select : public test_fasa {
     const int64_t n_store;             // cells that hold a key
     const int64_t hidden;              // percentage of masked cells
     const ggml_type type_k;            // of the K cache
+    const bool by_head;                // each query head has a choice of its own
 
     ggml_tensor * q      = nullptr;
     ggml_tensor * store  = nullptr;
@@ -128,14 +129,17 @@ struct test_fasa_select : public test_fasa {
     std::vector<float>   mask_values;
 
     std::string vars() override {
-        return VARS_TO_STR11(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k);
+        return VARS_TO_STR12(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k, by_head);
     }
 
     test_fasa_select(int64_t hsk, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb, int64_t n_dim,
                      int64_t n_fac, int64_t n_forced = 0, int64_t n_store = 0, int64_t hidden = 10,
-                     ggml_type type_k = GGML_TYPE_F16)
+                     ggml_type type_k = GGML_TYPE_F16, bool by_head = false)
         : hsk(hsk), nh(nh), nr23(nr23), kv(kv), nb(nb), n_dim(n_dim), n_fac(n_fac), n_forced(n_forced),
-          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k) {}
+          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k), by_head(by_head) {}
+
+    int64_t n_sharing()  const { return by_head ? 1 : nr23[0]; } // query heads
+    int64_t n_head_sel() const { return nh*nr23[0]/n_sharing(); }
 
     int64_t n_cells() const { return kv + 2*ggml_fasa_cells_per_block(); }
 
@@ -154,7 +158,7 @@ struct test_fasa_select : public test_fasa {
         store = ggml_fasa_store(ctx, tips, k, dims, idxs, type_k);
 
         ggml_tensor * tips_kv = view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block());
-        ggml_tensor * select  = ggml_fasa_select(ctx, q, tips_kv, dims, mask, forced, n_fac, scale);
+        ggml_tensor * select  = ggml_fasa_select(ctx, q, tips_kv, dims, mask, forced, n_head_sel(), n_fac, scale);
 
         if (is_compared()) {
             sel = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hsk, nh);
@@ -170,7 +174,7 @@ struct test_fasa_select : public test_fasa {
             ggml_tensor * probs = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
             ggml_tensor * heads = ggml_cont(ctx, ggml_permute(ctx, probs, 1, 2, 0, 3));
 
-            compare(select, ggml_pool_1d(ctx, heads, GGML_OP_POOL_MAX, nr23[0], nr23[0], 0)); // [nh, kv, nb, nr23[1]]
+            compare(select, ggml_pool_1d(ctx, heads, GGML_OP_POOL_MAX, n_sharing(), n_sharing(), 0)); // [n_head_sel, kv, nb, nr23[1]]
         }
         return select;
     }
@@ -258,14 +262,14 @@ struct test_fasa_select : public test_fasa {
 
     // the lists that break the contract; cells may differ where they tie with the last one taken
     double err_twin(const std::vector<float> & scores, const float * res, size_t n) override {
-        GGML_ASSERT((int64_t) n == n_fac*nh*nb*nr23[1]);
+        GGML_ASSERT((int64_t) n == n_fac*n_head_sel()*nb*nr23[1]);
 
         int64_t n_wrong = 0;
-        for (int64_t il = 0; il < nh*nb*nr23[1]; ++il) {
-            const int64_t ih = il % nh;
-            const int64_t it = il / nh; // of all streams
+        for (int64_t il = 0; il < n_head_sel()*nb*nr23[1]; ++il) {
+            const int64_t ih = il % n_head_sel();
+            const int64_t it = il / n_head_sel(); // of all streams
 
-            const auto score   = [&](int64_t i) { return scores[(it*kv + i)*nh + ih]; };
+            const auto score   = [&](int64_t i) { return scores[(it*kv + i)*n_head_sel() + ih]; };
             const auto visible = [&](int64_t i) { return mask_values[it*kv + i] == 0.0f; };
 
             enum : char { LEFT_OUT, LISTED, FORCED };
@@ -335,6 +339,7 @@ struct test_fasa_attend : public test_fasa {
     const ggml_type type_K;
     const ggml_type type_V;
     const int64_t hidden;              // percentage of masked cells, of empty lists
+    const bool by_head;                // each query head has a list of its own
 
     ggml_tensor * q    = nullptr;
     ggml_tensor * k    = nullptr;
@@ -345,14 +350,17 @@ struct test_fasa_attend : public test_fasa {
     ggml_tensor * s    = nullptr;
 
     std::string vars() override {
-        return VARS_TO_STR12(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, hidden);
+        return VARS_TO_STR13(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, hidden, by_head);
     }
 
     test_fasa_attend(int64_t hsk, int64_t hsv, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb,
                      int64_t n_fac, bool sinks = false, float logit_softcap = 0.0f, ggml_type type_K = GGML_TYPE_F16,
-                     ggml_type type_V = GGML_TYPE_F16, int64_t hidden = 10)
+                     ggml_type type_V = GGML_TYPE_F16, int64_t hidden = 10, bool by_head = false)
         : hsk(hsk), hsv(hsv), nh(nh), nr23(nr23), kv(kv), nb(nb), n_fac(n_fac), sinks(sinks),
-          logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden) {}
+          logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head) {}
+
+    int64_t n_sharing() const { return by_head ? 1 : nr23[0]; } // query heads
+    int64_t n_lists()   const { return nh*nr23[0]/n_sharing(); } // of a token
 
     // the contract of the CPU; others as for FLASH_ATTN_EXT
     double max_err(ggml_backend_t backend) override {
@@ -386,7 +394,7 @@ struct test_fasa_attend : public test_fasa {
         s   = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh*nr23[0]) : nullptr;
 
         if (n_fac) {
-            idx  = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, nh, nb, nr23[1]);
+            idx  = ggml_new_tensor_4d(ctx, GGML_TYPE_I32, n_fac, n_lists(), nb, nr23[1]);
         } else {
             mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb + 1, 1, nr23[1]);
         }
@@ -438,7 +446,7 @@ struct test_fasa_attend : public test_fasa {
         std::vector<int32_t> ids;
         std::vector<int32_t> cells(kv);
         std::iota(cells.begin(), cells.end(), 0);
-        for (int64_t il = 0; il < nh*nb*nr23[1]; ++il) {
+        for (int64_t il = 0; il < n_lists()*nb*nr23[1]; ++il) {
             const int64_t n = fasa_random(rng, 1, 100) <= hidden ? 0 : n_fac - il % std::min<int64_t>(n_fac, 3);
 
             std::vector<int32_t> list(n);
@@ -453,11 +461,11 @@ struct test_fasa_attend : public test_fasa {
         if (seen) {
             std::vector<ggml_fp16_t> data(ggml_nelements(seen), ggml_fp32_to_fp16(-INFINITY));
             for (size_t i = 0; i < ids.size(); ++i) {
-                const int64_t ih = i/n_fac % nh;
-                const int64_t it = i/n_fac/nh % nb;
-                const int64_t is = i/n_fac/nh/nb;
-                for (int64_t ig = 0; ig < nr23[0] && ids[i] >= 0; ++ig) {
-                    data[((is*nh*nr23[0] + ih*nr23[0] + ig)*nb + it)*kv + ids[i]] = ggml_fp32_to_fp16(0.0f);
+                const int64_t ih = i/n_fac % n_lists();
+                const int64_t it = i/n_fac/n_lists() % nb;
+                const int64_t is = i/n_fac/n_lists()/nb;
+                for (int64_t ig = 0; ig < n_sharing() && ids[i] >= 0; ++ig) {
+                    data[((is*nh*nr23[0] + ih*n_sharing() + ig)*nb + it)*kv + ids[i]] = ggml_fp32_to_fp16(0.0f);
                 }
             }
             set(seen, data);
@@ -493,7 +501,8 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
         const int64_t n_store  = random(0, 3) ? 0 : random(1, kv);
         const int64_t n_hidden = hidden();
         const ggml_type type_k = types_KV[random(0, 2)];
-        test_cases.emplace_back(new test_fasa_select(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, n_hidden, type_k));
+        const bool by_head = random(0, 3) == 0;
+        test_cases.emplace_back(new test_fasa_select(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, n_hidden, type_k, by_head));
     }
 
     for (int i = 0; i < 300; ++i) {
@@ -509,7 +518,8 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
         const ggml_type type_K = type_KV(hsk);
         const ggml_type type_V = type_KV(hsv);
         const int64_t n_hidden = hidden();
-        test_cases.emplace_back(new test_fasa_attend(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, n_hidden));
+        const bool by_head = n_fac && random(0, 3) == 0;
+        test_cases.emplace_back(new test_fasa_attend(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, n_hidden, by_head));
     }
 }
 

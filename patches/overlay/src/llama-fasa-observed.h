@@ -1,0 +1,49 @@
+#pragma once
+
+#include "ggml.h"
+#include "llama.h"
+
+#include <map>
+#include <vector>
+
+struct llama_ubatch;
+
+// What SnapKV and H2O need to know of the prompt: attention weights, which flash attention does not give. They are
+// computed a second time, unfused, while the prompt is read. For a context of one sequence.
+struct llama_fasa_observed {
+    static constexpr size_t N_QUERIES = 32; // kept of the end of the prompt
+
+    // of one query head
+    struct head {
+        uint64_t prompt = 0; // that all this belongs to
+
+        std::vector<float>              sums;    // of each cell: its attention weights, over all queries of the prompt
+        std::vector<std::vector<float>> queries; // the last ones [n_embd_head], as the K cache is rotated
+        std::vector<int32_t>            cells;   // of the prompt
+    };
+
+    struct layer {
+        const llama_fasa_observed * observed = nullptr;
+
+        std::vector<head> heads;
+    };
+
+    std::map<int32_t, layer> layers;
+
+    uint64_t prompt = 0; // counts the prompts that began at position 0
+    uint64_t decode = 0; // counts the times that decoding began, or went on elsewhere than after the last token
+
+    bool is_empty() const { return prompt == 0; }
+
+    // a micro-batch is about to run
+    void begin(const llama_ubatch & ubatch, bool is_prompt);
+
+    // what observes a prompt
+    // q: F32 [n_embd_head, n_head, n_tokens, 1], k: [n_embd_head, n_head_kv, n_kv, 1]
+    ggml_tensor * build(ggml_context * ctx, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float scale, float softcap);
+
+private:
+    static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
+
+    llama_pos next_pos = -1;
+};
