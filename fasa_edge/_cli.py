@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,9 +102,7 @@ def _parse_override(text: str) -> tuple[str, bool | int | float | str]:
         ) from None
 
 
-def load_model(
-    model: str,
-    n_ctx: int,
+def load_arguments(
     n_threads: int | None,
     n_gpu_layers: int,
     type_k: str,
@@ -112,21 +111,42 @@ def load_model(
     exact: bool,
     overrides: tuple[str, ...],
     verbose: bool,
-    budget: int | None = None,
-    **more: Any,
-) -> fasa_edge.Llama:
-    """The model that the options of :func:`model_options` describe; ``more`` as in :class:`fasa_edge.Llama`."""
-    return fasa_edge.Llama(
-        model,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
-        type_k=_capi.cache_type(type_k),
-        type_v=_capi.cache_type(type_v),
-        kv_overrides=dict(map(_parse_override, overrides)),
-        fasa_profile=profile,
-        fasa_budget=budget,
-        fasa_exact=exact or None,
-        verbose=verbose,
-        **more,
-    )
+) -> dict[str, Any]:
+    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``."""
+    return {
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+        "type_k": _capi.cache_type(type_k),
+        "type_v": _capi.cache_type(type_v),
+        "kv_overrides": dict(map(_parse_override, overrides)),
+        "fasa_profile": profile,
+        "fasa_exact": exact or None,
+        "verbose": verbose,
+    }
+
+
+_LOADING = frozenset(inspect.signature(load_arguments).parameters)
+
+
+def load_model(model: str, n_ctx: int, budget: int | None = None, **options: Any) -> fasa_edge.Llama:
+    """The model that :func:`model_options` describe; more options as arguments of :class:`fasa_edge.Llama`."""
+    loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
+    return fasa_edge.Llama(model, n_ctx=n_ctx, fasa_budget=budget, **load_arguments(**loading), **options)
+
+
+class List(click.ParamType):
+    """Comma-separated, as llama-bench takes them."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
+        """The items."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(item) for item in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)

@@ -17,6 +17,7 @@ from fasa_edge import _lib, convert
 from fasa_edge._cli import json_option, load_model, model_options, print_json, progress_bars, size_text
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
+from fasa_edge.cli_eval import evaluate
 from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import ChatError, FasaError
 
@@ -44,6 +45,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(evaluate)
 
 
 class _NTip(click.ParamType):

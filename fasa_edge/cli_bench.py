@@ -11,7 +11,7 @@ from typing import Any
 
 from fasa_edge import _capi, bench_op
 from fasa_edge import bench as bench_model
-from fasa_edge._cli import json_option, load_model, load_options, print_json, progress_bars, size_text
+from fasa_edge._cli import List, json_option, load_model, load_options, print_json, progress_bars, size_text
 from fasa_edge._figure import new_figure, to_png
 from fasa_edge.bench import BenchRow
 from fasa_edge.bench_op import OpRow
@@ -28,30 +28,12 @@ _N_BATCH_FILLED = 32
 """Where no prompt is read: without flash attention, a batch takes memory for its tokens times all cells."""
 
 
-class _List(click.ParamType):
-    """Comma-separated, as llama-bench takes them."""
-
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
-        """The items."""
-        if isinstance(value, list):
-            return value
-        try:
-            return [self.kind(item) for item in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r}: expected numbers separated by commas", param, ctx)
-
-
 @click.command()
 @click.argument("model", type=click.Path(exists=True, dir_okay=False), required=False)
 @click.option(
     "--geometry",
     "names",
-    type=_List(str),
+    type=List(str),
     metavar="NAME,...",
     help=f"Random weights in place of MODEL: {', '.join(GEOMETRIES)}. With --op also heads, as 32/8x64.",
 )
@@ -69,7 +51,7 @@ class _List(click.ParamType):
     "-d",
     "--n-depth",
     "depths",
-    type=_List(int),
+    type=List(int),
     metavar="N,...",
     help="Tokens in the cache.  [default: 0,2048,7168; with --op 32768]",
 )
@@ -83,7 +65,7 @@ class _List(click.ParamType):
 @click.option(
     "--budget",
     "budgets",
-    type=_List(int),
+    type=List(int),
     metavar="N,...",
     default=None,
     help="Cells attended to.  [default: the model's own; with --op 1024]",

@@ -27,3 +27,7 @@ class ChatError(FasaError, ValueError):
 
 class LibraryError(FasaError):
     """The patched llama.cpp library is missing, or it is not the one that these Python files were made for."""
+
+
+class EvalError(FasaError, ValueError):
+    """A task cannot be made: too short a length or text, an unknown task, a file of prompts with a mistake."""

@@ -41,15 +41,5 @@ def test_chat_document(run, fasa_model_path: Path, tmp_path: Path) -> None:
     assert run("chat_document", *args).stdout.strip() == ">"  # nobody asks
 
 
-def test_budget_sweep(run, fasa_model_path: Path, tmp_path: Path) -> None:
-    args = ("--n-prompt", 400, "--n-tokens", 8, "--budgets", 512, 64, "--output", tmp_path / "plot.png")
-    out = run("budget_sweep", fasa_model_path, *args).stdout
-    rows = re.findall(r"budget +(\d+) .* KL ([\d.]+), .* read (\d+)%", out)
-    assert [int(budget) for budget, *_ in rows] == [64, 512]
-    (_, kl_64, read_64), (_, kl_512, read_512) = rows
-    assert float(kl_64) > float(kl_512) and int(read_64) < int(read_512)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_plain_llama_cpp(run, fasa_model_path: Path) -> None:
     assert "Paris" in run("plain_llama_cpp", fasa_model_path, "The capital of France is").stdout

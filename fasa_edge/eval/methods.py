@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
-"""Attend to all cells with stock's flash attention; "noise" token by token with another number of threads, which is the
-noise of the engine itself."""
+"""Attend to all cells with stock's flash attention; "noise" token by token, which shares the cells out among threads as
+"dense" does not: what the engine makes of the order of additions."""
 
 POLICIES = ("fasa", "fasa_sum", "oracle", "streaming", "quest", "snapkv", "h2o", "random")
 """Values of the setting ``policy``."""

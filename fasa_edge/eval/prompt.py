@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+
+MATCHES = ("all", "any", "number")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Prompt:
         answer_prefix: how the answer begins; decoded, too, and with no trailing space: the first tokens of an answer
             bring theirs.
         references: what a right answer contains, one string each.
-        match: "all": the score is the share of references found; "any": 1 if one of them is found.
+        match: "all": the score is the share of references found; "any": 1 if one of them is found; "number": 1 if the
+            first number of the answer is one of them.
         n_predict: tokens to generate.
         tags: what varies in a task, as ``{"length": 4096, "depth": 0.5, "seed": 3}``, for tables and plots.
     """
@@ -32,6 +36,9 @@ class Prompt:
     tags: dict[str, int | float | str] = field(default_factory=dict)
 
     def score(self, answer: str) -> float:
-        """0 to 1, by substrings regardless of case (RULER's string_match_all and string_match_part)."""
+        """0 to 1, by substrings regardless of case (RULER's string_match_all and string_match_part), or by a number."""
+        if self.match == "number":
+            number = re.search(r"\d+", answer)
+            return float(number is not None and number[0] in self.references)
         found = [reference.lower() in answer.lower() for reference in self.references]
         return float(any(found)) if self.match == "any" else sum(found) / len(found)

@@ -46,7 +46,7 @@ class Results:
         if n_damaged and n_damaged == sum(map(bool, lines)):
             raise FasaError(f"{path} holds no results of `fasa-edge eval`: name another file, or a new one")
         if n_damaged:
-            warnings.warn(f"{path}: {n_damaged} damaged line(s) ignored; what they held is measured again", stacklevel=2)
+            warnings.warn(f"{path}: {n_damaged} damaged line(s) ignored, and measured again", stacklevel=2)
 
     def _read(self, line: bytes) -> bool:
         try:

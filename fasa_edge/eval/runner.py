@@ -1,12 +1,11 @@
 """Runs a model from one prefix with many methods: the prefix is read once, by dense attention, and then decoded from.
 
-Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the prefix
-as a saved state.
+Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the
+prefix as a saved state.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from fasa_edge.model import Llama, kv_bytes_per_cell
 
 import numpy as np
 import psutil
-
 
 _CELLS, _MASS = (getattr(_capi, f"CAPTURE_{name}", 0) for name in ("CELLS", "MASS"))
 
@@ -177,8 +175,6 @@ class Runner:
         """
         self._require(len(self._main.tokens) + len(tokens))
         context = self._prepare(method)
-        if method.name == "noise":  # threads make a difference to single tokens only
-            batch = 1
         return self._run(context, list(tokens), len(context.tokens), method, batch or self.max_batch, mass)
 
     def generate(
@@ -273,7 +269,10 @@ class Runner:
         masses: list[list[np.ndarray]] = [[] for _ in range(n_layer)]
         threads = llm.n_threads, llm.n_threads_batch
         if method.name == "noise":
-            llama_cpp.llama_set_n_threads(llm.ctx, *(n - 1 or 2 for n in threads))
+            # flash attention shares the cells of a single token out among the threads, not those of a batch
+            n_threads = llm.n_threads - 1 or 2 if batch == 1 else max(llm.n_threads, 2)
+            llama_cpp.llama_set_n_threads(llm.ctx, n_threads, n_threads)
+            batch = 1
         _capi.set_capture(llm.ctx, flags)
         try:
             for start in range(0, len(tokens), batch):

@@ -205,7 +205,7 @@ def run(
 
 def _measure(dense: Steps, steps: Steps, targets: np.ndarray) -> dict[str, Any]:
     nll, kl, agree = [], [], []
-    for target, wanted, found in zip(targets, dense.logits, steps.logits, strict=True):  # a row at a time: they are long
+    for target, wanted, found in zip(targets, dense.logits, steps.logits, strict=True):
         p, q = log_softmax(wanted), log_softmax(found)
         nll.append(round(float(-q[target]), 6))
         kl.append(round(float((np.exp(p) * (p - q)).sum()), 9))

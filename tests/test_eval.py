@@ -1,0 +1,277 @@
+"""`fasa-edge eval`: what it measures, runs, keeps and draws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from fasa_edge import _capi
+from fasa_edge.convert import convert
+from fasa_edge.convert.text import read_text
+from fasa_edge.errors import FasaError
+from fasa_edge.eval import answers, runner, text
+from fasa_edge.eval.methods import DENSE, Method, expand
+from fasa_edge.eval.prompt import Prompt
+from fasa_edge.eval.results import Results, identity
+from fasa_edge.eval.runner import Runner
+
+import numpy as np
+import pytest
+from runtime import SAME, TEXTS, TINY_BUDGET, annotated_tiny, check, kl_divergence
+from test_cli import fasa
+from tiny_models import make_model
+
+N_PREFIX, N_TOKENS = 400, 16
+TINY = ("--budgets", TINY_BUDGET, "-t", 1)
+PREFIX, NEXT = TEXTS[0][:N_PREFIX], TEXTS[0][N_PREFIX : N_PREFIX + N_TOKENS]
+FASA = Method("fasa", TINY_BUDGET)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_runner(tiny: Path):
+    with Runner(str(tiny), 1024, n_threads=2) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def real_runner(fasa_model_path: Path):
+    with Runner(str(fasa_model_path), 600, n_threads=2) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of llama_decode had."""
+    counts: list[int] = []
+    decode = runner._decode
+
+    def counting(llm, tokens, *args, **kwargs):
+        counts.append(len(tokens))
+        return decode(llm, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "_decode", counting)
+    return counts
+
+
+def test_methods() -> None:
+    methods = expand(["noise", "fasa", "all", "oracle", "fasa"], [64, 32], [8, 12], {"n_sink": 0})
+    more = (("n_sink", 0),)
+    assert methods == [
+        DENSE,
+        Method("noise"),
+        *(Method("fasa", budget, n_tip, more) for n_tip in (8, 12) for budget in (64, 32)),
+        *(Method("all", None, n_tip, more) for n_tip in (8, 12)),
+        *(Method("oracle", budget, None, more) for budget in (64, 32)),
+    ]
+    assert [method.sparse for method in methods] == [False] * 2 + [True] * 8
+    for error, args in {
+        "method 'fassa' is unknown": (["fassa"], [64]),
+        "budget 0: choose 1 or more": (["fasa"], [64, 0]),
+        "n_tip -1": (["fasa"], [64], [-1]),
+    }.items():
+        with pytest.raises(FasaError, match=error):
+            expand(*args)
+
+
+def test_measures_of_a_text(real_runner: Runner) -> None:
+    tokens = real_runner.llm.tokenize(read_text()[1][200_000:240_000].encode(), add_bos=False)
+    blocks = text.blocks_of("topics", tokens, [512], 2, 16)
+    methods = expand(["noise", "all", "fasa"], [40, 256])
+    cells = list(text.run(real_runner, blocks, methods, 16))
+    assert [(cell.block, cell.method) for cell in cells] == [(block, method) for block in blocks for method in methods]
+    dense, noise, every, tiny_budget, budget = text.summarize(cells)
+    assert dense.kl == 0 and dense.top1 == dense.ppl_ratio == 1 and 2 < dense.ppl < 100
+    assert 0 < noise.kl < 0.02 and every.kl < 3 * noise.kl and noise.kl < tiny_budget.kl
+    assert budget.kl < tiny_budget.kl / 2 and budget.kl < budget.kl_p99 and 0 < budget.kl_stderr < budget.kl
+    assert (dense.n_prefix, dense.n_blocks, dense.n_tokens) == (512, 2, 32)
+
+    nll = np.concatenate([cell.nll for cell in cells if cell.method == DENSE])
+    assert dense.ppl == pytest.approx(np.exp(nll.mean()))
+    real_runner.prefill(blocks[0].tokens[:512])
+    one_by_one, at_once = (real_runner.decode(blocks[0].tokens[512:-1], methods[-1], batch).logits for batch in (1, 16))
+    assert kl_divergence(one_by_one, at_once) < 0.02
+    logits = real_runner.decode(blocks[0].tokens[512:-1], DENSE, 16).logits
+    assert cells[0].nll[3] == pytest.approx(-text.log_softmax(logits)[3, blocks[0].tokens[512 + 4]], abs=1e-5)
+    assert cells[4].kl.mean() == pytest.approx(kl_divergence(logits, at_once), rel=1e-4)
+
+
+def test_blocks() -> None:
+    blocks = text.blocks_of("a", list(range(100)), [10, 20], 3, 5, bos=7)
+    assert [(block.n_prefix, block.start) for block in blocks] == [(10, 0), (10, 42), (10, 85), (20, 0), (20, 37), (20, 75)]
+    assert blocks[2].tokens == (7, *range(85, 100)) and len(blocks[-1].tokens) == 26
+    with pytest.raises(FasaError, match="a has 100 tokens, and a prefix of 100 with 5 after it takes 106"):
+        text.blocks_of("a", list(range(100)), [10, 100], 3, 5)
+
+
+def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -> None:
+    """With a method of other chunks, in a context of its own, and with the prefix before."""
+    tiny_runner.prefill(TEXTS[1][:500])
+    tiny_runner.prefill([*PREFIX[:300], *TEXTS[1][:50]])
+    fed.clear()
+    tiny_runner.prefill(PREFIX)
+    assert sum(fed) == N_PREFIX - 300
+    other = replace(FASA, n_tip=6)
+    found = {method: tiny_runner.decode(NEXT, method).logits for method in (FASA, other, DENSE)}
+    for method in (DENSE, other, FASA):  # whatever ran before
+        check(found[method], tiny_runner.decode(NEXT, method).logits)
+    assert sum(fed) == N_PREFIX - 300 + 6 * N_TOKENS and tiny_runner.tokens == PREFIX
+    for method, n_tip in ((FASA, None), (other, 6)):
+        with Runner(str(tiny), 1024, n_threads=2, fasa_n_tip=n_tip) as direct:
+            direct.prefill(PREFIX)
+            check(direct.decode(NEXT, method).logits, found[method])
+    assert kl_divergence(found[FASA], found[other]) > 100 * SAME
+    tiny_runner.prefill(TEXTS[1][:500])  # the other context gets this prefix, too
+    assert kl_divergence(tiny_runner.decode(NEXT, other).logits, found[other]) > 100 * SAME
+
+
+def test_a_memory_that_cannot_be_cut_back(tmp_path: Path) -> None:
+    with Runner(str(make_model(tmp_path / "lfm2.gguf", "lfm2")), 1024, n_threads=2) as hybrid:
+        hybrid.prefill(TEXTS[1][:100])
+        hybrid.prefill(PREFIX)
+        wanted = hybrid.decode(NEXT, DENSE).logits
+        check(wanted, hybrid.decode(NEXT, DENSE).logits)
+        hybrid.prefill([])
+        check(wanted, hybrid.decode([*PREFIX, *NEXT], DENSE, batch=512).logits[-N_TOKENS:], 1e-5)
+
+
+def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> None:
+    file = tmp_path / "results.jsonl"
+    blocks = text.blocks_of("random", TEXTS[2], [200, 100], 1, 8)
+    methods = expand(["noise", "fasa"], [TINY_BUDGET])
+    key = identity(tiny_runner, [])
+
+    def run(methods, key=key):
+        fed.clear()
+        return text.summarize(list(text.run(tiny_runner, blocks, methods, 8, results=Results(file), key=key)))
+
+    first = run(methods[:2])
+    assert sum(fed) == 200 + 2 * 8 + 8 + 8  # the shorter prefix is part of the longer one
+    rows = run(methods)
+    assert [row for row in rows if row.method != "fasa"] == first and len(fed) == 1 + 2 * 2
+    assert run(methods) == rows and not fed
+    assert len(file.read_text().splitlines()) == 6
+    with file.open("a") as broken:
+        broken.write('{"key": {"fasa')
+    with pytest.warns(UserWarning, match="1 damaged line"):
+        assert run(methods) == rows and not fed
+    with pytest.warns(UserWarning, match="1 damaged line"):
+        run(methods, key | {"fingerprint": "another model"})
+    assert fed and len(file.read_text().splitlines()) == 13
+    for name, content in (("text", "no results\n"), ("folder", None)):
+        path = tmp_path / name
+        path.write_text(content) if content else path.mkdir()
+        with pytest.raises(FasaError, match=str(path)):
+            Results(path)
+
+
+def prompts(llm, n: int = 2) -> list[Prompt]:
+    filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 12
+    return [
+        Prompt(
+            f"{filler}The pass key is {10101 * (i + 1)}. Remember it. {filler}",
+            "\nWhat is the pass key?",
+            " The pass key is",
+            (f"{10101 * (i + 1)}",),
+            n_predict=8,
+            tags={"length": 600, "depth": 0.5},
+        )
+        for i in range(n)
+    ]
+
+
+def test_answers(real_runner: Runner, fed: list[int]) -> None:
+    right = prompts(real_runner.llm)
+    wrong = replace(right[0], references=("99887",))
+    several = replace(right[0], references=("10101", "99887"), n_predict=2, tags={})
+    items = [answers.encode("key", prompt, real_runner.llm) for prompt in (right[1], wrong, right[0])]
+    items.append(answers.encode("several", several, real_runner.llm))
+    assert [bool(item.answer) for item in items] == [True, True, True, False]
+    assert real_runner.llm.detokenize(items[0].answer) == b" 20202"
+    methods = expand(["all", "fasa"], [256])
+    generated, forced = (
+        answers.run(real_runner, items, methods, teacher_forced=forced, only_if_dense=forced) for forced in (False, True)
+    )
+    assert sum(n for n in fed if n > 100) < 2 * 600  # contexts are shared
+    assert [cell.score for cell in generated] == [1] * 3 + [0] * 3 + [1] * 3 + [0.5] * 3 or [
+        cell.score for cell in generated
+    ][:9] == [1] * 3 + [0] * 3 + [1] * 3
+    assert [(cell.item, cell.method) for cell in generated] == [(item, method) for item in items for method in methods]
+    assert all("20202" in cell.answer for cell in generated[:3])
+    assert [cell.answer for cell in forced if cell.item.answer] == [None] * 7  # dense alone answers the wrong one
+    row = answers.summarize(generated)[2]
+    assert (row.task, row.length, row.method, row.n_prompts, row.n_answered, row.of_dense) == ("key", 600, "fasa", 3, 2, 1)
+    assert row.score == pytest.approx(2 / 3)
+    row = answers.summarize(forced, by_depth=True)[2]
+    assert (row.depth, row.score, row.n_prompts, row.of_dense) == (0.5, None, 2, 1)
+
+
+def test_greedy_is_teacher_forced_by_itself(real_runner: Runner) -> None:
+    tail = real_runner.llm.tokenize(b"\nQ: What is the capital of France?\nA: The capital of France is", add_bos=False)
+    real_runner.prefill(real_runner.llm.tokenize(read_text()[1][:1000].encode()))
+    method = Method("fasa", 256)
+    found = real_runner.generate(tail, method, 6)
+    steps = real_runner.decode([*tail, *found[:-1]], method, batch=1)
+    assert steps.logits[len(tail) - 1 :].argmax(axis=-1).tolist() == found and len(found) == 6
+    assert real_runner.generate(tail, method, 6, stop=lambda tokens: len(tokens) == 2) == found[:2]
+
+
+def test_command(fasa_model_path: Path, tmp_path: Path) -> None:
+    png, resume = tmp_path / "plot.png", tmp_path / "results.jsonl"
+    args = ["eval", fasa_model_path, "--task", "ppl,kld", "--task", "passkey", "--prefix", "300,200", "--blocks", 1]
+    args += ["--n-tokens", 8, "--budgets", "64,128", "--lengths", 200, "--depths", "0,1", "-t", 1, "--resume", resume]
+    report = json.loads(fasa(*args, "--json", "--plot", png).stdout)
+    assert [(row["n_prefix"], row["method"], row["budget"]) for row in report["text"]] == [
+        (n_prefix, *method)
+        for n_prefix in (300, 200)
+        for method in (("dense", None), ("noise", None), ("fasa", 64), ("fasa", 128))
+    ]
+    assert [row["method"] for row in report["answers"]] == ["dense", "fasa", "fasa"]
+    assert len(report["by_depth"]) == 6 and png.read_bytes().startswith(b"\x89PNG")
+    n_bytes = resume.stat().st_size
+    result = fasa(*args)
+    assert resume.stat().st_size == n_bytes
+    assert "| prefix   | method   | budget" in result.stdout and "of those that dense answers" in result.stdout
+    kl = [line.split("|")[7].split()[0] for line in result.stdout.splitlines()[2:6]]
+    assert kl == [f"{row['kl']:.4f}" for row in report["text"][:4]]
+    assert "plot.png exists" in fasa(*args, "--plot", png, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "error, args, code",
+    [
+        ("method 'nonsense' is unknown: choose from dense", ("--methods", "nonsense"), 1),
+        ("task 'nonsense' is unknown: choose from ppl", ("--task", "nonsense"), 1),
+        ("topics has .* tokens, and a prefix of 9999999 with 128", ("--prefix", 9999999), 1),
+        ("4225 tokens exceed the 4096 that the model was trained for", ("--prefix", 4096), 1),
+        ("2177 tokens exceed the context of 1024: raise -c", ("-c", 1024), 1),
+        ("budget 999999 exceeds the context", ("--budgets", 999999), 1),
+        (r"n_sink \+ n_recent .* exceeds budget = 3", ("--budgets", 3), 1),
+        ("n_tip 99: a head of .* has 32 chunks", ("--n-tip", 99), 1),
+        ("batch 17: choose 1 to 16", ("--batch", 17), 1),
+        ("expected NAME=VALUE with a name of", ("--set", "budget=3"), 2),
+        ("n_sink = 4000000000 is out of range", ("--set", "n_sink=4000000000"), 1),
+        ("--task jsonl and --file go together", ("--task", "jsonl"), 2),
+        ("depth = 2.0 is out of range", ("--task", "passkey", "--depths", 2), 1),
+        ("p.png cannot be written", ("--plot", "no folder/p.png"), 1),
+    ],
+)
+def test_errors(tiny: Path, tmp_path: Path, fed: list[int], error: str, args: tuple, code: int) -> None:
+    import re
+
+    message = " ".join(fasa("eval", tiny, *args, code=code).stderr.split())
+    assert re.search(error, message), message
+    assert not fed
+
+
+def test_without_a_profile(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "plain.gguf")
+    args = ("eval", model, "--prefix", 100, "--blocks", 1, "--n-tokens", 8, "-t", 1)
+    assert "has no FASA profile, which fasa take" in fasa(*args, "--budgets", 64, code=1).stderr
+    rows = json.loads(fasa(*args, "--methods", "noise", "--json").stdout)["text"]
+    assert [row["method"] for row in rows] == ["dense", "noise"] and rows[1]["kept"] is None
