@@ -144,7 +144,8 @@ def evaluate(
 
     Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
     A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention with
-    the cells shared out among the threads in another way. Of prompts: how many are answered, with the question in the part that is decoded.
+    the cells shared out among the threads in another way. Of prompts: how many are answered; the question is in the
+    part that is decoded.
 
     "kept" counts the cells that a method really attends to.
     """

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fasa_edge import _capi
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
 """Attend to all cells with stock's flash attention; "noise" token by token, which shares the cells out among threads as
 "dense" does not: what the engine makes of the order of additions."""
 
-POLICIES = ("fasa", "fasa_sum", "oracle", "streaming", "quest", "snapkv", "h2o", "random")
-"""Values of the setting ``policy``."""
-
 OBSERVERS = ("snapkv", "h2o")
-"""Of these, the ones that choose by the attention of the prompt."""
+"""Choose by the attention of the prompt."""
 
 _CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
 
-METHODS = (*REFERENCES, "all", *POLICIES)
-"""All names; "all" is FASA with a budget of all cells."""
+METHODS = (*REFERENCES, "all", *_capi.POLICIES)
+"""All names; "all" is FASA with a budget of all cells, the others are values of the setting ``policy``."""
 
 Value = bool | int | str
 
@@ -62,9 +60,9 @@ class Method:
         Every step is sparse, however few cells there are.
         """
         if not self.sparse:
-            return {"enabled": False, "exact": False}
-        policy = {} if self.name in ("all", "fasa") else {"policy": self.name}
-        return {"enabled": True, "min_ctx": 1, "budget": self.budget or n_ctx, **policy, **dict(self.settings)}
+            return {"enabled": False, "exact": False, "policy": "fasa"}
+        policy = "fasa" if self.name == "all" else self.name
+        return {"enabled": True, "min_ctx": 1, "budget": self.budget or n_ctx, "policy": policy, **dict(self.settings)}
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""

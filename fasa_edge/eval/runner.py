@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fasa_edge import _capi
+from fasa_edge._capi import Capture
 from fasa_edge._lib import llama_cpp
 from fasa_edge.cache_fill import restore_sequence, save_sequence
 from fasa_edge.errors import FasaError
@@ -19,8 +20,6 @@ from fasa_edge.model import Llama, kv_bytes_per_cell
 
 import numpy as np
 import psutil
-
-_CELLS, _MASS = (getattr(_capi, f"CAPTURE_{name}", 0) for name in ("CELLS", "MASS"))
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ class Runner:
         self, context: _Context, tokens: list[int], n_past: int, method: Method, batch: int, mass: bool = False
     ) -> Steps:
         llm = context.llm
-        flags = _CELLS | (_MASS if mass else 0) if method.sparse else 0
+        captures = (Capture.CELLS, *([Capture.MASS] if mass else [])) if method.sparse else ()
         n_layer = len(_capi.layer_geometry(llm.model))
         logits = np.empty((len(tokens), llm.n_vocab()), np.float32)
         n_cells = n_lists = 0
@@ -273,22 +272,26 @@ class Runner:
             n_threads = llm.n_threads - 1 or 2 if batch == 1 else max(llm.n_threads, 2)
             llama_cpp.llama_set_n_threads(llm.ctx, n_threads, n_threads)
             batch = 1
-        _capi.set_capture(llm.ctx, flags)
+        _capi.set_capture(llm.ctx, *captures)
+        llm.fasa.reset_stats()
         try:
             for start in range(0, len(tokens), batch):
                 part = tokens[start : start + batch]
                 logits[start : start + len(part)] = _decode(llm, part, n_past + start, n_logits=len(part))
-                for il in range(n_layer if flags else 0):
-                    cells = _capi.captured(llm.ctx, il, "cells")
+                for il in range(n_layer if captures else 0):
+                    cells = _capi.captured(llm.ctx, il, Capture.CELLS)
                     if cells is None:
                         continue
                     n_cells += int((cells >= 0).sum())
                     n_lists += cells.shape[0] * cells.shape[1]
                     if mass:
-                        masses[il].append(_capi.captured(llm.ctx, il, "mass"))
+                        masses[il].append(_capi.captured(llm.ctx, il, Capture.MASS))
         finally:
-            _capi.set_capture(llm.ctx, 0)
+            _capi.set_capture(llm.ctx)
             llama_cpp.llama_set_n_threads(llm.ctx, *threads)
+        if method.sparse and not n_lists:
+            reasons = ", ".join(llm.fasa.stats().n_layers_dense)
+            raise FasaError(f"{method.name} ran dense in all layers ({reasons}), so there is nothing to compare")
         by_layer = [np.concatenate(parts) if parts else None for parts in masses] if mass and method.sparse else []
         return Steps(logits, n_cells / n_lists if n_lists else None, by_layer)
 
