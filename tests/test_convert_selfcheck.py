@@ -125,7 +125,7 @@ def test_a_short_text_leaves_the_check_to_the_documentation(model, tmp_path):
     text = tmp_path / "text.txt"
     for n, name in ((3000, "pydoc_data.topics"), (6000, "text.txt")):
         text.write_text("All work and no play. " * (n // 22))
-        assert convert(model, tmp_path / name, text=text, config=CONFIG).check.text == name
+        assert convert(model, tmp_path / "copy.gguf", text=text, config=CONFIG, force=True).check.text == name
 
 
 @pytest.mark.parametrize("error", [ConvertError("no room"), RuntimeError("no room"), MemoryError("no room")])
