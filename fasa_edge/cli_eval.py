@@ -96,7 +96,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     "paths",
     type=click.Path(exists=True, dir_okay=False),
     multiple=True,
-    help="UTF-8 text.  [default: the second half of pydoc_data.topics]",
+    help="UTF-8 text; the first one is the filler of prompts, too.  [default: second half of pydoc_data.topics]",
 )
 @click.option("--file", "prompts", type=click.Path(exists=True, dir_okay=False), help="Prompts of the task jsonl.")
 @click.option(
@@ -225,7 +225,7 @@ def _vocabulary(model: str) -> llama_cpp.Llama:
     """The model without its weights, to count tokens before anything takes time."""
     try:
         with llama_cpp._utils.suppress_stdout_stderr(disable=False):
-            return llama_cpp.Llama(model, vocab_only=True, verbose=False)
+            return llama_cpp.Llama(model, vocab_only=True, kv_overrides={"fasa.version": 0}, verbose=False)
     except ValueError as error:
         raise ModelError(f"{error}: is it a GGUF model?") from error
 
@@ -264,15 +264,16 @@ def _items(
 
 def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int) -> int:
     """Cells of the contexts: as many as are needed, where the user wants no other number."""
+    remedy = "lower --prefix or --lengths, or shorten the prompts of --file"
     if n_ctx:
         if needed > n_ctx:
-            raise FasaError(f"{needed} tokens exceed the context of {n_ctx}: raise -c, or lower --prefix or --lengths")
+            raise FasaError(f"{needed} tokens exceed the context of {n_ctx}: raise -c, or {remedy}")
         return n_ctx
     n_ctx_train = vocabulary.metadata.get(f"{vocabulary.metadata['general.architecture']}.context_length")
     if n_ctx_train and needed > int(n_ctx_train):
         raise FasaError(
-            f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: lower --prefix or --lengths, or "
-            f"give -c {needed} to go beyond"
+            f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: {remedy}, or give -c {needed} to "
+            "go beyond"
         )
     return needed
 

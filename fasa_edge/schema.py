@@ -83,9 +83,6 @@ ARRAYS = {  # every array key and its element type
     "fasa.agreement": GGUFValueType.FLOAT32,
 }
 
-OVERRIDABLE = frozenset(["fasa.n_tip", "fasa.policy", *(PREFIX + field.name for field in fields(FasaConfig))])
-"""The keys that may be overridden when a model is loaded (llama.cpp's ``kv_overrides``)."""
-
 
 @dataclass(frozen=True)
 class Calibration:

@@ -152,6 +152,6 @@ def test_doctor() -> None:
     assert fasa_edge.__version__ in fasa("doctor").stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "run", "chat", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "run", "chat", "bench", "eval", "doctor"])
 def test_help_is_complete(command: str) -> None:
     assert "Usage:" in fasa(command, "--help").stdout

@@ -184,7 +184,7 @@ def test_a_short_text_is_repeated_where_that_does_not_change_the_answer():
     "name, options, message",
     [
         ("niah_single", {"text": " \n"}, "the text for the filler is empty: give one"),
-        ("cwe", {"text": "only a few words here"}, "3 different words .* too few for 1500 tokens: give a longer text"),
+        ("cwe", {"text": "a few other terms here"}, "3 different words .* too few for 1500 tokens: give a longer text"),
         ("passage_count", {"text": TEXT[:3000]}, "too few paragraphs for 1500 tokens .*: give a longer text"),
         ("passage_retrieval", {"text": "short"}, "too few paragraphs for 1500 tokens .*: give a longer text"),
         ("passkey", {"depth": 1.5}, r"depth = 1.5 is out of range: choose 0 .* to 1"),

@@ -134,8 +134,3 @@ def test_config_limits(field, value):
 @pytest.mark.parametrize(("n_embd_head", "n_tip"), [(8, 4), (64, 12), (128, 16), (256, 24)])
 def test_default_n_tip(n_embd_head, n_tip):
     assert default_n_tip(n_embd_head) == n_tip
-
-
-def test_overridable_keys_are_scalars():
-    assert schema.OVERRIDABLE <= schema.SCALARS.keys()
-    assert "fasa.n_tip" in schema.OVERRIDABLE and "fasa.version" not in schema.OVERRIDABLE

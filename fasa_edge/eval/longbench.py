@@ -70,8 +70,10 @@ def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str,
     n = _fit(passages, room, length, count_tokens)
     longest = max(count_tokens(_excerpt(passage)) for passage in passages[:n])  # the same text at all depths
     n = _fit(passages, room - longest, length, count_tokens)
-    i = round(tags["depth"] * (n - 1))
-    return replace(prompt, context=_numbered(passages[:n]), question=ask(passages[i]), references=(str(i + 1),))
+    asked = passages[round(tags["depth"] * (n - 1))]
+    # All that have the sentence are right.
+    references = tuple(str(i) for i, passage in enumerate(passages[:n], 1) if _excerpt(asked) in passage)
+    return replace(prompt, context=_numbered(passages[:n]), question=ask(asked), references=references)
 
 
 def _fit(passages: list[str], room: int, length: int, count_tokens: CountTokens) -> int:

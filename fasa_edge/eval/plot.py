@@ -67,7 +67,7 @@ def _draw_text(axes: Axes, rows: Sequence[TextRow], measure: str) -> None:
         if lines[0].budget:
             axes.plot([row.kept or row.budget for row in lines], values, "o-", ms=4, label=_name(lines[0]))
         elif values[0]:  # dense has no distance to itself
-            axes.axhline(values[0], ls={"dense": "-", "noise": ":"}.get(lines[0].method, "--"), c="gray",
+            axes.axhline(values[0], ls={"dense": "-", "noise": ":"}.get(lines[0].method, "--"), c="black", lw=1,
                          label=_name(lines[0]))  # fmt: skip
     axes.set(xlabel="cells attended to", ylabel=_LABELS[measure], title=f"after {rows[0].n_prefix:,} tokens")
     if budgets:
@@ -76,7 +76,7 @@ def _draw_text(axes: Axes, rows: Sequence[TextRow], measure: str) -> None:
         axes.set_xticks([], minor=True)
     if measure == "kl" and any(row.kl for row in rows):
         axes.set_yscale("log")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, framealpha=0.7)
 
 
 def _draw_map(axes: Axes, rows: Sequence[AnswerRow], _: None) -> None:

@@ -102,10 +102,10 @@ def vt(length: int, depth: None, seed: int, *, text: str = "", count_tokens: Cou
     question = f"\nQuestion: Find all variables that are assigned the value {value} in the text above."
     answer_prefix = (
         " Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{len(names)} variables are assigned the value {value}, they are:"
+        f"{len(names)} variables are assigned the value {value}, they are: VAR"
     )
     tags = {"length": length, "seed": seed}
-    prompt = Prompt("", question, answer_prefix, tuple(names), n_predict=40, tags=tags)
+    prompt = Prompt("", question, answer_prefix, tuple(names), n_predict=60, tags=tags)
     needles = list(zip(random_depths(rng, len(chain)), chain, strict=True))
     return _with_needles(prompt, [" ".join(NOISE)], needles, "\n", count_tokens)
 
@@ -117,7 +117,10 @@ def cwe(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTo
     """
     no_depth(depth)
     rng = random.Random(seed)
-    words = sorted(set(re.findall(r"\b[a-z]{4,12}\b", text)))
+    question = "\nQuestion: What are the 10 most common words in the above list?"
+    answer_prefix = " Answer: The top 10 words that appear most often in the list are:"
+    asked = question + answer_prefix  # an answer that repeats it has found nothing
+    words = sorted(word for word in set(re.findall(r"\b[a-z]{4,12}\b", text)) if word not in asked)
     rng.shuffle(words)
     common, others = words[:10], words[10:]
     n_common, n_other = (6, 1) if length < 4096 else (30, 3)
@@ -127,8 +130,6 @@ def cwe(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTo
         random.Random(seed).shuffle(listed)
         return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1))
 
-    question = "\nQuestion: What are the 10 most common words in the above list?"
-    answer_prefix = " Answer: The top 10 words that appear most often in the list are:"
     tags = {"length": length, "seed": seed}
     prompt = Prompt("", question, answer_prefix, tuple(common), n_predict=120, tags=tags)
     n = fit(numbered, room_for_context(prompt, count_tokens), count_tokens, limit=len(others))
@@ -196,10 +197,15 @@ def _niah(
         depths[0] = tags["depth"] = depth_of(depth, rng)
 
     asked = _listed(keys[:n_keys])
-    noun, verb = ("number", "is") if n_wanted == 1 else ("numbers", "are")
-    question = f"\nWhat {verb} the special magic {noun} for {asked} mentioned in the provided text?"
-    answer_prefix = f" The special magic {noun} for {asked} mentioned in the provided text {verb}:"
-    prompt = Prompt("", question, answer_prefix, tuple(values[:n_wanted]), n_predict=16 * n_wanted, tags=tags)
+    if n_wanted == 1:
+        question = f"\nWhat is the special magic number for {asked} mentioned in the provided text?"
+        answer_prefix = f" One of the special magic numbers for {asked} is:"  # as the text says it: helps small models
+        n_predict = 16
+    else:
+        question = f"\nWhat are all the special magic numbers for {asked} mentioned in the provided text?"
+        answer_prefix = f" The special magic numbers for {asked} mentioned in the provided text are:"
+        n_predict = 64
+    prompt = Prompt("", question, answer_prefix, tuple(values[:n_wanted]), n_predict=n_predict, tags=tags)
     filler = pieces[start:] + pieces[:start]
     return _with_needles(prompt, filler, list(zip(depths, needles, strict=True)), " ", count_tokens)
 

@@ -1,0 +1,283 @@
+"""Who chooses the cells: every policy in the running model against its definition in numpy, on the Q and K captured there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fasa_edge
+from fasa_edge import _capi, reference
+from fasa_edge._capi import Capture
+from fasa_edge._lib import llama_cpp
+from fasa_edge.convert import inspect
+
+import numpy as np
+import pytest
+from runtime import GGML_TYPES, TEXTS, TINY_BUDGET, Context, annotated_tiny
+
+N_PROMPT, N_STEPS = 300, 6
+N_SINK, N_RECENT = 4, 8  # of annotated_tiny
+N_HEAD, N_HEAD_KV, N_LAYER = 6, 2, 2
+WINDOW, POOL, PAGE = 32, 7, 16
+
+
+@dataclass
+class Layer:
+    """What one layer attends with, of a number of tokens."""
+
+    q: np.ndarray  # float32 [n_tokens, n_head, n_embd_head]
+    k: np.ndarray  # float32 [n_tokens, n_head_kv, n_embd_head], rounded as the cache does
+
+    def logits(self, token: int, head: int) -> np.ndarray:
+        """Of a query head, over the cells up to the token."""
+        k = self.k[: token + 1, head // (N_HEAD // N_HEAD_KV)]
+        return k @ self.q[token, head] / np.sqrt(k.shape[-1])
+
+    def weights(self, token: int, head: int, cells: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The softmax of some of these."""
+        logits = self.logits(token, head)[cells]
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"), n_head=N_HEAD, n_head_kv=N_HEAD_KV)
+
+
+@pytest.fixture(scope="module")
+def ctx(model: Path) -> Iterator[Context]:
+    with Context(model, n_ubatch=128) as ctx:
+        ctx.prompt, ctx.bytes_kv = read_prompt(ctx), 0
+        yield ctx
+
+
+def read_prompt(ctx: Context) -> list[Layer]:
+    """The layers of a prompt that was read densely and observed."""
+    ctx.configure(enabled=False, policy="h2o")
+    _capi.set_capture(ctx.ctx, Capture.Q, Capture.K)
+    blocks = []
+    for start in range(0, N_PROMPT, 128):
+        ctx.read(TEXTS[0][start : min(start + 128, N_PROMPT)], start=start)
+        blocks.append(captured_layers(ctx))
+    return [join(parts) for parts in zip(*blocks, strict=True)]
+
+
+def captured_layers(ctx: Context) -> list[Layer]:
+    layers = []
+    for il in range(N_LAYER):
+        q, k = (_capi.captured(ctx.ctx, il, what) for what in (Capture.Q, Capture.K))
+        layers.append(Layer(q, k.astype(np.float16).astype(np.float32)))
+    return layers
+
+
+def join(parts: tuple[Layer, ...]) -> Layer:
+    return Layer(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("q", "k")))
+
+
+def decode(ctx: Context, batch: int, **settings) -> list[tuple[Layer, list[np.ndarray], np.ndarray]]:
+    """Decode a few tokens after the prompt.
+
+    Returns:
+        For each layer what all tokens attended with, the cells chosen for each of the new ones,
+        int32 [n_head_sel, n_list], and their attention mass, float32 [N_STEPS, n_head].
+    """
+    llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
+    ctx.configure(**{"enabled": True, "select": "group", "budget": TINY_BUDGET, **settings})
+    _capi.set_capture(ctx.ctx, *Capture)
+    ctx.stats()
+    layers, cells, mass = [[layer] for layer in ctx.prompt], [[], []], [[], []]
+    for start in range(0, N_STEPS, batch):
+        ctx.read(TEXTS[1][start : start + batch], start=N_PROMPT + start)
+        stats = ctx.stats()
+        assert stats.n_layers[0] == N_LAYER
+        ctx.bytes_kv += stats.bytes_kv
+        for il, layer in enumerate(captured_layers(ctx)):
+            layers[il].append(layer)
+            cells[il].extend(_capi.captured(ctx.ctx, il, Capture.CELLS))
+            mass[il].append(_capi.captured(ctx.ctx, il, Capture.MASS))
+    joined = map(join, map(tuple, layers))
+    return [(layer, chosen, np.concatenate(m)) for layer, chosen, m in zip(joined, cells, mass, strict=True)]
+
+
+def heads_of(selector: int, n_sel: int) -> range:
+    """The query heads that share the choice of a selecting head."""
+    return range(selector * N_HEAD // n_sel, (selector + 1) * N_HEAD // n_sel)
+
+
+def group_scores(logits: list[np.ndarray], how: str = "max") -> np.ndarray:
+    """One score for each cell, or page."""
+    if len(logits) == 1:
+        return logits[0]
+    weights = [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in logits]
+    return np.max(weights, axis=0) if how == "max" else np.sum(weights, axis=0)
+
+
+def forced_cells(token: int) -> np.ndarray:
+    return np.r_[:N_SINK, token + 1 - N_RECENT : token + 1]
+
+
+def best_cells(scores: np.ndarray, token: int) -> np.ndarray:
+    scores = scores.copy()
+    scores[forced_cells(token)] = np.inf
+    return np.argsort(-scores, kind="stable")[:TINY_BUDGET]
+
+
+def oracle(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    return [best_cells(group_scores([layer.logits(token, head) for head in heads]), token) for token in tokens]
+
+
+def streaming(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    return [np.r_[:N_SINK, token + 1 - TINY_BUDGET + N_SINK : token + 1] for token in tokens]
+
+
+def quest(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    chosen = []
+    for token in tokens:
+        k = layer.k[: token + 1, heads[0] // (N_HEAD // N_HEAD_KV)]
+        pages = np.array_split(k, range(PAGE, len(k), PAGE))
+        bounds = [
+            np.array([np.maximum(q * page.min(axis=0), q * page.max(axis=0)).sum() for page in pages]) / len(q) ** 0.5
+            for q in layer.q[token, heads]
+        ]
+        order = np.argsort(-group_scores(bounds), kind="stable")
+        by_page = np.concatenate([np.arange(len(k))[page * PAGE : (page + 1) * PAGE] for page in order])
+        forced = forced_cells(token)
+        chosen.append(np.r_[forced, by_page[~np.isin(by_page, forced)]][:TINY_BUDGET])
+    return chosen
+
+
+def snapkv(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    n_before = N_PROMPT - WINDOW
+    votes = np.zeros(n_before)
+    for head in heads:
+        for token in range(n_before, N_PROMPT):
+            votes += layer.weights(token, head)[:n_before]
+    padded = np.pad(votes, POOL // 2)
+    pooled = np.lib.stride_tricks.sliding_window_view(padded, POOL).max(axis=1)
+    best = np.argsort(-pooled, kind="stable")[: TINY_BUDGET - WINDOW]
+    return [np.r_[best, n_before : token + 1] for token in tokens]
+
+
+def h2o(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    sums = np.zeros(len(layer.k))
+    for token in range(N_PROMPT):
+        for head in heads:
+            sums[: token + 1] += layer.weights(token, head)
+    recent = np.arange(N_PROMPT - TINY_BUDGET // 2, N_PROMPT)
+    heavy = np.argsort(-sums[: recent[0]], kind="stable")[: TINY_BUDGET - len(recent)]
+    kept, chosen = np.sort(np.r_[heavy, recent]), []
+    for token in tokens:
+        kept = np.r_[kept, token]
+        kept = np.delete(kept, sums[kept[: -TINY_BUDGET // 2]].argmin())
+        for head in heads:
+            sums[kept] += layer.weights(token, head, kept)
+        chosen.append(kept)
+    return chosen
+
+
+@pytest.mark.parametrize("batch", [1, N_STEPS])
+@pytest.mark.parametrize("select", ["group", "head"])
+@pytest.mark.parametrize("twin", [oracle, streaming, quest, snapkv, h2o])
+def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -> None:
+    n_sel = N_HEAD if select == "head" else N_HEAD_KV
+    tokens = range(N_PROMPT, N_PROMPT + N_STEPS)
+    for layer, chosen, _ in decode(ctx, batch, policy=twin.__name__, select=select):
+        for selector in range(n_sel):
+            wanted = twin(layer, heads_of(selector, n_sel), tokens)
+            for cells, expected in zip(chosen, wanted, strict=True):
+                listed = cells[selector][cells[selector] >= 0]
+                assert (np.diff(listed) > 0).all() and len(listed) == len(expected)
+                assert len(np.intersect1d(listed, expected)) >= len(expected) - 1  # one may tie
+
+
+def dims_of(model: Path, il: int) -> np.ndarray:
+    """The dims of the dominant chunks, int32 [n_head_kv, n_dim]."""
+    profile = inspect(model).profile
+    llm = fasa_edge.Llama(str(model), n_ctx=256, verbose=False)
+    planes = _capi.chunk_dims(_capi.layer_geometry(llm.model)[il])
+    llm.close()
+    return planes[profile.chunks[il][:, : profile.n_tip]].reshape(N_HEAD_KV, -1).astype(np.int32)
+
+
+@pytest.mark.parametrize("select", ["group", "head"])
+def test_fasa_chooses_what_the_reference_does(select: str, ctx: Context, model: Path) -> None:
+    n_tokens = N_PROMPT + N_STEPS
+    mask = np.triu(np.full((n_tokens, n_tokens), -np.inf), 1)[N_PROMPT:]
+    forced = np.stack([forced_cells(token) for token in range(N_PROMPT, n_tokens)]).astype(np.int32)
+    for il, (layer, chosen, _) in enumerate(decode(ctx, 1, policy="fasa", select=select)):
+        dims, scale = dims_of(model, il), layer.q.shape[-1] ** -0.5
+        scores = reference.score(
+            layer.q[N_PROMPT:], reference.store(layer.k, dims), dims, mask, scale, by_head=select == "head"
+        )
+        wanted = reference.select(scores, TINY_BUDGET, forced)
+        for it, selector in np.ndindex(wanted.shape[:2]):
+            cells, expected = set(chosen[it][selector].tolist()), set(wanted[it, selector].tolist())
+            row = scores[it, selector]
+            last = min(row[cell] for cell in expected - set(forced[it].tolist()))
+            assert len(cells) == len(expected) and all(abs(row[cell] - last) < 1e-5 for cell in cells ^ expected)
+
+
+def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
+    """The sum of a group's softmax, unrounded; and other chunks than the dominant ones."""
+    for il, (layer, chosen, _) in enumerate(decode(ctx, 1, policy="fasa_sum")):
+        dims = dims_of(model, il)
+        masked = [np.isin(np.arange(layer.q.shape[-1]), row) for row in dims]
+        for selector in range(N_HEAD_KV):
+            kept = Layer(layer.q * masked[selector], layer.k)
+            for it, token in enumerate(range(N_PROMPT, N_PROMPT + N_STEPS)):
+                logits = [kept.logits(token, head) for head in heads_of(selector, N_HEAD_KV)]
+                expected = best_cells(group_scores(logits, "sum"), token)
+                assert len(np.intersect1d(chosen[it][selector], expected)) >= TINY_BUDGET - 1
+    mass = {policy: np.mean([m for *_, m in decode(ctx, 1, policy=policy)]) for policy in ("random", "fasa", "oracle")}
+    assert mass["random"] < mass["fasa"] < mass["oracle"] < 1
+    assert all((np.array(a[1]) == b[1]).all() for a, b in zip(*[decode(ctx, 1, policy="random")] * 2, strict=True))
+
+
+@pytest.mark.parametrize("select", ["group", "head"])
+@pytest.mark.parametrize("policy", _capi.POLICIES)
+def test_mass_and_bytes_are_those_of_the_cells(policy: str, select: str, ctx: Context) -> None:
+    ctx.bytes_kv = n_rows = 0
+    for layer, chosen, mass in decode(ctx, 1, policy=policy, select=select):
+        n_rows += sum((cells >= 0).sum() for cells in chosen)
+        for it, head in np.ndindex(N_STEPS, N_HEAD):
+            cells = chosen[it][head * len(chosen[it]) // N_HEAD]
+            weight = layer.weights(N_PROMPT + it, head)[cells[cells >= 0]].sum()
+            assert mass[it, head] == pytest.approx(weight, abs=2e-3)
+    assert ctx.bytes_kv == n_rows * 2 * 2 * ctx.prompt[0].k.shape[-1]  # f16, of K and of V
+
+
+@pytest.mark.parametrize(
+    ("policy", "type_k", "settings"),
+    [
+        ("snapkv", "f16", {}),  # the prompt was read before anybody observed it
+        ("h2o", "f16", {}),
+        ("random", "q8_0", {}),  # rotated
+        ("fasa_sum", "q8_0", {}),
+        ("h2o", "f16", {"n_seq_max": 2, "kv_unified": False}),
+    ],
+)
+def test_policy_that_cannot_choose_leaves_the_layer_dense(policy, type_k, settings, model: Path) -> None:
+    with Context(model, type_k=GGML_TYPES[type_k], type_v=GGML_TYPES[type_k], **settings) as ctx:
+        for seq in range(settings.get("n_seq_max", 1)):
+            if seq:
+                ctx.configure(policy=policy)  # observes the second sequence
+            ctx.read(TEXTS[0][:200], seq)
+        ctx.configure(policy=policy)
+        ctx.stats()
+        ctx.decode([(TEXTS[1][0], 200, (seq,)) for seq in range(settings.get("n_seq_max", 1))])
+        assert ctx.reasons() == {"policy": N_LAYER}
+
+
+def test_policy_and_select_are_settings(model: Path) -> None:
+    llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False, kv_overrides={"fasa.policy": "quest"}, fasa_select="head")
+    assert {"policy": "quest", "select": "head"}.items() <= llm.fasa.settings.items()
+    llm.fasa.configure(policy="fasa", select="group")
+    assert llm.fasa.settings["policy"] == "fasa"
+    for name, value in (("policy", "best"), ("select", "layer")):
+        with pytest.raises(fasa_edge.SchemaError, match=f"{name} = '{value}' is unknown: choose from (fasa|group), "):
+            llm.fasa.configure(**{name: value})
+        with pytest.raises(fasa_edge.ModelError, match=f"fasa.{name} = '{value}' is unknown: choose from (fasa|group), "):
+            fasa_edge.Llama(str(model), n_ctx=512, verbose=False, kv_overrides={f"fasa.{name}": value})
+    llm.close()
