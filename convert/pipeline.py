@@ -10,7 +10,7 @@ from typing import Literal
 
 from fasa_edge import __version__
 from fasa_edge.config import FasaConfig, default_n_tip
-from fasa_edge.errors import ConvertError, FasaError
+from fasa_edge.errors import ConvertError
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 
 from .calibrate import plan_chunks, rank_chunks
@@ -185,12 +185,12 @@ def _make_profile(
 def _check(
     header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress
 ) -> tuple[Check | None, str | None]:
-    """What :func:`check_profile` finds, or why it finds nothing: a calibration must not be lost to that."""
+    """What :func:`check_profile` finds, or why it finds nothing."""
     n_ctx, auto = _context_length(header), n_tip == "auto"
     try:
         return check_profile(header, profile, content, n_ctx, auto=auto, progress=partial(progress, "check")), None
-    except (FasaError, RuntimeError, MemoryError) as error:
-        return None, str(error) or "there is too little memory"
+    except Exception as error:  # the calibration must not be lost, whatever it is
+        return None, str(error) or type(error).__name__
 
 
 def _check_model(header: GgufHeader, n_tensors: int) -> None:

@@ -126,9 +126,10 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
     )
     if check:
+        instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
         click.echo(
             f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
-            f"KL to dense {check.kl:.4f} nats (noise {check.noise:.4f}); budget {check.budget}, "
+            f"KL to dense {check.kl:.4f} nats (noise {check.noise:.4f}); budget {check.budget}{instead}, "
             f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}"
         )
 

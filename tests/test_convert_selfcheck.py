@@ -131,7 +131,7 @@ def test_a_short_text_leaves_the_check_to_the_documentation(model, tmp_path):
         assert convert(model, tmp_path / "copy.gguf", text=text, config=CONFIG, force=True).check.text == name
 
 
-@pytest.mark.parametrize("error", [ConvertError("no room"), RuntimeError("no room"), MemoryError("no room")])
+@pytest.mark.parametrize("error", [ConvertError("no room"), OSError("no room"), MemoryError("no room")])
 def test_what_cannot_be_checked_is_written_and_told(model, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
@@ -166,4 +166,5 @@ def test_command_line(model, tmp_path):
     assert not report["check"]["passed"] and report["check"]["worst_layer"] == 1
     assert "warning: layer 1 recalls 0." in bad.stderr and "(now 1 of 32)" in bad.stderr
     assert "warning: not checked: fasa ran dense in all layers" in run("--n-dense-layers", "2").stderr
+    assert "budget 256 in place of 1025" in run("--budget", "1025", "--n-dense-layers", "0").stdout
     assert "check" not in run("--no-check").output
