@@ -110,7 +110,7 @@ def test_download_progress_cache_and_offline(hub, child, tmp_path):
     assert again == "again.gguf"
     assert path == "tiny.Q4_K_M-fasa.gguf" and downloads(hub) == ["tiny.Q4_K_M.gguf"]
     size = (hub.repos["user/tiny"] / "tiny.Q4_K_M.gguf").stat().st_size
-    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["download", "calibrate", "write"]
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["download", "calibrate", "rank", "write"]
     assert ["download", size, size] in seen and all(at[1] <= at[2] for at in seen)
 
     (path, _), (error, _) = child({"src": "user/tiny", "out": "offline.gguf"}, "user/tiny:Q8_0", HF_HUB_OFFLINE="1")
