@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -111,8 +110,9 @@ def load_arguments(
     exact: bool,
     overrides: tuple[str, ...],
     verbose: bool,
+    **more: Any,
 ) -> dict[str, Any]:
-    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``."""
+    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``; and ``more``."""
     return {
         "n_threads": n_threads,
         "n_gpu_layers": n_gpu_layers,
@@ -122,16 +122,13 @@ def load_arguments(
         "fasa_profile": profile,
         "fasa_exact": exact or None,
         "verbose": verbose,
+        **more,
     }
 
 
-_LOADING = frozenset(inspect.signature(load_arguments).parameters)
-
-
 def load_model(model: str, n_ctx: int, budget: int | None = None, **options: Any) -> fasa_edge.Llama:
-    """The model that :func:`model_options` describe; more options as arguments of :class:`fasa_edge.Llama`."""
-    loading = {name: options.pop(name) for name in list(options) if name in _LOADING}
-    return fasa_edge.Llama(model, n_ctx=n_ctx, fasa_budget=budget, **load_arguments(**loading), **options)
+    """The model that :func:`model_options` describe; ``options`` as of :func:`load_arguments`."""
+    return fasa_edge.Llama(model, n_ctx=n_ctx, fasa_budget=budget, **load_arguments(**options))
 
 
 class List(click.ParamType):

@@ -170,7 +170,7 @@ def evaluate(
     results = Results(resume)
     vocabulary.close()
 
-    runner = Runner(model, n_ctx, **load_arguments(**loading), **{f"fasa_{k}": v for k, v in load_time.items()})
+    runner = Runner(model, n_ctx, **load_arguments(**loading, **{f"fasa_{k}": v for k, v in load_time.items()}))
     with runner, progress_bars() as progress:
         runner.check(methods, batch if blocks else 1)
         key = identity(runner, [model, loading["profile"]]) if resume else {}
@@ -272,8 +272,7 @@ def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int) -> int:
     n_ctx_train = vocabulary.metadata.get(f"{vocabulary.metadata['general.architecture']}.context_length")
     if n_ctx_train and needed > int(n_ctx_train):
         raise FasaError(
-            f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: {remedy}, or give -c {needed} to "
-            "go beyond"
+            f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: {remedy}, or give -c {needed}"
         )
     return needed
 

@@ -190,11 +190,15 @@ def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> No
     with pytest.warns(UserWarning, match="1 damaged line"):
         run(methods, key | {"fingerprint": "another model"})
     assert fed and len(file.read_text().splitlines()) == 13
-    for name, content in (("text", "no results\n"), ("folder", None)):
-        path = tmp_path / name
-        path.write_text(content) if content else path.mkdir()
+    file.write_text('{"key": {"fa')  # broken off in its first line
+    with pytest.warns(UserWarning, match="1 damaged line"):
+        Results(file)
+    other = tmp_path / "model.gguf"
+    other.write_text("GGUF")
+    for path in (other, tmp_path):
         with pytest.raises(FasaError, match=str(path)):
             Results(path)
+    assert other.read_text() == "GGUF"
 
 
 def prompts(n: int) -> list[Prompt]:

@@ -16,6 +16,9 @@ CountTokens = Callable[[str], int]
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 """The filler of Mohtashami & Jaggi (arXiv 2305.16300), which RULER calls noise."""
 
+SLACK = 2
+"""Tokens that a piece may take beyond its own count, because it is joined to its neighbours."""
+
 _MAX_CHARS = 250  # of a sentence: code and tables have none
 _MAX_PARAGRAPH = 400
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from fasa_edge.errors import EvalError
 from fasa_edge.eval.haystack import (
+    SLACK,
     CountTokens,
     depth_of,
     fit,
@@ -51,9 +52,10 @@ def passage_count(length: int, depth: None, seed: int, *, text: str, count_token
 
 
 def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """Numbered paragraphs: which one is a sentence from? At depth 0 the first, at 1 the last.
+    """Numbered paragraphs: which one is an excerpt from? At depth 0 the first, at 1 the last.
 
-    LongBench asks with a summary by another model; here it is the longest sentence of the paragraph but the first.
+    LongBench asks with a summary by another model; here it is the longest sentence of the paragraph but the first, at
+    most 250 characters of it.
     """
     rng = random.Random(seed)
     passages = _shuffled(text, rng)
@@ -61,7 +63,7 @@ def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str,
 
     def ask(passage: str) -> str:
         return (
-            f'\n\nWhich of the paragraphs above is this sentence from?\n\n"{_excerpt(passage)}"\n\nPlease enter the '
+            f'\n\nWhich of the paragraphs above is this excerpt from?\n\n"{_excerpt(passage)}"\n\nPlease enter the '
             'number of the paragraph. The answer format must be like "Paragraph 1", "Paragraph 2", etc.'
         )
 
@@ -69,9 +71,9 @@ def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str,
     room = room_for_context(prompt, count_tokens)
     n = _fit(passages, room, length, count_tokens)
     longest = max(count_tokens(_excerpt(passage)) for passage in passages[:n])  # the same text at all depths
-    n = _fit(passages, room - longest, length, count_tokens)
+    n = min(n, _fit(passages, room - longest - SLACK, length, count_tokens))
     asked = passages[round(tags["depth"] * (n - 1))]
-    # All that have the sentence are right.
+    # All that hold the excerpt are right.
     references = tuple(str(i) for i, passage in enumerate(passages[:n], 1) if _excerpt(asked) in passage)
     return replace(prompt, context=_numbered(passages[:n]), question=ask(asked), references=references)
 

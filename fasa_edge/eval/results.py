@@ -17,6 +17,8 @@ from fasa_edge.eval.runner import Runner
 
 import numpy as np
 
+_START = b'{"key": '
+
 
 class Results:
     """Values by key, both JSON objects; a key holds everything that determines its value.
@@ -37,14 +39,14 @@ class Results:
         try:
             with path.open("ab+") as file:
                 file.seek(0)
-                lines = file.read().split(b"\n")
-                n_damaged = sum(not self._read(line) for line in lines if line)
-                if lines[-1]:  # a run was broken off while it wrote
+                content = file.read()
+                if not _START.startswith(content[: len(_START)]):
+                    raise FasaError(f"{path} holds no results of `fasa-edge eval`: name another file, or a new one")
+                n_damaged = sum(not self._read(line) for line in content.split(b"\n") if line)
+                if content and not content.endswith(b"\n"):  # a run was broken off while it wrote
                     file.write(b"\n")
         except OSError as error:
             raise FasaError(f"{path} cannot be read and written: {error.strerror}") from error
-        if n_damaged and n_damaged == sum(map(bool, lines)):
-            raise FasaError(f"{path} holds no results of `fasa-edge eval`: name another file, or a new one")
         if n_damaged:
             warnings.warn(f"{path}: {n_damaged} damaged line(s) ignored, and measured again", stacklevel=2)
 

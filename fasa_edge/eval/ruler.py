@@ -31,6 +31,7 @@ from dataclasses import replace
 from fasa_edge.errors import EvalError
 from fasa_edge.eval.haystack import (
     NOISE,
+    SLACK,
     CountTokens,
     cycle,
     depth_of,
@@ -50,8 +51,6 @@ _NOUNS = """anchor basket bottle bridge candle castle cactus canyon desert drago
 hammer island jacket kettle ladder lantern meadow mirror needle orchard pepper pocket rabbit saddle temple violin
 window""".split()
 
-_SLACK = 2  # tokens that a needle may take beyond its own count, because it is joined to its neighbours
-
 
 def passkey(length: int, depth: float | None, seed: int, *, text: str = "", count_tokens: CountTokens) -> Prompt:
     """A pass key of 5 digits in noise. The noise is the same for all seeds, so all prompts of a length share it."""
@@ -61,7 +60,7 @@ def passkey(length: int, depth: float | None, seed: int, *, text: str = "", coun
     prompt = Prompt("", "\nWhat is the pass key?", " The pass key is", (key,), n_predict=8, tags=tags)
     needle = "The pass key is {0}. Remember it. {0} is the pass key."
     # The same room whatever the key: a number has at most as many tokens as digits, and one for a space.
-    reserved = count_tokens(needle.format("")) + 2 * (len(key) + 1) + _SLACK
+    reserved = count_tokens(needle.format("")) + 2 * (len(key) + 1) + SLACK
     n = fit(lambda n: " ".join(cycle(NOISE, n)), room_for_context(prompt, count_tokens) - reserved, count_tokens)
     return replace(prompt, context=insert(cycle(NOISE, n), [(tags["depth"], needle.format(key))]))
 
@@ -197,14 +196,11 @@ def _niah(
         depths[0] = tags["depth"] = depth_of(depth, rng)
 
     asked = _listed(keys[:n_keys])
-    if n_wanted == 1:
-        question = f"\nWhat is the special magic number for {asked} mentioned in the provided text?"
-        answer_prefix = f" One of the special magic numbers for {asked} is:"  # as the text says it: helps small models
-        n_predict = 16
-    else:
-        question = f"\nWhat are all the special magic numbers for {asked} mentioned in the provided text?"
-        answer_prefix = f" The special magic numbers for {asked} mentioned in the provided text are:"
-        n_predict = 64
+    what, noun, verb, n_predict = (
+        ("What is the", "number", "is", 16) if n_wanted == 1 else ("What are all the", "numbers", "are", 64)
+    )
+    question = f"\n{what} special magic {noun} for {asked} mentioned in the provided text?"
+    answer_prefix = f" The special magic {noun} for {asked} mentioned in the provided text {verb}:"
     prompt = Prompt("", question, answer_prefix, tuple(values[:n_wanted]), n_predict=n_predict, tags=tags)
     filler = pieces[start:] + pieces[:start]
     return _with_needles(prompt, filler, list(zip(depths, needles, strict=True)), " ", count_tokens)
@@ -218,7 +214,7 @@ def _with_needles(
     count_tokens: CountTokens,
 ) -> Prompt:
     """The prompt with its context: as much filler as fits beside the needles, wherever they lie."""
-    reserved = sum(count_tokens(needle) + _SLACK for _, needle in needles)
+    reserved = sum(count_tokens(needle) + SLACK for _, needle in needles)
     n = fit(lambda n: separator.join(cycle(filler, n)), room_for_context(prompt, count_tokens) - reserved, count_tokens)
     return replace(prompt, context=insert(cycle(filler, n), needles, separator))
 

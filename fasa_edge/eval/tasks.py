@@ -35,7 +35,7 @@ TASKS = {
     "cwe": Task(ruler.cwe, False, "the 10 most common words of a list"),
     "fwe": Task(ruler.fwe, False, "the 3 most frequent words of a coded text"),
     "passage_count": Task(longbench.passage_count, False, "how many different paragraphs there are"),
-    "passage_retrieval": Task(longbench.passage_retrieval, True, "which paragraph a sentence is from"),
+    "passage_retrieval": Task(longbench.passage_retrieval, True, "which paragraph an excerpt is from"),
 }
 
 GROUPS = {
