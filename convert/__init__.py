@@ -8,12 +8,14 @@ from .inspect import FileReport, inspect
 from .objectives import OBJECTIVES
 from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
 from .plot import write_plot
+from .selfcheck import Check
 
 __all__ = [
     "DEFAULT_TOKENS",
     "DEFAULT_TOP_K",
     "OBJECTIVES",
     "OUTTYPES",
+    "Check",
     "ConvertResult",
     "FileReport",
     "convert",

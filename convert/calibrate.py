@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from fasa_edge.errors import ConvertError
 
@@ -40,7 +42,7 @@ def rank_chunks(
     tokens: Sequence[int],
     objective: str,
     top_k: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ranks the chunks of every KV head by what they do on a text.
 
@@ -49,8 +51,9 @@ def rank_chunks(
         dims: as :func:`plan_chunks` returns.
         tokens: the calibration text, at least 2.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
-        top_k: K of the contextual agreement, in tokens.
-        progress: called with the tokens done and those to do.
+        top_k: K of the objectives that look at top tokens.
+        progress: called with a stage, what is done and what there is to do: tokens in stage ``"calibrate"``, layers in
+            stage ``"rank"``.
 
     Returns:
         Ranked chunks, int32, and their values, float32: one array ``[n_head_kv, n_chunk]`` a layer, ``[0, 0]`` for a
@@ -61,14 +64,19 @@ def rank_chunks(
     """
     make = OBJECTIVES[objective]
     objectives: dict[int, Objective] = {}
-    progress(0, len(tokens))
+    progress("calibrate", 0, len(tokens))
     for n_done, il, q, k in model.capture(tokens, sorted(dims), min(BLOCK, len(tokens) // 2)):
         if il not in objectives:
             objectives[il] = make(dims[il], model.geometry[il].n_head_kv, len(tokens), top_k)
         objectives[il].update(q, k)
-        progress(n_done, len(tokens))
+        progress("calibrate", n_done, len(tokens))
     if not objectives:
         raise ConvertError(f"llama.cpp ran none of the {len(dims)} attention layers on a KV cache: run it without FASA")
     no_heads = (np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
-    ranked = [objectives[il].rank() if il in objectives else no_heads for il in range(len(model.geometry))]
+    ranked = [no_heads] * len(model.geometry)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the lock where it sorts and multiplies
+        rankings = threads.map(lambda il: objectives[il].rank(), objectives)
+        for n_done, (il, ranking) in enumerate(zip(objectives, rankings, strict=True), start=1):
+            ranked[il] = ranking
+            progress("rank", n_done, len(objectives))
     return [chunks for chunks, _ in ranked], [agreement for _, agreement in ranked]

@@ -18,6 +18,8 @@ from fasa_edge.errors import ConvertError
 
 import numpy as np
 
+from .text import first_tokens
+
 BLOCK = 512  # tokens decoded at a time, as one micro-batch
 
 
@@ -67,13 +69,8 @@ class ModelRun:
         self._llm.close()
 
     def tokenize(self, text: str, n: int) -> list[int]:
-        """The first ``n`` tokens of a text, or all where it has fewer; special tokens of the model come as text."""
-        n_chars = 8 * n
-        while True:
-            tokens = self._llm.tokenize(text[:n_chars].encode("utf-8"), add_bos=True, special=False)
-            if len(tokens) > n or n_chars >= len(text):  # one more, so that the cut is not felt
-                return tokens[:n]
-            n_chars *= 4
+        """See :func:`fasa_edge.convert.text.first_tokens`."""
+        return first_tokens(self._llm, text, n)
 
     def capture(
         self, tokens: Sequence[int], layers: Sequence[int], n_block: int = BLOCK

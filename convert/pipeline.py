@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from fasa_edge import __version__
 from fasa_edge.config import FasaConfig, default_n_tip
@@ -19,6 +20,7 @@ from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
 from .output import check_output, write_bytes
 from .profile import encode_profile
+from .selfcheck import Check, check_profile
 from .source import find_source, local_gguf
 from .split import output_paths, read_shards
 from .text import read_text
@@ -39,12 +41,16 @@ class ConvertResult:
         profile_path: the stand-alone profile; None where none was wanted.
         n_bytes: size of what was written, all files together.
         profile: what was written into them.
+        check: what the profile was found to be worth; None where that was not wanted or could not be measured.
+        unchecked: why it could not.
     """
 
     path: Path | None
     profile_path: Path | None
     n_bytes: int
     profile: Profile
+    check: Check | None = None
+    unchecked: str | None = None
 
 
 def convert(
@@ -54,11 +60,12 @@ def convert(
     profile: str | Path | None = None,
     outtype: str = "auto",
     text: str | Path | None = None,
-    n_tip: int | None = None,
+    n_tip: int | Literal["auto"] | None = None,
     objective: str = "lsq",
     tokens: int = DEFAULT_TOKENS,
     top_k: int = DEFAULT_TOP_K,
     config: FasaConfig | None = None,
+    check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -75,14 +82,18 @@ def convert(
         profile: a stand-alone profile, a small GGUF that serves every quantization of the model.
         outtype: type of the weights made of a checkpoint, ``--outtype`` of llama.cpp's ``convert_hf_to_gguf.py``.
         text: UTF-8 file to calibrate on; None for the documentation in ``pydoc_data.topics``.
-        n_tip: chunks used per KV head; None for :func:`fasa_edge.config.default_n_tip` of the largest head.
+        n_tip: chunks used per KV head; None for :func:`fasa_edge.config.default_n_tip` of the largest head; "auto" for
+            the smallest that passes the check, or the default where there can be none.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
         tokens: length of the calibration; the model's context and the text limit it further.
-        top_k: K of the contextual agreement, in tokens; other objectives do not use it.
+        top_k: how many tokens count as a query's top ones in objectives that look at those.
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
+        check: measure the profile on text that it was not calibrated on (:mod:`fasa_edge.convert.selfcheck`). What
+            comes of it decides nothing but an automatic ``n_tip``: the files are written in any case.
         force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
         progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
-            stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, bytes in stage ``"write"``.
+            stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, layers in stage ``"rank"``,
+            measurements in stage ``"check"``, bytes in stage ``"write"``.
 
     Raises:
         ConvertError: a bad argument; a source that cannot be found, downloaded or converted; a file that is damaged,
@@ -97,6 +108,8 @@ def convert(
         raise ConvertError(f"tokens = {tokens} is too few to calibrate on: choose at least {MIN_TOKENS}")
     if top_k < 1:
         raise ConvertError(f"top_k = {top_k} is out of range: choose at least 1")
+    if n_tip == "auto" and not check:
+        raise ConvertError("n_tip = 'auto' is chosen by the check: leave that on, or give a number")
     progress = progress or (lambda stage, done, total: None)
     calibration_text = read_text(text)
     source = find_source(src)
@@ -115,7 +128,10 @@ def convert(
             check_destination(header, copies[0], others, force=force)
         if profile_path is not None:
             check_output(profile_path, path, force=force)
-        made = _make_profile(header, calibration_text, n_tip, objective, tokens, top_k, config, progress)
+        n_given = None if n_tip == "auto" else n_tip
+        made = _make_profile(header, calibration_text, n_given, objective, tokens, top_k, config, progress)
+        checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress) if check else (None, None)
+        made = replace(made, n_tip=checked.n_tip) if checked else made
         metadata = to_metadata(made)
         beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
         if copies:
@@ -123,7 +139,7 @@ def convert(
             n_bytes = splice(header, copies[0], metadata, others, beside=beside, force=force, progress=report)
         else:
             n_bytes = sum(write_bytes(path, header.path, data, force=force) for path, data in beside.items())
-    return ConvertResult(copies[0] if copies else None, profile_path, n_bytes, made)
+    return ConvertResult(copies[0] if copies else None, profile_path, n_bytes, made, checked, unchecked)
 
 
 def _make_profile(
@@ -148,7 +164,7 @@ def _make_profile(
             raise ConvertError(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
-        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, partial(progress, "calibrate"))
+        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, progress)
         fingerprint = model.fingerprint
     return Profile(
         n_tip=n_tip,
@@ -164,6 +180,17 @@ def _make_profile(
         ),
         fingerprint=fingerprint,
     )
+
+
+def _check(
+    header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress
+) -> tuple[Check | None, str | None]:
+    """What :func:`check_profile` finds, or why it finds nothing."""
+    n_ctx, auto = _context_length(header), n_tip == "auto"
+    try:
+        return check_profile(header, profile, content, n_ctx, auto=auto, progress=partial(progress, "check")), None
+    except Exception as error:  # the calibration must not be lost, whatever it is
+        return None, str(error) or type(error).__name__
 
 
 def _check_model(header: GgufHeader, n_tensors: int) -> None:

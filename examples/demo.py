@@ -51,7 +51,7 @@ def annotated(model: Path, console: Console) -> Path:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)
 
-        return convert(model, copy, force=True, progress=progress).path
+        return convert(model, copy, check=False, force=True, progress=progress).path  # what follows is a check
 
 
 def long_prompt(llm: fasa_edge.Llama, n_tokens: int, document: Path | None) -> list[int]:

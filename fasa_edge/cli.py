@@ -48,6 +48,13 @@ main.add_command(bench)
 main.add_command(evaluate)
 
 
+class _NTip(click.ParamType):
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 @main.command(name="convert")
 @click.argument("src")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="The copy.  [default: SRC, -fasa before .gguf]")
@@ -58,8 +65,13 @@ main.add_command(evaluate)
 )
 @click.option("--tokens", type=int, default=convert.DEFAULT_TOKENS, help="Tokens of the text to use.")
 @click.option("--objective", type=click.Choice(sorted(convert.OBJECTIVES)), default="lsq", help="Chooses the chunks.")
-@click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objective `agreement`.")
-@click.option("--n-tip", type=int, help="Chunks scored per KV head.  [default: 8 + head size / 16]")
+@click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objectives `agreement` and `mass`.")
+@click.option(
+    "--n-tip",
+    type=_NTip(),
+    metavar="INTEGER|auto",
+    help="Chunks scored per KV head; auto: as few as pass.  [default: 8 + head size / 16]",
+)
 @click.option("--budget", type=int, default=FasaConfig.budget, help="Cells that a decoded token attends to.")
 @click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
 @click.option("--n-recent", type=int, default=FasaConfig.n_recent, help="Last tokens always attended to.")
@@ -67,6 +79,7 @@ main.add_command(evaluate)
 @click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
 @click.option("--select", type=click.Choice(SELECTS), default=FasaConfig.select, help="Who chooses the cells.")
+@click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option
 def convert_command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
@@ -80,12 +93,15 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     `run`, `chat` and `bench` with --profile.
 
     The settings from --budget on are defaults stored with them; each can be changed when the model is loaded.
+
+    In the end the chunks are tried on text that they were not chosen by: how far predictions are from those of dense
+    attention, and how much attention the chosen cells hold in the worst layer. A warning says what falls short.
     """
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
     with progress_bars(as_json) as progress:
         result = convert.convert(src, output, config=FasaConfig(**settings), progress=progress, **options)
-    profile = result.profile
+    profile, check = result.profile, result.check
     report = {
         "path": result.path and str(result.path),
         "profile_path": result.profile_path and str(result.profile_path),
@@ -94,7 +110,13 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         "n_tip": profile.n_tip,
         "calibration": asdict(profile.calibration),
         "fingerprint": profile.fingerprint,
+        "check": check and asdict(check) | {"worst_layer": check.worst_layer, "passed": check.passed},
+        "unchecked": result.unchecked,
     }
+    if result.unchecked:
+        click.echo(f"warning: not checked: {result.unchecked}", err=True)
+    if check and check.warning:
+        click.echo(f"warning: {check.warning}", err=True)
     if as_json:
         return print_json(report)
     calibration = profile.calibration
@@ -103,6 +125,13 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         f"{written}: {size_text(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
         f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
     )
+    if check:
+        instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
+        click.echo(
+            f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
+            f"KL to dense {check.kl:.4f} nats (noise {check.noise:.4f}); budget {check.budget}{instead}, "
+            f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}"
+        )
 
 
 @main.command()

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import fasa_edge  # before llama_cpp, which the tests import
-from fasa_edge.convert import convert
 
 import huggingface_hub
 import llama_cpp
 import pytest
 from conftest import model_path  # noqa: F401  the small model of `make model`
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 SPARSE = {"fasa_budget": 8, "fasa_min_ctx": 1, "fasa_n_sink": 1, "fasa_n_recent": 2, "fasa_n_dense_layers": 0}
 

@@ -39,6 +39,6 @@ def rpc_lib() -> Path:
 @pytest.fixture(scope="session")
 def fasa_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, annotated by the converter."""
-    from fasa_edge.convert import convert
+    from unchecked import convert
 
     return convert(model_path, tmp_path_factory.mktemp("models") / "annotated.gguf", tokens=2048).path

@@ -11,10 +11,10 @@ from pathlib import Path
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import convert
 
 import numpy as np
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 TINY_BUDGET = 64
 

@@ -8,12 +8,12 @@ from pydoc_data.topics import topics
 
 import fasa_edge
 from fasa_edge._lib import llama_cpp
-from fasa_edge.convert import convert
 
 import numpy as np
 import pytest
 from runtime import decode_embeddings, last_logits, teacher_forced
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 N_PROMPT = 900
 N_DECODE = 8  # all steps but the first run the graph of the step before

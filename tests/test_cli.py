@@ -23,8 +23,9 @@ def fasa(*args: object, code: int = 0, **kwargs) -> Result:
 
 def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    report = json.loads(fasa("convert", model_path, "-o", out, "--tokens", 512, "--n-tip", 10, "--json").stdout)
+    report = json.loads(fasa("convert", model_path, "-o", out, "--n-tip", 10, "--tokens", 512, "--json").stdout)
     assert (report["path"], report["n_tip"]) == (str(out), 10)
+    assert report["check"]["passed"] and report["unchecked"] is None
     assert out.stat().st_size == report["n_bytes"]
 
     report = json.loads(fasa("inspect", out, "--json").stdout)
@@ -39,7 +40,7 @@ def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
 
 def test_profile(tmp_path: Path) -> None:
     model, profile, png = make_model(tmp_path / "tiny.gguf"), tmp_path / "profile.gguf", tmp_path / "heat.png"
-    assert str(profile) in fasa("convert", model, "--profile", profile, "--tokens", 512).stdout
+    assert str(profile) in fasa("convert", model, "--profile", profile, "--tokens", 512, "--no-check").stdout
     assert not (tmp_path / "tiny-fasa.gguf").exists()
     error = fasa("convert", model, "--profile", profile, code=1).stderr
     assert error.startswith("Error: ") and str(profile) in error and "--force" in error

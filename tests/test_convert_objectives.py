@@ -2,8 +2,10 @@
 
 import itertools
 
-from fasa_edge.convert.objectives import N_QUERIES, OBJECTIVES, _rank_least_squares, _top_k_mask
+from fasa_edge.convert.objectives import OBJECTIVES
 from fasa_edge.convert.rope import ROPE_NEOX, ROPE_NORM, chunk_dims
+from fasa_edge.convert.second_moments import _rank_least_squares
+from fasa_edge.convert.top_tokens import N_QUERIES, _top_k_mask
 from fasa_edge.errors import ConvertError
 
 import numpy as np
@@ -159,9 +161,42 @@ def test_agreement_is_the_overlap_of_the_top_tokens():
     assert (np.diff(values, axis=1) <= 0).all()
 
 
-def test_agreement_needs_tokens_enough_for_its_k():
+def test_mass_is_what_the_top_tokens_hold_and_each_step_is_the_best_one():
+    n_tokens, top_k = 200, 12
+    q, k = random_qk(n_tokens)
+    q *= np.float32(0.05)  # attention neither even nor on one token
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM)
+    positions = sorted({int(p) for p in np.linspace(2 * top_k - 1, n_tokens - 1, N_QUERIES)})
+    scores = {  # of the queries of each KV head, [n_keys, n_chunk]
+        head: [
+            partial_scores(q[position : position + 1, query_head], k[: position + 1, head], dims)[0]
+            for position in positions
+            for query_head in range(2 * head, 2 * head + 2)
+        ]
+        for head in range(N_HEAD_KV)
+    }
+
+    def recall(head, chosen):
+        held = []
+        for partial in scores[head]:
+            attention = np.exp(partial.sum(1) / np.sqrt(N_EMBD_HEAD))
+            top = np.argsort(-partial[:, list(chosen)].sum(1))[:top_k]
+            held.append(attention[top].sum() / attention.sum())
+        return np.mean(held)
+
+    chunks, values = run("mass", q, k, top_k=top_k)
+    for head, order in enumerate(chunks):
+        recalls = [recall(head, order[:n]) for n in range(1, N_CHUNK + 1)]
+        np.testing.assert_allclose(np.cumsum(values[head]), recalls, atol=2e-3)
+        for n in range(N_CHUNK):
+            assert recalls[n] >= max(recall(head, [*order[:n], i]) for i in order[n:]) - 2e-3
+    assert values.sum(1) == pytest.approx([0.6, 0.6], abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["agreement", "mass"])
+def test_top_tokens_need_tokens_enough_for_their_k(name):
     with pytest.raises(ConvertError, match="top_k = 256 needs 1024 tokens but the calibration has 600.*top_k = 150"):
-        run("agreement", *random_qk(600), top_k=256)
+        run(name, *random_qk(600), top_k=256)
 
 
 def test_top_k_mask_breaks_ties_by_index():

@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import capture, convert, inspect, pipeline
+from fasa_edge.convert import OBJECTIVES, capture, inspect, pipeline
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError, SchemaError
@@ -16,6 +16,7 @@ from fasa_edge.schema import GGUFValueType
 import numpy as np
 import pytest
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 TOKENS = 1029  # enough for agreement with top_k = 128, and a last block as small as a decode step
 
@@ -29,7 +30,7 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("objective", ["agreement", "energy", "lsq"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_convert_writes_a_profile_that_inspect_reads(model, objective):
     config = FasaConfig(budget=64, n_recent=8)
     result = convert(model, objective=objective, tokens=TOKENS, top_k=128, config=config)
@@ -44,7 +45,7 @@ def test_convert_writes_a_profile_that_inspect_reads(model, objective):
     assert profile.calibration == result.profile.calibration
     assert (profile.calibration.text, profile.calibration.tokens) == ("pydoc_data.topics", TOKENS)
     assert profile.calibration.objective == objective
-    assert profile.calibration.top_k == (128 if objective == "agreement" else 0)
+    assert profile.calibration.top_k == (128 if objective in ("agreement", "mass") else 0)
     assert [chunks.shape for chunks in profile.chunks] == [(2, 32), (2, 32)]
     for written, read in zip(result.profile.chunks, profile.chunks, strict=True):
         np.testing.assert_array_equal(written, read)
@@ -127,7 +128,7 @@ def test_chunks_that_matter_are_found(tmp_path):
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             tensor.data.reshape(-1, 64, *tensor.data.shape[1:])[:, ~keep] = 0
     reader.data.flush()
-    for objective in ("energy", "lsq", "agreement"):
+    for objective in OBJECTIVES:
         out = tmp_path / f"{objective}.gguf"
         for chunks in convert(path, out, objective=objective, tokens=TOKENS).profile.chunks:
             assert np.sort(chunks[:, :2], axis=1).tolist() == [[3, 20], [3, 20]]
@@ -165,7 +166,7 @@ def test_models_without_chunks(tmp_path, refuses, arch, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"objective": "magic"}, "objective 'magic' is unknown: choose one of agreement, energy, lsq"),
+        ({"objective": "magic"}, "objective 'magic' is unknown: choose one of agreement, energy, lsq, mass"),
         ({"tokens": 511}, "tokens = 511 is too few .* 512"),
         ({"top_k": 0}, "top_k = 0"),
         ({"top_k": 258, "objective": "agreement"}, "needs 1032 tokens but the calibration has 1029"),

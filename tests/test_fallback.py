@@ -11,7 +11,6 @@ import fasa_edge
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import convert
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.gguf_splice import splice
@@ -21,6 +20,7 @@ from fasa_edge.schema import PREFIX, SCALARS, VERSION, GGUFValueType
 import numpy as np
 import pytest
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 DESIGN = Path(__file__).resolve().parent.parent / "docs/design.md"
 

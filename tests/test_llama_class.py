@@ -14,7 +14,6 @@ from pathlib import Path
 
 import fasa_edge
 from fasa_edge._lib import lib_dir, llama_cpp
-from fasa_edge.convert import convert
 from fasa_edge.errors import AdapterError
 
 import gguf
@@ -26,6 +25,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits, nmse, teacher_forced
 from test_convert_source import environment_of
 from tiny_models import make_model
+from unchecked import convert
 
 N_PROMPT = 700
 TOKENS = TEXTS[0][: N_PROMPT + 3]

@@ -12,7 +12,7 @@ from fasa_edge import _capi, bench
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import convert, inspect
+from fasa_edge.convert import inspect
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.gguf_splice import splice
 from fasa_edge.convert.profile import encode_profile
@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from runtime import teacher_forced
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 T = GGUFValueType
 N_PROMPT, N_DECODE = 600, 4

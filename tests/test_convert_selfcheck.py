@@ -1,0 +1,170 @@
+"""The check that ends a conversion: what it measures, what it warns of, and that it never costs the result."""
+
+import json
+import re
+from dataclasses import replace
+
+from fasa_edge.cli import main
+from fasa_edge.config import FasaConfig
+from fasa_edge.convert import convert, inspect, selfcheck
+from fasa_edge.convert.gguf_header import read_header
+from fasa_edge.convert.selfcheck import Check, check_profile, smallest_passing
+from fasa_edge.convert.text import read_text
+from fasa_edge.errors import ConvertError
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_models import make_model
+
+PLANTED = [3, 20]
+CONFIG = FasaConfig(n_dense_layers=0)
+GOOD = Check("text", 2048, 64, 512, 12, 32, 1, kl=0.006, noise=0.003, mass=[None, 0.9, 0.8])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Its attention is narrow, and two chunks make all of it."""
+    path = make_model(tmp_path_factory.mktemp("model") / "planted.gguf", "qwen2")
+    reader = gguf.GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
+            heads = tensor.data.reshape(-1, 64, *tensor.data.shape[1:])
+            heads[:, ~np.isin(np.arange(64) % 32, PLANTED)] = 0
+            heads *= 4
+    reader.data.flush()
+    return path
+
+
+@pytest.fixture(scope="module")
+def profile(model, tmp_path_factory):
+    made = convert(model, profile=tmp_path_factory.mktemp("profile") / "p.gguf", config=CONFIG, check=False)
+    assert made.check is None and made.unchecked is None
+    return made.profile
+
+
+def check(model, profile, n_ctx: int = 4096, **options) -> Check:
+    return check_profile(read_header(model), profile, read_text()[1], n_ctx, **options)
+
+
+def test_good_chunks_pass(model, profile):
+    found = check(model, replace(profile, n_tip=2))
+    assert (found.text, found.n_prefix, found.n_tokens, found.budget) == ("pydoc_data.topics", 2048, 64, 512)
+    assert (found.n_tip, found.n_chunk, found.n_dense_layers) == (2, 32, 0)
+    assert found.passed and found.warning is None
+    assert len(found.mass) == 2 and all(0.9 < mass <= 1 + 1e-5 for mass in found.mass)
+
+
+def test_bad_chunks_warn_and_name_a_layer(model, profile):
+    chunks = [layer[:, ::-1].copy() for layer in profile.chunks]
+    found = check(model, replace(profile, chunks=chunks, n_tip=2))
+    assert not found.passed and found.kl > 0.022
+    assert f"layer {found.worst_layer} recalls {min(found.mass):.2f} of the attention mass" in found.warning
+    assert "nats at budget 512: convert again with a larger --n-tip (now 2 of 32) or" in found.warning
+
+
+def test_auto_finds_the_fewest_chunks(model):
+    stages = []
+    made = convert(
+        model,
+        n_tip="auto",
+        config=CONFIG,
+        force=True,
+        progress=lambda stage, done, total: stages.append((stage, done == total)),
+    )
+    assert made.check.passed and made.check.n_tip == made.profile.n_tip == inspect(made.path).profile.n_tip == 2
+    assert [stage for stage in dict.fromkeys(stages) if stage[1]] == [
+        (stage, True) for stage in ("calibrate", "rank", "check", "write")
+    ]
+
+
+@pytest.mark.parametrize("n_tips", [[12], list(range(2, 33, 2)), [2, 4, 5]])
+def test_bisection_finds_the_smallest_or_ends_with_the_largest(n_tips):
+    for smallest in (*n_tips, None):
+        measured = []
+
+        def measure(n_tip, smallest=smallest, measured=measured):
+            measured.append(n_tip)
+            return replace(GOOD, n_tip=n_tip, kl=0.0 if smallest and n_tip >= smallest else 1.0)
+
+        found = smallest_passing(n_tips, measure)
+        assert found.n_tip == (smallest or n_tips[-1]) and found.passed == bool(smallest)
+        assert measured[0] == n_tips[len(n_tips) // 2] and len(measured) <= len(n_tips).bit_length()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"mass": [None, 0.74, 0.8]}, r"^layer 1 recalls 0\.74 of the attention mass, less than 0\.75 at budget 512:"),
+        ({"mass": [None, float("nan")]}, "layer 1 recalls nan"),
+        ({"kl": 0.010, "noise": 0.003}, None),
+        ({"kl": 0.012, "budget": 511}, None),
+        ({"kl": 0.012}, r"^KL 0\.009 above the noise exceeds 0\.008 nats"),
+        ({"kl": 0.026, "budget": 256}, r"^KL 0\.023 above .* 0\.022 nats .* larger --n-tip \(now 12 of 32\) or more"),
+        ({"kl": float("nan")}, "KL nan"),
+        ({"kl": 1.0, "n_tip": 32}, r"again with more --n-dense-layers \(now 1\), or run with a larger --budget"),
+    ],
+)
+def test_gates(change, message):
+    found = replace(GOOD, **change)
+    assert found.passed == (found.warning is None) == (message is None)
+    if message:
+        assert re.search(message, found.warning)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "settings", "n_prefix", "budget"),
+    [(8192, {"budget": 1024}, 2048, 1024), (8192, {"budget": 1025}, 2048, 256), (512, {}, 448, 56)]
+    + [(512, {"n_sink": 100}, 448, 132)],
+)
+def test_budget_is_no_more_than_half_of_the_prefix(model, profile, n_ctx, settings, n_prefix, budget):
+    found = check(model, replace(profile, config=replace(CONFIG, **settings)), n_ctx)
+    assert (found.n_prefix, found.budget) == (n_prefix, budget)
+
+
+def test_a_short_text_leaves_the_check_to_the_documentation(model, tmp_path):
+    text = tmp_path / "text.txt"
+    for n, name in ((3000, "pydoc_data.topics"), (6000, "text.txt")):
+        text.write_text("All work and no play. " * (n // 22))
+        assert convert(model, tmp_path / "copy.gguf", text=text, config=CONFIG, force=True).check.text == name
+
+
+@pytest.mark.parametrize("error", [ConvertError("no room"), OSError("no room"), MemoryError("no room")])
+def test_what_cannot_be_checked_is_written_and_told(model, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(selfcheck, "Runner", fail)
+    made = convert(model, tmp_path / "copy.gguf", n_tip="auto")
+    assert made.check is None and made.unchecked == "no room"
+    assert inspect(made.path).profile.n_tip == 12  # the default
+
+
+def test_layers_that_never_run_sparse(model, tmp_path):
+    made = convert(model, tmp_path / "copy.gguf", config=FasaConfig(n_dense_layers=2))
+    assert made.check is None and "dense in all layers (dense_layer)" in made.unchecked
+
+
+def test_auto_takes_the_check(model, tmp_path):
+    with pytest.raises(ConvertError, match="n_tip = 'auto' is chosen by the check"):
+        convert(model, tmp_path / "copy.gguf", n_tip="auto", check=False)
+
+
+def test_command_line(model, tmp_path):
+    def run(*arguments):
+        result = CliRunner().invoke(main, ["convert", str(model), "-f", "-o", str(tmp_path / "copy.gguf"), *arguments])
+        assert result.exit_code == 0, result.output
+        return result
+
+    good = run("--n-dense-layers", "0", "--n-tip", "auto")
+    assert re.search(r"(?m)^check: worst layer [01] recalls (0\.9|1\.0)\d of the attention, KL to d", good.stdout)
+    assert "warning" not in good.stderr
+    bad = run("--n-tip", "1", "--budget", "37", "--json")
+    report = json.loads(bad.stdout)
+    assert not report["check"]["passed"] and report["check"]["worst_layer"] == 1
+    assert "warning: layer 1 recalls 0." in bad.stderr and "(now 1 of 32)" in bad.stderr
+    assert "warning: not checked: fasa ran dense in all layers" in run("--n-dense-layers", "2").stderr
+    assert "budget 256 in place of 1025" in run("--budget", "1025", "--n-dense-layers", "0").stdout
+    assert "check" not in run("--no-check").output
