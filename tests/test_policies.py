@@ -1,4 +1,4 @@
-"""Who chooses the cells: every policy in the running model against its definition in numpy, on the Q and K captured there."""
+"""Who chooses the cells: every policy in a running model against its definition in numpy, on the Q and K captured."""
 
 from __future__ import annotations
 
@@ -271,13 +271,15 @@ def test_policy_that_cannot_choose_leaves_the_layer_dense(policy, type_k, settin
 
 
 def test_policy_and_select_are_settings(model: Path) -> None:
-    llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False, kv_overrides={"fasa.policy": "quest"}, fasa_select="head")
+    load = lambda **settings: fasa_edge.Llama(str(model), n_ctx=512, verbose=False, **settings)  # noqa: E731
+    llm = load(kv_overrides={"fasa.policy": "quest"}, fasa_select="head")
     assert {"policy": "quest", "select": "head"}.items() <= llm.fasa.settings.items()
     llm.fasa.configure(policy="fasa", select="group")
     assert llm.fasa.settings["policy"] == "fasa"
     for name, value in (("policy", "best"), ("select", "layer")):
-        with pytest.raises(fasa_edge.SchemaError, match=f"{name} = '{value}' is unknown: choose from (fasa|group), "):
+        message = f"{name} = '{value}' is unknown: choose from (fasa|group), "
+        with pytest.raises(fasa_edge.SchemaError, match=message):
             llm.fasa.configure(**{name: value})
-        with pytest.raises(fasa_edge.ModelError, match=f"fasa.{name} = '{value}' is unknown: choose from (fasa|group), "):
-            fasa_edge.Llama(str(model), n_ctx=512, verbose=False, kv_overrides={f"fasa.{name}": value})
+        with pytest.raises(fasa_edge.ModelError, match=message):
+            load(kv_overrides={f"fasa.{name}": value})
     llm.close()

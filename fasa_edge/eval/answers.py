@@ -138,8 +138,8 @@ def run(
         runner: the model.
         items: from :func:`encode`.
         methods: the first is dense.
-        teacher_forced: an answer counts if each of its tokens, but for mere spaces, is the likeliest after the right ones
-            before it, and none is generated; for prompts with one reference.
+        teacher_forced: an answer counts if each of its tokens, but for mere spaces, is the likeliest after the right
+            ones before it, and none is generated; for prompts with one reference.
         only_if_dense: leave prompts that dense fails to dense.
         results: from former runs, and for later ones.
         key: what they depend on besides (:func:`fasa_edge.eval.results.identity`).
