@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants backend-test demo bench lint patches-tree \
+.PHONY: help install stock model test test-bindings test-torch test-variants backend-test demo bench quality lint patches-tree \
         patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -30,6 +30,9 @@ OPS         ?= .*
 BACKEND     ?= CPU
 
 PATCHES_TREE ?= $(VENV)/patches-tree
+
+TEXT ?=
+EVAL  = $(BIN)/fasa-edge eval $(FASA_MODEL) --resume $(VENV)/quality.jsonl $(TEXT:%=--text %)
 
 # One download serves the bindings, the patched and the stock build.
 export FASA_DOWNLOAD_DIR ?= $(CURDIR)/$(VENV)/download
@@ -78,6 +81,11 @@ test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transf
 
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)
+
+# TEXT: files to evaluate on, other than what the model was calibrated on; by default the second half of Python's documentation.
+quality: install $(FASA_MODEL) ## measure quality against dense attention and other methods, TEXT='novel.txt other.txt'
+	$(EVAL) --task ppl,kld,mass --methods all,fasa,oracle,random,streaming,quest,snapkv,h2o --blocks 2
+	$(EVAL) --task passkey,niah_single --methods fasa --budgets 256 --lengths 1024,2048 --seeds 2 --teacher-forced --only-if-dense
 
 bench: install $(FASA_MODEL) ## measure decoding speed at several depths, dense against FASA
 	$(BIN)/fasa-edge bench $(FASA_MODEL)

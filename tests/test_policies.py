@@ -31,7 +31,7 @@ class Layer:
 
     def logits(self, token: int, head: int) -> np.ndarray:
         """Of a query head, over the cells up to the token."""
-        k = self.k[: token + 1, head // (N_HEAD // N_HEAD_KV)]
+        k = self.k[: token + 1, head * self.k.shape[1] // self.q.shape[1]]
         return k @ self.q[token, head] / np.sqrt(k.shape[-1])
 
     def weights(self, token: int, head: int, cells: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -53,20 +53,20 @@ def ctx(model: Path) -> Iterator[Context]:
         yield ctx
 
 
-def read_prompt(ctx: Context) -> list[Layer]:
+def read_prompt(ctx: Context, tokens: list[int] = TEXTS[0][:N_PROMPT], n_layer: int = N_LAYER) -> list[Layer]:
     """The layers of a prompt that was read densely and observed."""
     ctx.configure(enabled=False, policy="h2o")
     _capi.set_capture(ctx.ctx, Capture.Q, Capture.K)
     blocks = []
-    for start in range(0, N_PROMPT, 128):
-        ctx.read(TEXTS[0][start : min(start + 128, N_PROMPT)], start=start)
-        blocks.append(captured_layers(ctx))
+    for start in range(0, len(tokens), 128):
+        ctx.read(tokens[start : start + 128], start=start)
+        blocks.append(captured_layers(ctx, n_layer))
     return [join(parts) for parts in zip(*blocks, strict=True)]
 
 
-def captured_layers(ctx: Context) -> list[Layer]:
+def captured_layers(ctx: Context, n_layer: int = N_LAYER) -> list[Layer]:
     layers = []
-    for il in range(N_LAYER):
+    for il in range(n_layer):
         q, k = (_capi.captured(ctx.ctx, il, what) for what in (Capture.Q, Capture.K))
         layers.append(Layer(q, k.astype(np.float16).astype(np.float32)))
     return layers
@@ -192,37 +192,57 @@ def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -
                 assert len(np.intersect1d(listed, expected)) >= len(expected) - 1  # one may tie
 
 
-def dims_of(model: Path, il: int) -> np.ndarray:
-    """The dims of the dominant chunks, int32 [n_head_kv, n_dim]."""
+def dims_of(model: Path, n_layer: int = N_LAYER) -> list[np.ndarray]:
+    """The dims of the dominant chunks of each layer, int32 [n_head_kv, n_dim]."""
     profile = inspect(model).profile
     llm = fasa_edge.Llama(str(model), n_ctx=256, verbose=False)
-    planes = _capi.chunk_dims(_capi.layer_geometry(llm.model)[il])
+    planes = [_capi.chunk_dims(layer) for layer in _capi.layer_geometry(llm.model)]
     llm.close()
-    return planes[profile.chunks[il][:, : profile.n_tip]].reshape(N_HEAD_KV, -1).astype(np.int32)
+    chosen = [chunks[:, : profile.n_tip] for chunks in profile.chunks[:n_layer]]
+    return [dims[chunks].reshape(len(chunks), -1) for dims, chunks in zip(planes, chosen, strict=True)]
+
+
+def assert_reference(layer: Layer, chosen: list[np.ndarray], dims: np.ndarray, select: str, forced: np.ndarray) -> None:
+    """The cells chosen for the last tokens are those of the reference, but for such as tie with the last one taken."""
+    n_new, n_kv = len(chosen), len(layer.k)
+    mask = np.triu(np.full((n_kv, n_kv), -np.inf), 1)[-n_new:]
+    tips, scale = reference.store(layer.k, dims), layer.q.shape[-1] ** -0.5
+    scores = reference.score(layer.q[-n_new:], tips, dims, mask, scale, by_head=select == "head")
+    wanted = reference.select(scores, TINY_BUDGET, forced)
+    for it, selector in np.ndindex(wanted.shape[:2]):
+        cells, expected = set(chosen[it][selector].tolist()), set(wanted[it, selector].tolist())
+        row = scores[it, selector]
+        last = min(row[cell] for cell in expected - set(forced[it].tolist()))
+        assert len(cells) == len(expected) and all(abs(row[cell] - last) < 1e-5 for cell in cells ^ expected)
 
 
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_fasa_chooses_what_the_reference_does(select: str, ctx: Context, model: Path) -> None:
-    n_tokens = N_PROMPT + N_STEPS
-    mask = np.triu(np.full((n_tokens, n_tokens), -np.inf), 1)[N_PROMPT:]
-    forced = np.stack([forced_cells(token) for token in range(N_PROMPT, n_tokens)]).astype(np.int32)
-    for il, (layer, chosen, _) in enumerate(decode(ctx, 1, policy="fasa", select=select)):
-        dims, scale = dims_of(model, il), layer.q.shape[-1] ** -0.5
-        scores = reference.score(
-            layer.q[N_PROMPT:], reference.store(layer.k, dims), dims, mask, scale, by_head=select == "head"
-        )
-        wanted = reference.select(scores, TINY_BUDGET, forced)
-        for it, selector in np.ndindex(wanted.shape[:2]):
-            cells, expected = set(chosen[it][selector].tolist()), set(wanted[it, selector].tolist())
-            row = scores[it, selector]
-            last = min(row[cell] for cell in expected - set(forced[it].tolist()))
-            assert len(cells) == len(expected) and all(abs(row[cell] - last) < 1e-5 for cell in cells ^ expected)
+    forced = np.stack([forced_cells(token) for token in range(N_PROMPT, N_PROMPT + N_STEPS)]).astype(np.int32)
+    for (layer, chosen, _), dims in zip(decode(ctx, 1, policy="fasa", select=select), dims_of(model), strict=True):
+        assert_reference(layer, chosen, dims, select, forced)
+
+
+@pytest.mark.parametrize("select", ["group", "head"])
+def test_so_it_does_in_a_real_model(select: str, fasa_model_path: Path) -> None:
+    profile = inspect(fasa_model_path).profile
+    n_layer, n_dense = len(profile.chunks), profile.config.n_dense_layers
+    with Context(fasa_model_path, n_ubatch=128) as ctx:
+        prompt = read_prompt(ctx, list(range(1000, 1400)), n_layer)
+        settings = {"budget": TINY_BUDGET, "min_ctx": 1, "n_sink": N_SINK, "n_recent": N_RECENT, "select": select}
+        ctx.configure(enabled=True, policy="fasa", **settings)
+        _capi.set_capture(ctx.ctx, *Capture)
+        ctx.read([2000, 2001, 2002], start=400)
+        steps = captured_layers(ctx, n_layer)
+        forced = np.stack([forced_cells(token) for token in range(400, 403)]).astype(np.int32)
+        for il, dims in list(enumerate(dims_of(fasa_model_path, n_layer)))[n_dense:]:
+            chosen = list(_capi.captured(ctx.ctx, il, Capture.CELLS))
+            assert_reference(join((prompt[il], steps[il])), chosen, dims, select, forced)
 
 
 def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
     """The sum of a group's softmax, unrounded; and other chunks than the dominant ones."""
-    for il, (layer, chosen, _) in enumerate(decode(ctx, 1, policy="fasa_sum")):
-        dims = dims_of(model, il)
+    for (layer, chosen, _), dims in zip(decode(ctx, 1, policy="fasa_sum"), dims_of(model), strict=True):
         masked = [np.isin(np.arange(layer.q.shape[-1]), row) for row in dims]
         for selector in range(N_HEAD_KV):
             kept = Layer(layer.q * masked[selector], layer.k)
