@@ -303,3 +303,23 @@ def test_policy_and_select_are_settings(model: Path) -> None:
         with pytest.raises(fasa_edge.ModelError, match=message):
             load(kv_overrides={f"fasa.{name}": value})
     llm.close()
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o"])
+def test_what_was_observed_of_another_prompt_is_not_used(policy: str, model: Path) -> None:
+    with Context(model) as ctx:
+        read_prompt(ctx)
+        ctx.configure(enabled=True, policy=policy, budget=TINY_BUDGET)
+        ctx.reasons()
+        ctx.step(TEXTS[1][0], N_PROMPT)
+        assert ctx.reasons() == {"none": N_LAYER}
+        llama_cpp.llama_memory_seq_rm(ctx.memory, 0, 20, -1)  # of the prompt only a part is left
+        ctx.step(TEXTS[1][0], 20)
+        assert ctx.reasons() == {"none": N_LAYER}
+        llama_cpp.llama_memory_clear(ctx.memory, True)
+        ctx.configure(policy="fasa")
+        ctx.read(TEXTS[2][:40])
+        ctx.configure(policy=policy)
+        ctx.reasons()
+        ctx.step(TEXTS[1][0], 40)
+        assert ctx.reasons() == {"policy": N_LAYER}

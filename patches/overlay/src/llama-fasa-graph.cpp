@@ -194,7 +194,7 @@ ggml_tensor * llama_fasa_attn::build(
         args.n_fac      = inp->n_fac;
         args.scale      = kq_scale;
 
-        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (fasa->observed.is_empty() || n_stream > 1))) {
+        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (!fasa->observed.has(il) || n_stream > 1))) {
             reason = LLAMA_FASA_REASON_POLICY;
         }
     }
@@ -275,7 +275,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)) {
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt) {
 }
 
 llama_fasa_graph_input::~llama_fasa_graph_input() {
@@ -310,7 +310,7 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
-    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch);
+    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch) && (!fasa.policy || !fasa.policy->needs_prompt() || prompt == fasa.observed.prompt);
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {

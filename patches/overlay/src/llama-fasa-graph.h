@@ -114,7 +114,8 @@ private:
     const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
     const uint32_t          n_kv;
 
-    const bool is_prompt; // what the graph was built for
+    const bool     is_prompt; // what the graph was built for
+    const uint64_t prompt;    // what a policy that needs one had observed by then
 
     ggml_tensor * forced = nullptr;
 

@@ -3,11 +3,17 @@
 #include "llama-batch.h"
 #include "llama-fasa-weights.h"
 
-void llama_fasa_observed::begin(const llama_ubatch & ubatch, bool is_prompt) {
-    if (is_prompt && ubatch.pos[0] == 0) {
+bool llama_fasa_observed::has(int32_t il) const {
+    const auto it = layers.find(il);
+
+    return prompt > 0 && it != layers.end() && it->second.heads[0].prompt == prompt;
+}
+
+void llama_fasa_observed::begin(const llama_ubatch & ubatch, bool is_observed) {
+    if (ubatch.pos[0] == 0) {
         prompt++;
     }
-    if (is_prompt || ubatch.pos[0] != next_pos) {
+    if (is_observed || ubatch.pos[0] != next_pos) {
         decode++;
     }
     next_pos = ubatch.pos[ubatch.n_tokens - 1] + 1;

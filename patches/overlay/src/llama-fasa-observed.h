@@ -30,13 +30,14 @@ struct llama_fasa_observed {
 
     std::map<int32_t, layer> layers;
 
-    uint64_t prompt = 0; // counts the prompts that began at position 0
+    uint64_t prompt = 0; // counts the prompts, observed or not: what begins at position 0
     uint64_t decode = 0; // counts the times that decoding began, or went on elsewhere than after the last token
 
-    bool is_empty() const { return prompt == 0; }
+    // whether the last prompt was observed in a layer
+    bool has(int32_t il) const;
 
     // a micro-batch is about to run
-    void begin(const llama_ubatch & ubatch, bool is_prompt);
+    void begin(const llama_ubatch & ubatch, bool is_observed);
 
     // what observes a prompt
     // q: F32 [n_embd_head, n_head, n_tokens, 1], k: [n_embd_head, n_head_kv, n_kv, 1]

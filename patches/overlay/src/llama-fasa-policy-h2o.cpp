@@ -15,7 +15,7 @@ public:
     std::vector<int32_t> choose(const llama_fasa_head & head, const llama_fasa_choice & choice) override {
         auto & state = states.at({ head.il, head.ih });
         if (state.decode != observed.decode) {
-            begin(state, head);
+            begin(state, head, choice);
         }
 
         for (const int32_t cell : choice.visible) {
@@ -24,11 +24,9 @@ public:
                 state.last = cell;
             }
         }
-        while ((int64_t) state.kept.size() > std::max<int64_t>(head.n_fac, 1)) {
+        state.weights.resize(std::max<size_t>(state.weights.size(), state.last + 1), 0.0f);
+        while ((int64_t) state.kept.size() > head.n_fac) {
             drop(state, head.n_fac/2);
-        }
-        if ((int32_t) state.weights.size() <= state.last) {
-            state.weights.resize(state.last + 1, 0.0f);
         }
 
         for (const float * query : choice.queries) {
@@ -62,13 +60,13 @@ private:
     };
 
     // after the prompt
-    void begin(state & state, const llama_fasa_head & head) const {
+    void begin(state & state, const llama_fasa_head & head, const llama_fasa_choice & choice) const {
         const auto * heads = &observed.layers.at(head.il).heads[head.ih*head.n_query];
 
         state = {};
         state.decode  = observed.decode;
-        state.kept    = heads[0].cells;
-        state.last    = state.kept.back();
+        state.kept    = llama_fasa_common(heads[0].cells, choice.visible);
+        state.last    = state.kept.empty() ? -1 : state.kept.back();
         state.weights.resize(state.last + 1, 0.0f);
         for (int64_t iq = 0; iq < head.n_query; ++iq) {
             for (const int32_t cell : state.kept) {

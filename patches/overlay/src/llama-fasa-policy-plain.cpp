@@ -14,9 +14,9 @@
 enum { SRC_Q, SRC_K, SRC_MASK, SRC_DIMS, SRC_FORCED };
 
 bool llama_fasa_policy_plain::is_supported(const llama_fasa_policy_args & args) const {
-    const auto * buffer = args.k->view_src ? args.k->view_src->buffer : nullptr;
+    ggml_backend_buffer_t buffer = args.k->view_src ? args.k->view_src->buffer : nullptr; // of the KV cache
 
-    return buffer && ggml_backend_buffer_is_host(const_cast<ggml_backend_buffer_t>(buffer)) && (!needs_dims() || args.q == args.q_rot);
+    return buffer && ggml_backend_buffer_is_host(buffer) && (!needs_dims() || args.q == args.q_rot);
 }
 
 ggml_tensor * llama_fasa_policy_plain::build(const llama_fasa_policy_args & args) {
@@ -105,6 +105,12 @@ void llama_fasa_policy_plain::compute(ggml_tensor * dst, int ith, int nth, void 
 //
 // what policies are made of
 //
+
+std::vector<int32_t> llama_fasa_common(const std::vector<int32_t> & a, const std::vector<int32_t> & b) {
+    std::vector<int32_t> res;
+    std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(res));
+    return res;
+}
 
 float llama_fasa_dot(const float * a, const float * b, int64_t n) {
     float sums[8] = {}; // independent, so that a compiler may use vectors

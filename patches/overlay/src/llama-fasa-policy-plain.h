@@ -68,6 +68,9 @@ private:
 // what policies are made of
 //
 
+// of two ascending lists
+std::vector<int32_t> llama_fasa_common(const std::vector<int32_t> & a, const std::vector<int32_t> & b);
+
 float llama_fasa_dot(const float * a, const float * b, int64_t n);
 
 // of each query head, the logits of the visible cells on some dims; dims nullptr: all

@@ -16,14 +16,15 @@ public:
     explicit policy_snapkv(const llama_fasa_observed & observed) : observed(observed) {}
 
     std::vector<int32_t> choose(const llama_fasa_head & head, const llama_fasa_choice & choice) override {
-        const auto & prompt = observed.layers.at(head.il).heads[head.ih*head.n_query].cells;
+        // what is left of it, should the cache have been changed since
+        const auto prompt = llama_fasa_common(observed.layers.at(head.il).heads[head.ih*head.n_query].cells, choice.visible);
 
         auto & kept = chosen.at({ head.il, head.ih });
         if (kept.decode != observed.decode) {
             kept = { observed.decode, choose_prompt(head, prompt) };
         }
 
-        auto res = kept.cells;
+        auto res = llama_fasa_common(kept.cells, prompt);
         std::set_difference(choice.visible.begin(), choice.visible.end(), prompt.begin(), prompt.end(), std::back_inserter(res));
         return res;
     }
@@ -84,6 +85,7 @@ private:
         for (int64_t i = 0; i < n_fac - n_window; ++i) {
             res.push_back(prompt[order[i]]);
         }
+        std::sort(res.begin(), res.end());
         return res;
     }
 
