@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import reduce
 from itertools import count, takewhile
+from operator import or_
 
 from fasa_edge._lib import ggml, llama_cpp
 from fasa_edge.errors import FasaError
@@ -127,7 +129,6 @@ def bytes_per_element(ggml_type: int) -> float:
 def cache_type(name: str) -> int:
     """The ``enum ggml_type`` of a name in :data:`CACHE_TYPES`, for ``type_k`` and ``type_v`` of ``llama_cpp.Llama``."""
     return next(ggml_type for ggml_type in count() if type_name(ggml_type) == name)
-
 
 
 def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
@@ -272,7 +273,7 @@ def fingerprint(model: int) -> str:
 
 def set_capture(ctx: int, *what: Capture) -> None:
     """What to keep of every attention layer for :func:`captured` from the next micro-batch on; by default nothing."""
-    _set_capture(ctx, sum(what))
+    _set_capture(ctx, reduce(or_, what, 0))
 
 
 def captured(ctx: int, il: int, what: Capture) -> np.ndarray | None:

@@ -5,9 +5,9 @@
 //   gather   scores of the candidates in the bin that holds the n_fac-th best cell
 //   list     the candidates in better bins, and of that one the best
 //
-// A row is what one KV head, or a query head that chooses for itself, does for one token. Threads take whole rows as far as these are equally many for all, and
-// then need no barrier; the cells of what rows remain are split into one part per thread. Sums are made by chunks of
-// cells and added in order, so the result does not depend on who made them.
+// A row is what one KV head, or a query head that chooses for itself, does for one token. Threads take whole rows as far
+// as these are equally many for all, and then need no barrier; the cells of what rows remain are split into one part per
+// thread. Sums are made by chunks of cells and added in order, so the result does not depend on who made them.
 
 #include "fasa-score.h"
 

@@ -167,7 +167,7 @@ ggml_tensor * llama_fasa_attn::build(
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
-    if (fasa->observes(graph.ubatch) && tips && tips->get_layer(il).tips && n_stream == 1) {
+    if (fasa->observes(graph.ubatch) && tips && tips->get_layer(il).tips && n_stream == 1 && is_flash_attn(v)) {
         ggml_build_forward_expand(gf, fasa->observed.build(ctx0, il, split_streams(q), k, kq_mask, kq_scale, softcap));
     }
 
@@ -193,8 +193,9 @@ ggml_tensor * llama_fasa_attn::build(
         args.n_head_sel = by_head ? q->ne[1] : k->ne[1];
         args.n_fac      = inp->n_fac;
         args.scale      = kq_scale;
+        args.softcap    = softcap;
 
-        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (!fasa->observed.has(il) || n_stream > 1))) {
+        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (!fasa->observed.has(il, graph.ubatch) || n_stream > 1))) {
             reason = LLAMA_FASA_REASON_POLICY;
         }
     }
@@ -220,7 +221,7 @@ ggml_tensor * llama_fasa_attn::build(
         idx = fasa->policy->build(args);
         graph.cb(idx, "fasa_select", il);
 
-        capture(*inp, LLAMA_FASA_CAPTURE_CELLS, idx);
+        capture(*inp, LLAMA_FASA_CAPTURE_CELLS, ggml_reshape_3d(ctx0, idx, idx->ne[0], idx->ne[1], idx->ne[2]*idx->ne[3]));
         if (fasa->capture & LLAMA_FASA_CAPTURE_MASS) {
             ggml_tensor * weights = llama_fasa_weights(ctx0, args.q_rot, k, kq_mask, kq_scale, softcap);
             ggml_tensor * mass    = llama_fasa_mass(ctx0, weights, idx);
@@ -275,7 +276,8 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt) {
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt),
+    is_observed(fasa.observed.is_of(ubatch)) {
 }
 
 llama_fasa_graph_input::~llama_fasa_graph_input() {
@@ -310,7 +312,10 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
-    return is_prompt == fasa_is_prompt(fasa.params, params.ubatch) && (!fasa.policy || !fasa.policy->needs_prompt() || prompt == fasa.observed.prompt);
+    if (is_prompt != fasa_is_prompt(fasa.params, params.ubatch)) {
+        return false;
+    }
+    return !fasa.policy || !fasa.policy->needs_prompt() || (prompt == fasa.observed.prompt && is_observed == fasa.observed.is_of(params.ubatch));
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {

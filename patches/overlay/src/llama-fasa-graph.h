@@ -115,7 +115,10 @@ private:
     const uint32_t          n_kv;
 
     const bool     is_prompt; // what the graph was built for
-    const uint64_t prompt;    // what a policy that needs one had observed by then
+
+    // for policies that need a prompt: the last one by then, and whether the batch goes on with it
+    const uint64_t prompt;
+    const bool     is_observed;
 
     ggml_tensor * forced = nullptr;
 

@@ -3,17 +3,33 @@
 #include "llama-batch.h"
 #include "llama-fasa-weights.h"
 
-bool llama_fasa_observed::has(int32_t il) const {
+bool llama_fasa_observed::is_of(const llama_ubatch & ubatch) const {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != seq_id) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_fasa_observed::has(int32_t il, const llama_ubatch & ubatch) const {
     const auto it = layers.find(il);
 
-    return prompt > 0 && it != layers.end() && it->second.heads[0].prompt == prompt;
+    return is_whole && it != layers.end() && it->second.heads[0].prompt == prompt && is_of(ubatch);
 }
 
 void llama_fasa_observed::begin(const llama_ubatch & ubatch, bool is_observed) {
-    if (ubatch.pos[0] == 0) {
+    const llama_pos pos = ubatch.pos[0];
+
+    if (pos == 0) {
         prompt++;
+        seq_id   = ubatch.seq_id[0][0];
+        is_whole = is_observed && is_of(ubatch);
+    } else if (is_observed && (pos != next_pos || !is_of(ubatch))) {
+        prompt++;
+        is_whole = false; // a part of what was added up is of tokens that are gone, or of others
     }
-    if (is_observed || ubatch.pos[0] != next_pos) {
+    if (is_observed || pos != next_pos) {
         decode++;
     }
     next_pos = ubatch.pos[ubatch.n_tokens - 1] + 1;

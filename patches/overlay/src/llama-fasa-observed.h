@@ -9,7 +9,7 @@
 struct llama_ubatch;
 
 // What SnapKV and H2O need to know of the prompt: attention weights, which flash attention does not give. They are
-// computed a second time, unfused, while the prompt is read. For a context of one sequence.
+// computed a second time, unfused, while the prompt is read: n_kv*n_tokens*n_head floats for a micro-batch. For one sequence.
 struct llama_fasa_observed {
     static constexpr size_t N_QUERIES = 32; // kept of the end of the prompt
 
@@ -30,11 +30,14 @@ struct llama_fasa_observed {
 
     std::map<int32_t, layer> layers;
 
-    uint64_t prompt = 0; // counts the prompts, observed or not: what begins at position 0
+    uint64_t prompt = 0; // counts the prompts, observed or not: what begins at position 0, or goes on in another place
     uint64_t decode = 0; // counts the times that decoding began, or went on elsewhere than after the last token
 
-    // whether the last prompt was observed in a layer
-    bool has(int32_t il) const;
+    // whether these tokens belong to the sequence of the last prompt
+    bool is_of(const llama_ubatch & ubatch) const;
+
+    // whether that prompt was observed in a layer
+    bool has(int32_t il, const llama_ubatch & ubatch) const;
 
     // a micro-batch is about to run
     void begin(const llama_ubatch & ubatch, bool is_observed);
@@ -46,5 +49,7 @@ struct llama_fasa_observed {
 private:
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
 
-    llama_pos next_pos = -1;
+    llama_seq_id seq_id   = -1;    // of the prompt
+    llama_pos    next_pos = -1;    // after the last token
+    bool         is_whole = false; // all of it has been observed
 };

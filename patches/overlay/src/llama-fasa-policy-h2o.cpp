@@ -13,7 +13,7 @@ public:
     explicit policy_h2o(const llama_fasa_observed & observed) : observed(observed) {}
 
     std::vector<int32_t> choose(const llama_fasa_head & head, const llama_fasa_choice & choice) override {
-        auto & state = states.at({ head.il, head.ih });
+        auto & state = histories.at({ head.il, head.ih });
         if (state.decode != observed.decode) {
             begin(state, head, choice);
         }
@@ -30,11 +30,7 @@ public:
         }
 
         for (const float * query : choice.queries) {
-            std::vector<float> weights;
-            for (const int32_t cell : state.kept) {
-                weights.push_back(head.scale*llama_fasa_dot(query, head.key(cell), head.n_embd));
-            }
-            llama_fasa_softmax(weights);
+            const auto weights = llama_fasa_weights_of(head, query, state.kept.data(), state.kept.size());
             for (size_t i = 0; i < weights.size(); ++i) {
                 state.weights[state.kept[i]] += weights[i];
             }
@@ -44,14 +40,14 @@ public:
 
     void prepare(const llama_fasa_policy_args & args) override {
         for (int64_t ih = 0; ih < args.n_head_sel; ++ih) {
-            states.insert({ { args.il, ih }, {} });
+            histories.insert({ { args.il, ih }, {} });
         }
     }
 
     bool needs_prompt() const override { return true; }
 
 private:
-    struct state {
+    struct history {
         uint64_t decode = 0; // that it belongs to
 
         std::vector<float>   weights; // by cell
@@ -60,7 +56,7 @@ private:
     };
 
     // after the prompt
-    void begin(state & state, const llama_fasa_head & head, const llama_fasa_choice & choice) const {
+    void begin(history & state, const llama_fasa_head & head, const llama_fasa_choice & choice) const {
         const auto * heads = &observed.layers.at(head.il).heads[head.ih*head.n_query];
 
         state = {};
@@ -76,7 +72,7 @@ private:
 
         // room for the token that is decoded
         const int64_t n_recent = head.n_fac/2;
-        const int64_t n_heavy  = std::max<int64_t>(head.n_fac - n_recent, 0);
+        const int64_t n_heavy  = head.n_fac - n_recent;
         if ((int64_t) state.kept.size() > head.n_fac) {
             const auto recent = state.kept.end() - n_recent;
             std::stable_sort(state.kept.begin(), recent, [&](int32_t a, int32_t b) { return state.weights[a] > state.weights[b]; });
@@ -86,7 +82,7 @@ private:
     }
 
     // the lightest of those that are not recent
-    static void drop(state & state, int64_t n_recent) {
+    static void drop(history & state, int64_t n_recent) {
         const auto recent = state.kept.end() - std::min<int64_t>(n_recent, state.kept.size() - 1);
 
         state.kept.erase(std::min_element(state.kept.begin(), recent, [&](int32_t a, int32_t b) {
@@ -96,7 +92,7 @@ private:
 
     const llama_fasa_observed & observed;
 
-    std::map<std::pair<int32_t, int64_t>, state> states; // by layer and head
+    std::map<std::pair<int32_t, int64_t>, history> histories; // by layer and head
 };
 
 } // namespace

@@ -22,17 +22,17 @@ bool llama_fasa_policy_plain::is_supported(const llama_fasa_policy_args & args) 
 ggml_tensor * llama_fasa_policy_plain::build(const llama_fasa_policy_args & args) {
     prepare(args);
 
-    auto & data = ops[{ args.il, args.n_fac }];
-    data = { this, args.il, args.n_fac, args.scale };
+    auto & op = ops[{ args.il, args.n_fac }];
+    op = { this, args.il, args.n_fac, args.scale, args.softcap };
 
     ggml_tensor * srcs[] = { args.q_rot, args.k, args.mask, args.dims, args.forced };
 
     return ggml_custom_4d(args.ctx, GGML_TYPE_I32, n_list(args.n_fac, args.k->ne[2]), args.n_head_sel, args.q->ne[2], args.q->ne[3],
-            srcs, args.forced ? 5 : 4, compute, GGML_N_TASKS_MAX, &data);
+            srcs, args.forced ? 5 : 4, compute, GGML_N_TASKS_MAX, &op);
 }
 
 void llama_fasa_policy_plain::compute(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    const auto & data = *(const op_data *) userdata;
+    const auto & op = *(const op_data *) userdata;
 
     const auto * q      = dst->src[SRC_Q];
     const auto * k      = dst->src[SRC_K];
@@ -48,24 +48,25 @@ void llama_fasa_policy_plain::compute(ggml_tensor * dst, int ith, int nth, void 
 
         llama_fasa_head head;
 
-        head.il      = data.il;
+        head.il      = op.il;
         head.ih      = row % n_head_sel;
         head.ih_kv   = head.ih*k->ne[1]/n_head_sel;
         head.n_query = q->ne[1]/n_head_sel;
         head.n_embd  = k->ne[0];
-        head.n_fac   = data.n_fac;
-        head.scale   = data.scale;
+        head.n_fac   = op.n_fac;
+        head.scale   = op.scale;
+        head.softcap = op.softcap;
         head.n_dim   = dims->ne[0];
         head.dims    = (const int32_t *) dims->data + head.ih_kv*head.n_dim;
 
         head.keys.resize(n_kv*head.n_embd);
         for (int64_t cell = 0; cell < n_kv; ++cell) {
-            const char * data = (const char *) k->data + head.ih_kv*k->nb[1] + cell*k->nb[2] + is*k->nb[3];
-            float      * key  = head.keys.data() + cell*head.n_embd;
+            const char * row = (const char *) k->data + head.ih_kv*k->nb[1] + cell*k->nb[2] + is*k->nb[3];
+            float      * key = head.keys.data() + cell*head.n_embd;
             if (k->type == GGML_TYPE_F32) {
-                std::copy_n((const float *) data, head.n_embd, key);
+                std::copy_n((const float *) row, head.n_embd, key);
             } else {
-                ggml_get_type_traits(k->type)->to_float(data, key, head.n_embd);
+                ggml_get_type_traits(k->type)->to_float(row, key, head.n_embd);
             }
         }
 
@@ -92,7 +93,7 @@ void llama_fasa_policy_plain::compute(ggml_tensor * dst, int ith, int nth, void 
                 choice.forced.erase(std::unique(choice.forced.begin(), choice.forced.end()), choice.forced.end());
             }
 
-            auto cells = data.policy->choose(head, choice);
+            auto cells = op.policy->choose(head, choice);
             std::sort(cells.begin(), cells.end());
             GGML_ASSERT((int64_t) cells.size() <= dst->ne[0]);
 
@@ -144,30 +145,37 @@ std::vector<std::vector<float>> llama_fasa_logits(
     return res;
 }
 
-void llama_fasa_softmax(std::vector<float> & logits) {
-    if (logits.empty()) {
-        return;
-    }
+static double fasa_log_sum_exp(const std::vector<float> & logits) {
     const float max = *std::max_element(logits.begin(), logits.end());
-    double      sum = 0.0;
-    for (float & x : logits) {
-        x = std::exp(x - max);
-        sum += x;
-    }
-    for (float & x : logits) {
-        x /= sum;
-    }
+    return max + std::log(std::accumulate(logits.begin(), logits.end(), 0.0, [&](double sum, float x) { return sum + std::exp(x - max); }));
 }
 
-std::vector<float> llama_fasa_group_scores(std::vector<std::vector<float>> logits, llama_fasa_group group) {
-    if (logits.size() == 1) {
+std::vector<float> llama_fasa_weights_of(const llama_fasa_head & head, const float * query, const int32_t * cells, int64_t n_cells) {
+    std::vector<float> res;
+    for (int64_t i = 0; i < n_cells; ++i) {
+        const float logit = head.scale*llama_fasa_dot(query, head.key(cells[i]), head.n_embd);
+        res.push_back(head.softcap != 0.0f ? head.softcap*std::tanh(logit/head.softcap) : logit);
+    }
+    if (!res.empty()) {
+        const double lse = fasa_log_sum_exp(res);
+        for (float & x : res) {
+            x = std::exp(x - lse);
+        }
+    }
+    return res;
+}
+
+std::vector<float> llama_fasa_group_scores(const std::vector<std::vector<float>> & logits, llama_fasa_group group) {
+    if (logits.size() == 1 || logits[0].empty()) {
         return logits[0];
     }
-    std::vector<float> res(logits[0].size(), 0.0f);
-    for (auto & head : logits) {
-        llama_fasa_softmax(head);
+    std::vector<float> res(logits[0].size(), -INFINITY);
+    for (const auto & head : logits) {
+        const double lse = fasa_log_sum_exp(head);
         for (size_t i = 0; i < res.size(); ++i) {
-            res[i] = group == LLAMA_FASA_GROUP_MAX ? std::max(res[i], head[i]) : res[i] + head[i];
+            const float score = head[i] - lse;
+            const float best  = std::max(res[i], score);
+            res[i] = group == LLAMA_FASA_GROUP_MAX ? best : best + std::log(std::exp(res[i] - best) + std::exp(score - best));
         }
     }
     return res;

@@ -14,6 +14,7 @@ struct llama_fasa_head {
     int64_t n_embd;
     int64_t n_fac;
     float   scale;
+    float   softcap;
 
     std::vector<float> keys; // [n_kv, n_embd] as the cache holds them
 
@@ -57,6 +58,7 @@ private:
         int32_t il;
         int64_t n_fac;
         float   scale;
+        float   softcap;
     };
 
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);
@@ -77,12 +79,13 @@ float llama_fasa_dot(const float * a, const float * b, int64_t n);
 std::vector<std::vector<float>> llama_fasa_logits(
         const llama_fasa_head & head, const llama_fasa_choice & choice, const int32_t * dims = nullptr, int64_t n_dim = 0);
 
-void llama_fasa_softmax(std::vector<float> & logits);
+// the attention weights of a query head among some cells
+std::vector<float> llama_fasa_weights_of(const llama_fasa_head & head, const float * query, const int32_t * cells, int64_t n_cells);
 
 enum llama_fasa_group { LLAMA_FASA_GROUP_MAX, LLAMA_FASA_GROUP_SUM };
 
-// one score per cell: the greatest softmax of the query heads, or the sum of them; of one head its logits
-std::vector<float> llama_fasa_group_scores(std::vector<std::vector<float>> logits, llama_fasa_group group);
+// one score per cell: the greatest log-softmax of the query heads, or the logarithm of the sum of softmax; of one head its logits
+std::vector<float> llama_fasa_group_scores(const std::vector<std::vector<float>> & logits, llama_fasa_group group);
 
 // the forced cells, and the best of the others, by the lower id where scores are equal; scores: of the visible cells
 std::vector<int32_t> llama_fasa_best_cells(const llama_fasa_head & head, const llama_fasa_choice & choice, const std::vector<float> & scores);

@@ -55,6 +55,8 @@ public:
         }
         return res;
     }
+
+    bool needs_dims() const override { return true; } // bounds of single dims
 };
 
 } // namespace

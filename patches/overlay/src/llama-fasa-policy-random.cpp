@@ -34,7 +34,7 @@ public:
                 std::swap(chunks[i], chunks[i + rng() % (chunks.size() - i)]); // not std::shuffle, which differs by platform
 
                 int32_t pair[2];
-                llama_fasa_chunk_dims(&layer, chunks[i], pair);
+                GGML_ASSERT(llama_fasa_chunk_dims(&layer, chunks[i], pair));
                 drawn.insert(drawn.end(), { pair[0], pair[1] });
             }
         }

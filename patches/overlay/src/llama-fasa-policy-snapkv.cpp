@@ -59,11 +59,7 @@ private:
             for (int64_t iw = 0; iw < n_window; ++iw) {
                 const auto & query = queries[queries.size() - n_window + iw];
 
-                std::vector<float> weights;
-                for (int64_t i = 0; i < n - n_window + iw + 1; ++i) {
-                    weights.push_back(head.scale*llama_fasa_dot(query.data(), head.key(prompt[i]), head.n_embd));
-                }
-                llama_fasa_softmax(weights);
+                const auto weights = llama_fasa_weights_of(head, query.data(), prompt.data(), n - n_window + iw + 1);
                 for (size_t i = 0; i < weights.size(); ++i) {
                     sums[i] += weights[i];
                 }
@@ -89,15 +85,15 @@ private:
         return res;
     }
 
-    struct kept {
-        uint64_t decode = 0; // for which it was chosen
+    struct selection {
+        uint64_t decode = 0; // for which it was made
 
         std::vector<int32_t> cells;
     };
 
     const llama_fasa_observed & observed;
 
-    std::map<std::pair<int32_t, int64_t>, kept> chosen; // by layer and head
+    std::map<std::pair<int32_t, int64_t>, selection> chosen; // by layer and head
 };
 
 } // namespace

@@ -26,6 +26,7 @@ struct llama_fasa_policy_args {
     int64_t n_head_sel; // heads that choose: n_head_kv, or n_head
     int64_t n_fac;
     float   scale;
+    float   softcap; // 0: none
 };
 
 // Which cells a head attends to. FASA is one answer; the others are what it is compared with: they share the rest of the

@@ -120,7 +120,7 @@ static const struct {
     /* STALE_TIPS     */ { "stale_tips",     "the tips could not be made again after K changed (see the log)" },
     /* NON_CAUSAL     */ { "non_causal",     "attention is not causal" },
     /* ATTN_BIAS      */ { "attn_bias",      "attention has a bias on its logits (ALiBi or other)" },
-    /* POLICY         */ { "policy",         "fasa.policy cannot choose: it takes K in host memory, snapkv and h2o an observed prompt, random and fasa_sum K that is not rotated" },
+    /* POLICY         */ { "policy",         "fasa.policy cannot choose: it takes K in host memory, snapkv and h2o an observed prompt, quest, random and fasa_sum K that is not rotated" },
 };
 
 static_assert(sizeof(FASA_REASONS)/sizeof(FASA_REASONS[0]) == LLAMA_FASA_REASON_COUNT, "every reason has a row");
