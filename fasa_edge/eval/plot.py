@@ -32,7 +32,7 @@ def draw(texts: Sequence[TextRow], answers: Sequence[AnswerRow], measure: str = 
     panels += [(_draw_map, group, None) for group in _grouped(answers, lambda row: (row.task, _name(row, True)))]
     n_columns = min(_N_COLUMNS, max(len(panels), 1))
     n_rows = -(-len(panels) // n_columns) or 1
-    figure = new_figure(4.5 * n_columns + 1, 3.8 * n_rows)
+    figure = new_figure(5.2 * n_columns + 1, 3.8 * n_rows)
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for panel, (draw_panel, rows, argument) in zip(axes, panels, strict=False):
         draw_panel(panel, rows, argument)
@@ -76,7 +76,7 @@ def _draw_text(axes: Axes, rows: Sequence[TextRow], measure: str) -> None:
         axes.set_xticks([], minor=True)
     if measure == "kl" and any(row.kl for row in rows):
         axes.set_yscale("log")
-    axes.legend(fontsize=7, framealpha=0.7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines, wherever they run
 
 
 def _draw_map(axes: Axes, rows: Sequence[AnswerRow], _: None) -> None:
