@@ -11,6 +11,7 @@ from pathlib import Path
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig
+from fasa_edge.eval.text import log_softmax
 
 import numpy as np
 from tiny_models import Shape, make_model
@@ -98,12 +99,6 @@ def decode_embeddings(llm, embd: np.ndarray, pos: np.ndarray) -> None:
         (ctypes.c_int8 * n)(),
     )
     assert llama_cpp.llama_decode(llm.ctx, batch) == 0
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64, along the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def kl_divergence(reference: np.ndarray, other: np.ndarray) -> float:
