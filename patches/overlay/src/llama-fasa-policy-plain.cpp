@@ -61,12 +61,12 @@ void llama_fasa_policy_plain::compute(ggml_tensor * dst, int ith, int nth, void 
 
         head.keys.resize(n_kv*head.n_embd);
         for (int64_t cell = 0; cell < n_kv; ++cell) {
-            const char * row = (const char *) k->data + head.ih_kv*k->nb[1] + cell*k->nb[2] + is*k->nb[3];
-            float      * key = head.keys.data() + cell*head.n_embd;
+            const char * data = (const char *) k->data + head.ih_kv*k->nb[1] + cell*k->nb[2] + is*k->nb[3];
+            float      * key  = head.keys.data() + cell*head.n_embd;
             if (k->type == GGML_TYPE_F32) {
-                std::copy_n((const float *) row, head.n_embd, key);
+                std::copy_n((const float *) data, head.n_embd, key);
             } else {
-                ggml_get_type_traits(k->type)->to_float(row, key, head.n_embd);
+                ggml_get_type_traits(k->type)->to_float(data, key, head.n_embd);
             }
         }
 
