@@ -167,6 +167,13 @@ def test_policies(tiny_runner: Runner) -> None:
     assert heads.kept == TINY_BUDGET and np.mean(heads.mass) > mass["fasa"]
 
 
+def test_the_layer_with_the_fewest_chunks_limits_n_tip(tiny_runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter((12, 8))
+    monkeypatch.setattr(_capi, "chunk_dims", lambda layer: [None] * next(counts))
+    with pytest.raises(FasaError, match="n_tip 10: a head of .* has 8 chunks"):
+        tiny_runner.check([replace(FASA, n_tip=10)])
+
+
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_an_observer_needs_an_observed_prefix(tiny_runner: Runner, name: str) -> None:
     tiny_runner.prefill(TEXTS[1][:90])

@@ -117,7 +117,8 @@ def encode(task: str, prompt: Prompt, llm: llama_cpp.Llama) -> Item:
 
     before = prompt.question + prompt.answer_prefix
     context, question = llm.tokenize(prompt.context.encode()), tokenize(before)
-    if llama_cpp.llama_vocab_get_add_eos(llama_cpp.llama_model_get_vocab(llm.model)):
+    adds_eos = llama_cpp.llama_vocab_get_add_eos(llama_cpp.llama_model_get_vocab(llm.model))
+    if adds_eos and context[-1:] == [llm.token_eos()]:
         context = context[:-1]  # the text does not end there
     if not question:  # something has to be decoded
         context, question = context[:-1], tuple(context[-1:])
