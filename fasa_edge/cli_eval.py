@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fasa_edge._cli import List, json_option, load_arguments, load_options, print_json, progress_bars
 from fasa_edge._figure import new_figure, to_png
@@ -40,12 +41,18 @@ class _Setting(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, equals, item = value.partition("=")
-        allowed = [field.name for field in fields(FasaConfig) if field.name not in _NOT_SET]
+        allowed = {name: kind for name, kind in get_type_hints(FasaConfig).items() if name not in _NOT_SET}
         if not equals or name not in allowed:
             self.fail(f"{value!r}: expected NAME=VALUE with a name of {', '.join(allowed)}", param, ctx)
-        if item in ("true", "false"):
+        if allowed[name] is str:
+            return name, item
+        if allowed[name] is bool:
+            if item not in ("true", "false"):
+                self.fail(f"{value!r}: expected true or false", param, ctx)
             return name, item == "true"
-        return name, int(item) if item.lstrip("-").isdigit() else item
+        if not re.fullmatch("-?[0-9]+", item):
+            self.fail(f"{value!r}: expected a whole number", param, ctx)
+        return name, int(item)
 
 
 _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.items())
@@ -82,7 +89,11 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 @click.option("--prefix", "prefixes", type=List(int), metavar="N,...", default="2048", help="Tokens read before.")
 @click.option("--blocks", "n_blocks", type=click.IntRange(1), default=4, help="Windows of each text.")
 @click.option("--n-tokens", type=click.IntRange(1), default=128, help="Tokens decoded in each window.")
-@click.option("--batch", type=click.IntRange(1), default=16, help="Tokens of a window decoded at once.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Tokens of a window decoded at once.  [default: 16, or the model's max_batch if that is smaller]",
+)
 @click.option("--lengths", type=List(int), metavar="N,...", default="1024,2048,4096", help="Tokens of a prompt.")
 @click.option("--depths", type=List(float), metavar="X,...", default="0,0.25,0.5,0.75,1", help="Of the needle, 0 to 1.")
 @click.option("--seed", type=int, default=1, help="Of the first prompt.")
@@ -124,7 +135,7 @@ def evaluate(
     prefixes: list[int],
     n_blocks: int,
     n_tokens: int,
-    batch: int,
+    batch: int | None,
     lengths: list[int],
     depths: list[float],
     seed: int,
@@ -143,9 +154,9 @@ def evaluate(
     """Measure how good sparse decoding with MODEL is.
 
     Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
-    A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention with
-    the cells shared out among the threads in another way. Of prompts: how many are answered; the question is in the
-    part that is decoded.
+    A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention
+    token by token or, with --batch 1, with another number of threads. Of prompts: how many are answered; the question
+    is in the part that is decoded, so that snapkv and h2o, which choose by the attention of the prefix, never see it.
 
     "kept" counts the cells that a method really attends to.
     """
@@ -165,14 +176,26 @@ def evaluate(
             tokens = vocabulary.tokenize(content.encode(), add_bos=False)
             blocks += text.blocks_of(name, tokens, prefixes, n_blocks, n_tokens, bos)
     items = _items(tasks_prompts, prompts, vocabulary, texts[0][1], lengths, depths, range(seed, seed + n_seeds))
-    needed = max([len(block.tokens) for block in blocks] + [item.n_tokens for item in items])
+    # the last token of a block is only a target
+    needed = max([len(block.tokens) - 1 for block in blocks] + [item.n_tokens for item in items])
     n_ctx = _context(vocabulary, n_ctx, needed)
     results = Results(resume)
     vocabulary.close()
 
     runner = Runner(model, n_ctx, **load_arguments(**loading, **{f"fasa_{k}": v for k, v in load_time.items()}))
     with runner, progress_bars() as progress:
+        batch = batch or min(16, runner.max_batch)
         runner.check(methods, batch if blocks else 1)
+        llm = runner.llm
+        about = {
+            "model": Path(model).name,
+            "profile": loading["profile"] and Path(loading["profile"]).name,
+            "texts": [name for name, _ in texts],
+            "settings": runner.settings,
+            "batch": batch,
+            "n_threads": llm.n_threads,
+            "n_threads_batch": llm.n_threads_batch,
+        }
         key = identity(runner, [model, loading["profile"]]) if resume else {}
         report = lambda stage: lambda done, total: progress(stage, done, total)  # noqa: E731
         mass = "mass" in tasks_text
@@ -180,7 +203,7 @@ def evaluate(
             runner, blocks, with_noise, batch, mass=mass, results=results, key=key, progress=report("texts")
         )
         text_cells = list(cells)
-        answer_cells = answers.run(
+        found = answers.run(
             runner,
             items,
             methods,
@@ -190,14 +213,19 @@ def evaluate(
             key=key,
             progress=report("prompts"),
         )
+        order = {id(item): i for i, item in enumerate(items)}
+        answer_cells = sorted(found, key=lambda cell: order[id(cell.item)])
     text_rows, answer_rows = text.summarize(text_cells), answers.summarize(answer_cells)
     by_depth = answers.summarize(answer_cells, by_depth=True)
     if as_json:
         by_text = text.summarize(text_cells, by_text=True)
         rows = {"text": text_rows, "by_text": by_text, "answers": answer_rows, "by_depth": by_depth}
-        print_json({"model": Path(model).name} | {name: [row.as_dict() for row in of] for name, of in rows.items()})
+        print_json(about | {name: [row.as_dict() for row in of] for name, of in rows.items()})
     else:
-        tables = [[_text_table(row, tasks_text) for row in text_rows], [_answer_table(row) for row in answer_rows]]
+        tables = [
+            [_text_table(row, tasks_text, load_time) for row in text_rows],
+            [_answer_table(row, load_time) for row in answer_rows],
+        ]
         tables = [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) for rows in tables if rows]
         click.echo("\n\n".join(tables))
     if plot is not None:  # last, so that nothing measured is lost if it cannot be written
@@ -277,13 +305,16 @@ def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int) -> int:
     return needed
 
 
-def _method(row: TextRow | AnswerRow) -> dict[str, object]:
-    label = Method(row.method, n_tip=row.n_tip).label
-    return {"method": label, "budget": row.budget or ""}
+def _method(row: TextRow | AnswerRow, load_time: dict[str, Value]) -> dict[str, object]:
+    method = Method(row.method, n_tip=row.n_tip)
+    if method.sparse:
+        method = replace(method, settings=(*load_time.items(), *row.settings.items()))
+    kept = "" if row.kept is None else f"{row.kept:.1f}"
+    return {"method": method.label, "budget": row.budget or "", "kept": kept}
 
 
-def _text_table(row: TextRow, names: Sequence[str]) -> dict[str, object]:
-    columns = {"prefix": row.n_prefix, **_method(row), "kept": "" if row.kept is None else f"{row.kept:.1f}"}
+def _text_table(row: TextRow, names: Sequence[str], load_time: dict[str, Value]) -> dict[str, object]:
+    columns = {"prefix": row.n_prefix, **_method(row, load_time)}
     if "ppl" in names:
         columns |= {"ppl": f"{row.ppl:.3f}", "to dense": f"{row.ppl_ratio - 1:+.2%}"}
     if "kld" in names:
@@ -296,11 +327,11 @@ def _text_table(row: TextRow, names: Sequence[str]) -> dict[str, object]:
     return columns
 
 
-def _answer_table(row: AnswerRow) -> dict[str, object]:
+def _answer_table(row: AnswerRow, load_time: dict[str, Value]) -> dict[str, object]:
     return {
         "task": row.task,
         "length": row.length or "",
-        **_method(row),
+        **_method(row, load_time),
         "prompts": row.n_prompts,
         "score": "" if row.score is None else f"{row.score:.1%}",
         "dense answers": row.n_answered,

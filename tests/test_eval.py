@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -9,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from fasa_edge import _capi
+from fasa_edge._lib import lib_dir, llama_cpp
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError
 from fasa_edge.eval import answers, runner, text
-from fasa_edge.eval.methods import DENSE, Method, expand
+from fasa_edge.eval.methods import DENSE, OBSERVERS, Method, expand
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.results import Results, identity
 from fasa_edge.eval.runner import Runner
@@ -71,6 +74,7 @@ def test_methods() -> None:
         *(Method("oracle", budget, None, more) for budget in (64, 32)),
     ]
     assert [method.sparse for method in methods] == [False] * 2 + [True] * 8
+    assert [method.label for method in methods[1:3]] == ["noise", "fasa, n_tip 8, n_sink 0"]
     for error, args in {
         "method 'fassa' is unknown": (["fassa"], [64]),
         "budget 0: choose 1 or more": (["fasa"], [64, 0]),
@@ -110,6 +114,10 @@ def test_blocks() -> None:
     assert blocks[2].tokens == (7, *range(85, 100)) and len(blocks[-1].tokens) == 26
     with pytest.raises(FasaError, match="a has 100 tokens, and a prefix of 100 with 5 after it takes 106"):
         text.blocks_of("a", list(range(100)), [10, 100], 3, 5)
+    starts = [block.start for block in text.blocks_of("a", list(range(100)), [10], 17, 5)]
+    assert min(np.diff(starts)) == 5
+    with pytest.raises(FasaError, match="18 blocks of the text a, .* decode tokens twice: lower --blocks to 17"):
+        text.blocks_of("a", list(range(100)), [10], 18, 5)
 
 
 def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -> None:
@@ -139,6 +147,8 @@ def test_policies(tiny_runner: Runner) -> None:
     tiny_runner.prefill(TEXTS[1][:200])
     tiny_runner.prefill(PREFIX, observe=True)
     dense = tiny_runner.decode(NEXT, DENSE)
+    generated = tiny_runner.generate(NEXT, FASA, 3)
+    assert 0 < generated.kept <= TINY_BUDGET and tiny_runner.generate(NEXT, DENSE, 3).kept is None
     found = {method.name: tiny_runner.decode(NEXT, method, mass=True) for method in methods}
     for method in reversed(methods):
         again = tiny_runner.decode(NEXT, method)
@@ -155,6 +165,26 @@ def test_policies(tiny_runner: Runner) -> None:
     assert every.kept == N_PREFIX + (N_TOKENS + 1) / 2 and np.allclose(every.mass, 1, atol=1e-4)
     heads = tiny_runner.decode(NEXT, replace(FASA, settings=(("select", "head"),)), mass=True)
     assert heads.kept == TINY_BUDGET and np.mean(heads.mass) > mass["fasa"]
+
+
+def test_the_layer_with_the_fewest_chunks_limits_n_tip(tiny_runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter((12, 8))
+    monkeypatch.setattr(_capi, "chunk_dims", lambda layer: [None] * next(counts))
+    with pytest.raises(FasaError, match="n_tip 10: a head of .* has 8 chunks"):
+        tiny_runner.check([replace(FASA, n_tip=10)])
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_an_observer_needs_an_observed_prefix(tiny_runner: Runner, name: str) -> None:
+    tiny_runner.prefill(TEXTS[1][:90])
+    tiny_runner.prefill(TEXTS[1][:100])
+    for run in (tiny_runner.decode, partial(tiny_runner.generate, n=2)):
+        with pytest.raises(FasaError, match=f"{name} .* was not observed: call prefill with observe=True"):
+            run(NEXT, method=Method(name, TINY_BUDGET))
+    tiny_runner.prefill(TEXTS[1][:100], observe=True)
+    with pytest.raises(FasaError, match="leave n_tip to the model"):
+        tiny_runner.decode(NEXT, Method(name, TINY_BUDGET, 6))
+    tiny_runner.decode(NEXT, Method(name, TINY_BUDGET))
 
 
 def test_a_memory_that_cannot_be_cut_back(tmp_path: Path) -> None:
@@ -190,6 +220,10 @@ def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> No
     with pytest.warns(UserWarning, match="1 damaged line"):
         run(methods, key | {"fingerprint": "another model"})
     assert fed and len(file.read_text().splitlines()) == 13
+    lines = [json.loads(line) for line in file.read_text().splitlines()[:6]]
+    del lines[1]["value"]["kl"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(run(methods)) == 6 and sum(fed) < 300  # that one alone is measured again
     file.write_text('{"key": {"fa')  # broken off in its first line
     with pytest.warns(UserWarning, match="1 damaged line"):
         Results(file)
@@ -199,6 +233,40 @@ def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> No
         with pytest.raises(FasaError, match=str(path)):
             Results(path)
     assert other.read_text() == "GGUF"
+
+
+def test_identity(tiny: Path, tmp_path: Path) -> None:
+    names = [f"m-{no:05}-of-00002.gguf" for no in (1, 2)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    overrides = {"fasa.n_sink": 2, "fasa.budget": 64}
+    with Runner(str(tiny), 64, n_threads=2, n_threads_batch=1, kv_overrides=overrides, n_gpu_layers=0) as opened:
+        key = json.loads(json.dumps(identity(opened, [tmp_path / names[0], None])))
+        assert key["base"] == opened.settings
+    sha256 = lambda content: hashlib.sha256(content).hexdigest()  # noqa: E731
+    assert key["files"] == [sha256(name.encode()) for name in names]
+    libraries = [sha256(path.read_bytes()) for path in lib_dir().iterdir()]
+    assert len(key["library"]) == 3 and set(key["library"]) <= set(libraries)
+    assert key["overrides"] == overrides and key["n_gpu_layers"] == 0
+    assert (key["n_threads"], key["n_threads_batch"], key["type_k"]) == (2, 1, "f16")
+
+
+def test_the_question_goes_on_after_the_context(tiny: Path) -> None:
+    """A SentencePiece vocabulary puts a space before, and may want an end after, what is tokenized by itself."""
+    prompt = Prompt("ab", "cd", " e", ("f",))
+    with llama_vocabulary(tiny, {"tokenizer.ggml.add_eos_token": True}) as llm:
+        whole = llm.tokenize(b"abcd e f")[:-1]
+        item = answers.encode("t", prompt, llm)
+        assert [*item.context, *item.question, *item.answer] == whole and llm.token_eos() not in whole
+        item = answers.encode("t", replace(prompt, context=""), llm)
+        assert [*item.context, *item.question] == llm.tokenize(b"cd e")[:-1]
+
+
+@contextlib.contextmanager
+def llama_vocabulary(path: Path, overrides: dict):
+    llm = llama_cpp.Llama(str(path), vocab_only=True, kv_overrides={"fasa.version": 0, **overrides}, verbose=False)
+    yield llm
+    llm.close()
 
 
 def prompts(n: int) -> list[Prompt]:
@@ -225,7 +293,11 @@ def test_answers(real_runner: Runner, fed: list[int]) -> None:
     assert [bool(item.answer) for item in items] == [True, True, True, False]
     assert real_runner.llm.detokenize(items[0].answer) == b" 20202"
     methods = expand(["all", "fasa"], [128])
-    run = partial(answers.run, real_runner, items, methods)
+
+    def run(**options) -> list[answers.AnswerCell]:
+        cells = list(answers.run(real_runner, items, methods, **options))
+        return sorted(cells, key=lambda cell: [item is cell.item for item in items].index(True))
+
     generated, forced = run(), run(teacher_forced=True, only_if_dense=True)
     assert sum(n for n in fed if n > 60) < 3 * 350  # contexts are shared
     assert [cell.score for cell in generated] == [1] * 3 + [0] * 3 + [1] * 3 + [0.5] * 3
@@ -234,6 +306,7 @@ def test_answers(real_runner: Runner, fed: list[int]) -> None:
     assert [cell.answer for cell in forced if cell.item.answer] == [None] * 7  # dense alone answers the wrong one
     row = answers.summarize(generated)[2]
     assert (row.task, row.length, row.method, row.n_prompts) == ("key", 350, "fasa", 3)
+    assert row.kept == 128
     assert (row.n_answered, row.of_dense) == (2, 1) and row.score == pytest.approx(2 / 3)
     row = answers.summarize(forced, by_depth=True)[2]
     assert (row.depth, row.score, row.n_prompts, row.of_dense) == (0.5, None, 2, 1)
@@ -243,10 +316,10 @@ def test_greedy_is_teacher_forced_by_itself(real_runner: Runner) -> None:
     tail = real_runner.llm.tokenize(b"\nQ: What is the capital of France?\nA: The capital of France is", add_bos=False)
     real_runner.prefill(real_runner.llm.tokenize(read_text()[1][:1000].encode()))
     method = Method("fasa", 256)
-    found = real_runner.generate(tail, method, 6)
+    found = real_runner.generate(tail, method, 6).tokens
     steps = real_runner.decode([*tail, *found[:-1]], method, batch=1)
     assert steps.logits[len(tail) - 1 :].argmax(axis=-1).tolist() == found and len(found) == 6
-    assert real_runner.generate(tail, method, 6, stop=lambda tokens: len(tokens) == 2) == found[:2]
+    assert real_runner.generate(tail, method, 6, stop=lambda tokens: len(tokens) == 2).tokens == found[:2]
 
 
 def test_command(fasa_model_path: Path, tmp_path: Path) -> None:
@@ -261,6 +334,8 @@ def test_command(fasa_model_path: Path, tmp_path: Path) -> None:
     ]
     assert [row["method"] for row in report["answers"]] == ["dense", "fasa", "fasa"]
     assert len(report["by_depth"]) == 6 and png.read_bytes().startswith(b"\x89PNG")
+    assert (report["texts"], report["batch"], report["n_threads"]) == (["pydoc_data.topics"], 16, 1)
+    assert report["settings"]["max_batch"] == 16 and report["answers"][1]["kept"] == 64
     n_bytes = resume.stat().st_size
     result = fasa(*args)
     assert resume.stat().st_size == n_bytes
@@ -276,13 +351,16 @@ def test_command(fasa_model_path: Path, tmp_path: Path) -> None:
         ("method 'nonsense' is unknown: choose from dense", ("--methods", "nonsense"), 1),
         ("task 'nonsense' is unknown: choose from ppl", ("--task", "nonsense"), 1),
         ("topics has .* tokens, and a prefix of 9999999 with 128", ("--prefix", 9999999), 1),
-        ("4225 tokens exceed the 4096 that the model was trained for", ("--prefix", 4096), 1),
-        ("2177 tokens exceed the context of 1024: raise -c", ("-c", 1024), 1),
+        ("4224 tokens exceed the 4096 that the model was trained for", ("--prefix", 4096), 1),
+        ("2176 tokens exceed the context of 1024: raise -c", ("-c", 1024), 1),
         ("budget 999999 exceeds the context", ("--budgets", 999999), 1),
         (r"n_sink \+ n_recent .* exceeds budget = 3", ("--budgets", 3), 1),
         ("n_tip 99: a head of .* has 32 chunks", ("--n-tip", 99), 1),
         ("batch 17: choose 1 to 16", ("--batch", 17), 1),
         ("expected NAME=VALUE with a name of", ("--set", "budget=3"), 2),
+        ("'n_sink=²': expected a whole number", ("--set", "n_sink=²"), 2),
+        ("'n_sink=--5': expected a whole number", ("--set", "n_sink=--5"), 2),
+        ("'exact=1': expected true or false", ("--set", "exact=1"), 2),
         ("n_sink = 4000000000 is out of range", ("--set", "n_sink=4000000000"), 1),
         ("--task jsonl and --file go together", ("--task", "jsonl"), 2),
         ("depth = 2.0 is out of range", ("--task", "passkey", "--depths", 2), 1),
@@ -301,3 +379,12 @@ def test_without_a_profile(tmp_path: Path) -> None:
     assert "has no FASA profile, which fasa take" in fasa(*args, "--budgets", 64, code=1).stderr
     rows = json.loads(fasa(*args, "--methods", "noise", "--json").stdout)["text"]
     assert [row["method"] for row in rows] == ["dense", "noise"] and rows[1]["kept"] is None
+
+
+def test_a_small_max_batch_and_a_full_context(tiny: Path) -> None:
+    """Of a window's tokens the last is only a target."""
+    args = ("--prefix", 56, "--blocks", 1, "--n-tokens", 8, "-c", 64, "--override-kv", "fasa.max_batch=int:4")
+    args += ("--set", "n_sink=0", "--set", "n_dense_layers=1", "--budgets", 32, "-t", 1)
+    report = json.loads(fasa("eval", tiny, *args, "--json").stdout)
+    assert report["batch"] == 4 and report["settings"]["n_dense_layers"] == 1
+    assert "| fasa, n_dense_layers 1, n_sink 0 |" in fasa("eval", tiny, *args).stdout

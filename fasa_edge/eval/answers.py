@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.results import Results, hash_tokens
 from fasa_edge.eval.runner import Runner
+
+_FIELDS = ("score", "answer", "kept")  # of a value in the results
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class AnswerCell:
         method: how it was decoded.
         score: 0 to 1.
         answer: the text generated; None if the right answer was given token by token.
+        kept: cells attended to, mean over sparse layers, heads and tokens; None if no layer ran sparse.
     """
 
     item: Item
     method: Method
     score: float
     answer: str | None
+    kept: float | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class AnswerRow:
         n_tip: chunks scored; None for the model's own, or none.
         settings: further settings.
         n_prompts: prompts.
+        kept: cells really attended to, mean over the prompts; None if no layer ran sparse.
         score: mean, 0 to 1; None if those that dense fails were left out.
         n_answered: prompts of which dense finds at least a part.
         of_dense: on these, the score over dense's; None if there are none.
@@ -81,6 +86,7 @@ class AnswerRow:
     n_tip: int | None
     settings: dict[str, Any]
     n_prompts: int
+    kept: float | None
     score: float | None
     n_answered: int
     of_dense: float | None
@@ -103,10 +109,17 @@ def encode(task: str, prompt: Prompt, llm: llama_cpp.Llama) -> Item:
     """
 
     def tokenize(text: str) -> tuple[int, ...]:
+        """As it goes on after the context: SentencePiece puts a space before what begins a text."""
+        head, whole = (llm.tokenize(part.encode(), add_bos=False) for part in ("\n", "\n" + text))
+        if prompt.context and whole[: len(head)] == head:
+            return tuple(whole[len(head) :])
         return tuple(llm.tokenize(text.encode(), add_bos=False))
 
     before = prompt.question + prompt.answer_prefix
     context, question = llm.tokenize(prompt.context.encode()), tokenize(before)
+    adds_eos = llama_cpp.llama_vocab_get_add_eos(llama_cpp.llama_model_get_vocab(llm.model))
+    if adds_eos and context[-1:] == [llm.token_eos()]:
+        context = context[:-1]  # the text does not end there
     if not question:  # something has to be decoded
         context, question = context[:-1], tuple(context[-1:])
     if not question:
@@ -129,7 +142,7 @@ def run(
     results: Results | None = None,
     key: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[AnswerCell]:
+) -> Iterator[AnswerCell]:
     """Answer all prompts by all methods; what the results hold already is not run again.
 
     The prompts run in an order in which each shares as much of its context as possible with the one before.
@@ -145,33 +158,34 @@ def run(
         key: what they depend on besides (:func:`fasa_edge.eval.results.identity`).
         progress: called with the cells done and those to do.
 
-    Returns:
-        Cells in the order of the prompts and the methods.
+    Yields:
+        A cell for each prompt and method, as they are measured: by prompts, in the order of the methods.
 
     Raises:
         FasaError: the context is too small, or llama.cpp failed.
     """
     results = results or Results()
-    cells: dict[int, list[AnswerCell]] = {}
-    order = sorted(range(len(items)), key=lambda i: items[i].context)  # as in a tree: neighbours share the most
-    for n_done, index in enumerate(order):
-        item = items[index]
+    # as in a tree: neighbours share the most
+    for n_done, item in enumerate(sorted(items, key=lambda item: item.context)):
         forced = teacher_forced and bool(item.answer)
         common = {**(key or {}), "task": item.task, "teacher_forced": forced, "prompt": _hash(item)}
-        cells[index] = []
+        dense_score = 0.0
         for n_method, method in enumerate(methods):
-            if only_if_dense and n_method and not cells[index][0].score:
+            if only_if_dense and n_method and not dense_score:
                 break
             key_ = common | method.as_dict()
-            value = results.get(key_)
+            value = results.get(key_, _FIELDS)
             if value is None:
-                observe = any(other.observes and results.get(common | other.as_dict()) is None for other in methods)
+                observe = any(
+                    other.observes and results.get(common | other.as_dict(), _FIELDS) is None for other in methods
+                )
                 runner.prefill(item.context, observe=observe)
                 value = results.put(key_, _answer(runner, item, method, forced))
-            cells[index].append(AnswerCell(item, method, value["score"], value["answer"]))
+            if not n_method:
+                dense_score = value["score"]
             progress(n_done * len(methods) + n_method + 1, len(items) * len(methods))
+            yield AnswerCell(item, method, *(value[name] for name in _FIELDS))
         progress((n_done + 1) * len(methods), len(items) * len(methods))
-    return [cell for index in range(len(items)) for cell in cells[index]]
 
 
 def _hash(item: Item) -> str:
@@ -186,7 +200,7 @@ def _answer(runner: Runner, item: Item, method: Method, forced: bool) -> dict[st
         found = steps.logits[len(item.question) - 1 :].argmax(axis=-1)
         # a space by itself is how an answer is written, not what it says
         said = [bool(runner.llm.detokenize([token]).strip()) for token in item.answer]
-        return {"score": float((found == item.answer)[said].all()), "answer": None}
+        return {"score": float((found == item.answer)[said].all()), "answer": None, "kept": steps.kept}
     prompt = item.prompt
 
     def text(tokens: list[int]) -> str:
@@ -196,8 +210,9 @@ def _answer(runner: Runner, item: Item, method: Method, forced: bool) -> dict[st
         # what is contained stays so, whatever follows
         return prompt.match in ("all", "any") and prompt.score(text(tokens)) == 1
 
-    answer = text(runner.generate(item.question, method, prompt.n_predict, stop=is_found))
-    return {"score": prompt.score(answer), "answer": answer}
+    generated = runner.generate(item.question, method, prompt.n_predict, stop=is_found)
+    answer = text(generated.tokens)
+    return {"score": prompt.score(answer), "answer": answer, "kept": generated.kept}
 
 
 def summarize(cells: Sequence[AnswerCell], by_depth: bool = False) -> list[AnswerRow]:
@@ -223,6 +238,7 @@ def _row(
     dense_cells: list[AnswerCell],
     dense: dict[int, float],
 ) -> AnswerRow:
+    kept = [cell.kept for cell in cells if cell.kept is not None]
     answered = [cell for cell in cells if dense[id(cell.item)] > 0]
     wanted = sum(dense[id(cell.item)] for cell in answered)
     return AnswerRow(
@@ -234,6 +250,7 @@ def _row(
         n_tip=method.n_tip,
         settings=dict(method.settings),
         n_prompts=len(cells),
+        kept=sum(kept) / len(kept) if kept else None,
         score=sum(cell.score for cell in cells) / len(cells) if len(cells) == len(dense_cells) else None,
         n_answered=len(answered),
         of_dense=sum(cell.score for cell in answered) / wanted if wanted else None,

@@ -9,11 +9,12 @@ from fasa_edge import _capi
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
-"""Attend to all cells with stock's flash attention; "noise" token by token, which shares the cells out among threads as
-"dense" does not: what the engine makes of the order of additions."""
+"""Attend to all cells with stock's flash attention. "noise" adds in another order, which shows what the engine makes of
+that: token by token where "dense" runs in batches, and where it runs token by token, too, with another number of
+threads."""
 
 OBSERVERS = ("snapkv", "h2o")
-"""Choose by the attention of the prompt."""
+"""Choose by the attention of the prefix, and so never see the question of a prompt, which comes after it."""
 
 _CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
 
@@ -51,8 +52,9 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The method without its budget."""
-        return self.name + (f", n_tip {self.n_tip}" if self.n_tip else "")
+        """The method without its budget, for people."""
+        n_tip = [("n_tip", self.n_tip)] if self.n_tip else []
+        return ", ".join([self.name, *(f"{name} {value}" for name, value in (*n_tip, *self.settings))])
 
     def run_time_settings(self, n_ctx: int) -> dict[str, Value]:
         """What it changes of a context's settings; ``n_tip`` is none of them, a context has that from its making.

@@ -50,7 +50,7 @@ def _grouped(rows, key) -> list[list]:
 
 def _name(row: TextRow | AnswerRow, with_budget: bool = False) -> str:
     budget = f", budget {row.budget}" if with_budget and row.budget else ""
-    return Method(row.method, n_tip=row.n_tip).label + budget
+    return Method(row.method, n_tip=row.n_tip, settings=tuple(row.settings.items())).label + budget
 
 
 _LABELS = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fasa_edge
-from fasa_edge import _capi
+from fasa_edge import _capi, _lib
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.runner import Runner
 
@@ -61,9 +62,10 @@ class Results:
         self._values[_canonical(key)] = value
         return True
 
-    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The value of a key, None if it was not measured."""
-        return self._values.get(_canonical(key))
+    def get(self, key: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, Any] | None:
+        """The value of a key; None if it was not measured, or lacks one of the fields."""
+        value = self._values.get(_canonical(key))
+        return value if value is not None and value.keys() >= set(fields) else None
 
     def put(self, key: Mapping[str, Any], value: dict[str, Any]) -> dict[str, Any]:
         """Keep a value, and write it down at once; returns it.
@@ -92,19 +94,38 @@ def identity(runner: Runner, files: Sequence[str | Path | None]) -> dict[str, An
 
     Args:
         runner: what runs it.
-        files: the model, its profile, an adapter; hashed as a whole.
+        files: the model and its profile; hashed as a whole, and with all files that a model is split into.
     """
     llm = runner.llm
     types = {name: _capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
     threads = {"n_threads": llm.n_threads, "n_threads_batch": llm.n_threads_batch}
+    shards = [shard for path in files if path is not None for shard in _shards(Path(path))]
     return {
         "fasa_edge": fasa_edge.__version__,
         "fingerprint": _capi.fingerprint(llm.model),
-        "files": [_sha256(Path(path)) for path in files if path is not None],
+        "library": [_sha256(path) for path in _libraries()],
+        "files": [_sha256(path) for path in shards],
         "base": runner.settings,
+        "overrides": dict(llm.kv_overrides or {}),
+        "n_gpu_layers": llm.model_params.n_gpu_layers,
         **types,
         **threads,
     }
+
+
+def _libraries() -> list[Path]:
+    """libllama, libggml-base and the CPU backend."""
+    build = _lib.check(_lib.llama_cpp, _lib.lib_dir())
+    cpu = _lib.cpu_backends() or sorted(_lib.lib_dir().glob("*ggml-cpu*"))
+    return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, cpu)]
+
+
+def _shards(path: Path) -> list[Path]:
+    """All files of a split model, which llama.cpp finds by their names; else the file itself."""
+    split = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if split is None:
+        return [path]
+    return [path.with_name(f"{split[1]}-{no:05}-of-{split[2]}.gguf") for no in range(1, int(split[2]) + 1)]
 
 
 def _sha256(path: Path) -> str:

@@ -39,6 +39,19 @@ class Steps:
     mass: list[np.ndarray | None]
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a method went on with.
+
+    Attributes:
+        tokens: without that of the end.
+        kept: as of :class:`Steps`, over all tokens that were decoded.
+    """
+
+    tokens: list[int]
+    kept: float | None
+
+
 @dataclass
 class _Context:
     """A context, and the settings with which it was made."""
@@ -122,7 +135,8 @@ class Runner:
                 f"{llm.model_path} has no FASA profile, which {', '.join(dict.fromkeys(sparse))} take: make one with "
                 "`fasa-edge convert`, or choose the methods dense and noise"
             )
-        n_chunk = max(len(_capi.chunk_dims(layer)) for layer in _capi.layer_geometry(llm.model))
+        n_chunks = [len(_capi.chunk_dims(layer)) for layer in _capi.layer_geometry(llm.model) if layer.n_head_kv]
+        n_chunk = min(filter(None, n_chunks), default=0)  # a layer without RoPE has none, and runs dense
         for method in methods:
             if method.n_tip and method.n_tip > n_chunk:
                 raise FasaError(f"n_tip {method.n_tip}: a head of {llm.model_path} has {n_chunk} chunks; lower it")
@@ -166,11 +180,12 @@ class Runner:
         Args:
             tokens: int [n_tokens].
             method: how.
-            batch: tokens decoded at once; None for as many as are decoded sparsely. Always 1 for "noise".
+            batch: tokens decoded at once; None for as many as are decoded sparsely. "noise" decodes one by one, and
+                where this is 1 with another number of threads.
             mass: whether to measure attention mass, which takes long.
 
         Raises:
-            FasaError: the context is too small, or llama.cpp failed.
+            FasaError: the context is too small, the method needs a prefix that was observed, or llama.cpp failed.
         """
         self._require(len(self._main.tokens) + len(tokens))
         context = self._prepare(method)
@@ -178,7 +193,7 @@ class Runner:
 
     def generate(
         self, tokens: Sequence[int], method: Method, n: int, stop: Callable[[list[int]], bool] = lambda tokens: False
-    ) -> list[int]:
+    ) -> Generated:
         """Decode tokens that follow the prefix, then go on greedily, token by token.
 
         Args:
@@ -187,8 +202,8 @@ class Runner:
             n: tokens to generate at most; fewer if the model ends the text.
             stop: called with the tokens so far after each; whether these are enough.
 
-        Returns:
-            The tokens generated, without that of the end.
+        Raises:
+            FasaError: as :meth:`decode`.
         """
         self._require(len(self._main.tokens) + len(tokens) + n)
         context = self._prepare(method)
@@ -197,6 +212,7 @@ class Runner:
         n_past = len(context.tokens)
         steps = self._run(context, list(tokens), n_past, method, self.max_batch)
         n_past += len(tokens)
+        kept = [steps.kept] * len(tokens)
         res: list[int] = []
         while len(res) < n:
             token = int(steps.logits[-1].argmax())
@@ -206,8 +222,9 @@ class Runner:
             if stop(res) or len(res) == n:
                 break
             steps = self._run(context, [token], n_past, method, 1)
+            kept.append(steps.kept)
             n_past += 1
-        return res
+        return Generated(res, float(np.mean(kept)) if method.sparse else None)
 
     def _require(self, n_tokens: int) -> None:
         if n_tokens > (n_ctx := self._main.llm.n_ctx()):
@@ -216,6 +233,11 @@ class Runner:
     def _prepare(self, method: Method) -> _Context:
         """The context of a method, holding the prefix and nothing else."""
         context = self._context(method)
+        if method.observes and not (self._observed and context is self._main):
+            raise FasaError(
+                f"{method.label} chooses by the attention of the prefix, which was not observed: call prefill with "
+                "observe=True, and leave n_tip to the model"
+            )
         if context is not self._main and context.tokens != self._main.tokens:
             if self._state is None:
                 self._cut(self._main, len(self._main.tokens))
@@ -269,7 +291,7 @@ class Runner:
         threads = llm.n_threads, llm.n_threads_batch
         if method.name == "noise":
             # flash attention shares the cells of a single token out among the threads, not those of a batch
-            n_threads = llm.n_threads - 1 or 2 if batch == 1 else max(llm.n_threads, 2)
+            n_threads = (llm.n_threads - 1 or 2) if batch == 1 else max(llm.n_threads, 2)
             llama_cpp.llama_set_n_threads(llm.ctx, n_threads, n_threads)
             batch = 1
         _capi.set_capture(llm.ctx, *captures)

@@ -21,6 +21,7 @@ TASKS = ("ppl", "kld", "mass")
 """Perplexity, distance to dense attention, recall of attention mass."""
 
 _PERCENTILE = 99
+_FIELDS = ("nll", "kl", "agree", "kept", "mass")  # of a value in the results
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def blocks_of(
         bos: token that begins every window, if the model wants one.
 
     Raises:
-        FasaError: the text is too short, or a number is out of range.
+        FasaError: the text is too short, also for as many windows without a token that is decoded twice, or a number
+            is out of range.
     """
     if min(prefixes) < 1 or n_blocks < 1 or n_tokens < 1:
         raise FasaError(f"prefixes {list(prefixes)}, {n_blocks} blocks, {n_tokens} tokens: use positive numbers")
@@ -141,6 +143,12 @@ def blocks_of(
             raise FasaError(
                 f"the text {name} has {len(tokens)} tokens, and a prefix of {n_prefix} with {n_tokens} after it takes "
                 f"{n_window}: give a longer text, or lower the prefix"
+            )
+        most = (len(tokens) - n_window) // n_tokens + 1
+        if n_blocks > most:
+            raise FasaError(
+                f"{n_blocks} blocks of the text {name}, {len(tokens)} tokens, with a prefix of {n_prefix} would decode "
+                f"tokens twice: lower --blocks to {most}, or give a longer text"
             )
         for start in np.linspace(0, len(tokens) - n_window, n_blocks).astype(int).tolist():
             res.append(Block(name, start, n_prefix, (*head, *tokens[start : start + n_window])))
@@ -182,7 +190,7 @@ def run(
         common = {**(key or {}), "task": "text", "n_prefix": block.n_prefix, "batch": batch}
         common["tokens"] = hash_tokens(block.tokens)
         keys = [common | method.as_dict() for method in methods]
-        values = [results.get(key) for key in keys]
+        values = [results.get(key, _FIELDS) for key in keys]
         todo = [
             method
             for method, value in zip(methods, values, strict=True)
