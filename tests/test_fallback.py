@@ -116,7 +116,7 @@ def test_a_model_with_alibi_is_refused_by_the_converter_whatever_its_architectur
         convert(model, tokens=512)
 
 
-REACHED_ELSEWHERE = {"backend", "stale_tips"}  # test_offload.py, test_state.py
+REACHED_ELSEWHERE = {"backend", "stale_tips", "policy"}  # test_offload.py, test_state.py, test_policies.py
 
 
 def test_the_table_of_reasons_is_the_same_in_docs_and_code() -> None:
