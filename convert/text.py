@@ -1,4 +1,4 @@
-"""The calibration text: a file of the user's, or the Python documentation that every CPython ships; and its tokens."""
+"""A text to calibrate or measure on: a user's file, or the Python documentation that CPython ships; and its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT_NAME = "pydoc_data.topics"
 
 
 def read_text(path: str | Path | None = None) -> tuple[str, str]:
-    """Reads the calibration text.
+    """Reads a text.
 
     Args:
         path: a UTF-8 file; None for CPython's ``pydoc_data.topics``, some 450 KB of English, in sorted key order.
@@ -32,11 +32,10 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
     try:
         return path.name, path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConvertError(f"calibration text {path} cannot be read: {error.strerror}") from error
+        raise ConvertError(f"text {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConvertError(
-            f"calibration text {path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; "
-            "save it as UTF-8"
+            f"text {path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save it as UTF-8"
         ) from error
 
 

@@ -114,7 +114,12 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         "unchecked": result.unchecked,
     }
     if result.unchecked:
-        click.echo(f"warning: not checked: {result.unchecked}", err=True)
+        unchecked = f"not checked: {result.unchecked}"
+        if options["n_tip"] == "auto":
+            unchecked = (
+                f"n_tip auto could not be decided: {result.unchecked}; {profile.n_tip}, the default, was written"
+            )
+        click.echo(f"warning: {unchecked}", err=True)
     if check and check.warning:
         click.echo(f"warning: {check.warning}", err=True)
     if as_json:
@@ -129,7 +134,8 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
         instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
         click.echo(
             f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
-            f"KL to dense {check.kl:.4f} nats (noise {check.noise:.4f}); budget {check.budget}{instead}, "
+            f"KL to dense {check.kl:.4f} +/- {check.kl_error:.4f} nats (dense token by token: {check.noise:.4f}); "
+            f"budget {check.budget}{instead}, "
             f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}"
         )
 

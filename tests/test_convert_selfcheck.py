@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fasa_edge.cli import main
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert import convert, inspect, selfcheck
+from fasa_edge.convert import convert, inspect, pipeline, selfcheck
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.selfcheck import Check, check_profile, smallest_passing
 from fasa_edge.convert.text import read_text
@@ -20,7 +20,7 @@ from tiny_models import make_model
 
 PLANTED = [3, 20]
 CONFIG = FasaConfig(n_dense_layers=0)
-GOOD = Check("text", 2048, 64, 512, 12, 32, 1, kl=0.006, noise=0.003, mass=[None, 0.9, 0.8])
+GOOD = Check("text", 2048, 128, 512, 12, 32, 1, kl=0.006, kl_error=0.001, noise=0.003, mass=[None, 0.9, 0.8])
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def check(model, profile, n_ctx: int = 4096, **options) -> Check:
 
 def test_good_chunks_pass(model, profile):
     found = check(model, replace(profile, n_tip=2))
-    assert (found.text, found.n_prefix, found.n_tokens, found.budget) == ("pydoc_data.topics", 2048, 64, 512)
+    assert (found.text, found.n_prefix, found.n_tokens, found.budget) == ("pydoc_data.topics", 2048, 128, 512)
     assert (found.n_tip, found.n_chunk, found.n_dense_layers) == (2, 32, 0)
-    assert found.passed and found.warning is None
+    assert found.passed and found.warning is None and 0 < found.kl_error < found.kl
     assert len(found.mass) == 2 and all(0.9 < mass <= 1 + 1e-5 for mass in found.mass)
 
 
@@ -114,37 +114,40 @@ def test_gates(change, message):
         assert re.search(message, found.warning)
 
 
+@pytest.mark.parametrize(("kl_error", "clearly"), [(0.002, True), (0.004, False), (float("nan"), False)])
+def test_auto_wants_a_standard_error_to_spare(kl_error, clearly):
+    found = replace(GOOD, kl=0.008, kl_error=kl_error)
+    assert found.passed and found.warning is None and found.passed_clearly == clearly
+    assert smallest_passing([12, 14], lambda n_tip: replace(found, n_tip=n_tip)).n_tip == (12 if clearly else 14)
+
+
 @pytest.mark.parametrize(
     ("n_ctx", "settings", "n_prefix", "budget"),
-    [(8192, {"budget": 1024}, 2048, 1024), (8192, {"budget": 1025}, 2048, 256), (512, {}, 448, 56)]
-    + [(512, {"n_sink": 100}, 448, 132)],
+    [(8192, {"budget": 1024}, 2048, 1024), (8192, {"budget": 1025}, 2048, 256), (512, {}, 384, 48)]
+    + [(512, {"n_sink": 100}, 384, 132)],
 )
 def test_budget_is_no_more_than_half_of_the_prefix(model, profile, n_ctx, settings, n_prefix, budget):
     found = check(model, replace(profile, config=replace(CONFIG, **settings)), n_ctx)
     assert (found.n_prefix, found.budget) == (n_prefix, budget)
 
 
-def test_a_short_text_leaves_the_check_to_the_documentation(model, tmp_path):
-    text = tmp_path / "text.txt"
-    for n, name in ((3000, "pydoc_data.topics"), (6000, "text.txt")):
-        text.write_text("All work and no play. " * (n // 22))
-        assert convert(model, tmp_path / "copy.gguf", text=text, config=CONFIG, force=True).check.text == name
+def test_a_short_text_leaves_the_check_to_the_documentation(model, profile):
+    calibrated = replace(profile, calibration=replace(profile.calibration, text="text.txt", tokens=512))
+    for n, name in ((1000, "pydoc_data.topics"), (6000, "text.txt")):
+        content = "All work and no play. " * (n // 22)
+        assert check_profile(read_header(model), calibrated, content, 1024).text == name
 
 
 @pytest.mark.parametrize("error", [ConvertError("no room"), OSError("no room"), MemoryError("no room")])
-def test_what_cannot_be_checked_is_written_and_told(model, tmp_path, monkeypatch, error):
+def test_what_cannot_be_checked_is_written_and_told(model, profile, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(selfcheck, "Runner", fail)
+    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: profile)
     made = convert(model, tmp_path / "copy.gguf", n_tip="auto")
     assert made.check is None and made.unchecked == "no room"
     assert inspect(made.path).profile.n_tip == 12  # the default
-
-
-def test_layers_that_never_run_sparse(model, tmp_path):
-    made = convert(model, tmp_path / "copy.gguf", config=FasaConfig(n_dense_layers=2))
-    assert made.check is None and "dense in all layers (dense_layer)" in made.unchecked
 
 
 def test_auto_takes_the_check(model, tmp_path):
@@ -165,6 +168,9 @@ def test_command_line(model, tmp_path):
     report = json.loads(bad.stdout)
     assert not report["check"]["passed"] and report["check"]["worst_layer"] == 1
     assert "warning: layer 1 recalls 0." in bad.stderr and "(now 1 of 32)" in bad.stderr
-    assert "warning: not checked: fasa ran dense in all layers" in run("--n-dense-layers", "2").stderr
+    dense = "fasa ran dense in all layers (dense_layer), so there is nothing to compare"
+    assert f"warning: not checked: {dense}" in run("--n-dense-layers", "2").stderr
+    undecided = run("--n-dense-layers", "2", "--n-tip", "auto").stderr
+    assert f"warning: n_tip auto could not be decided: {dense}; 12, the default, was written" in undecided
     assert "budget 256 in place of 1025" in run("--budget", "1025", "--n-dense-layers", "0").stdout
     assert "check" not in run("--no-check").output
