@@ -90,7 +90,7 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     what comes from a hub goes into the current folder; a split model stays split.
 
     With --profile they go into a small file of their own, which serves every quantization of the model: give it to
-    `run`, `chat` and `bench` with --profile.
+    `run`, `chat`, `bench` and `eval` with --profile.
 
     The settings from --budget on are defaults stored with them; each can be changed when the model is loaded.
 

@@ -55,12 +55,13 @@ class _Setting(click.ParamType):
         return name, int(item)
 
 
+_methods = "\n\n".join(f"{name}: {about}." for name, about in METHODS.items())
 _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.items())
 
 
 @click.command(
     name="eval",
-    epilog=f"Tasks of prompts, each with --lengths, most with --depths:\n\n{_about}\n\n"
+    epilog=f"Methods:\n\n{_methods}\n\nTasks of prompts, each with --lengths, most with --depths:\n\n{_about}\n\n"
     f"Groups of them: {', '.join(tasks.GROUPS)}.\n\nA line of --file is a JSON object with keys\n\n"
     + FORMATS.replace("\n", "\n\n"),
 )
@@ -79,7 +80,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     type=List(str),
     metavar="NAME,...",
     default="fasa",
-    help=f"Besides dense, and noise for texts; of {', '.join(METHODS)}.",
+    help="Of those below.",
 )
 @click.option("--budgets", type=List(int), metavar="N,...", default="128,256,512", help="Cells attended to.")
 @click.option(
@@ -158,7 +159,10 @@ def evaluate(
     token by token or, with --batch 1, with another number of threads. Of prompts: how many are answered; the question
     is in the part that is decoded, so that snapkv and h2o, which choose by the attention of the prefix, never see it.
 
-    "kept" counts the cells that a method really attends to.
+    "kept" counts the cells that a method really attends to, "to dense" is the change of perplexity, "KL 99 %" the 99th
+    percentile over the tokens, "top-1" how often both find the same token likeliest; with several blocks, KL has its
+    standard error. Nothing is put between the parts of a prompt, and no chat template around them. Without -c the
+    context has as many cells as are needed.
     """
     tasks_text, tasks_prompts = _split([name for group in names for name in group] or ["ppl", "kld"], prompts)
     load_time, settings = ({k: v for k, v in settings if (k == "n_dense_layers") is wanted} for wanted in (True, False))
@@ -178,7 +182,7 @@ def evaluate(
     items = _items(tasks_prompts, prompts, vocabulary, texts[0][1], lengths, depths, range(seed, seed + n_seeds))
     # the last token of a block is only a target
     needed = max([len(block.tokens) - 1 for block in blocks] + [item.n_tokens for item in items])
-    n_ctx = _context(vocabulary, n_ctx, needed)
+    n_ctx = _context(vocabulary, n_ctx, needed, max(budgets))
     results = Results(resume)
     vocabulary.close()
 
@@ -290,8 +294,8 @@ def _items(
     return items
 
 
-def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int) -> int:
-    """Cells of the contexts: as many as are needed, where the user wants no other number."""
+def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int, budget: int) -> int:
+    """Cells of the contexts: as many as are needed, and as a budget names, where the user wants no other number."""
     remedy = "lower --prefix or --lengths, or shorten the prompts of --file"
     if n_ctx:
         if needed > n_ctx:
@@ -302,7 +306,7 @@ def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int) -> int:
         raise FasaError(
             f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: {remedy}, or give -c {needed}"
         )
-    return needed
+    return max(needed, min(budget, int(n_ctx_train or needed)))
 
 
 def _method(row: TextRow | AnswerRow, load_time: dict[str, Value]) -> dict[str, object]:

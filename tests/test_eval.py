@@ -15,7 +15,7 @@ from fasa_edge._lib import lib_dir, llama_cpp
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError
 from fasa_edge.eval import answers, runner, text
-from fasa_edge.eval.methods import DENSE, OBSERVERS, Method, expand
+from fasa_edge.eval.methods import DENSE, METHODS, OBSERVERS, Method, expand
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.results import Results, identity
 from fasa_edge.eval.runner import Runner
@@ -139,6 +139,10 @@ def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -
     assert kl_divergence(found[FASA], found[other]) > 100 * SAME
     tiny_runner.prefill(TEXTS[1][:500])  # the other context gets this prefix, too
     assert kl_divergence(tiny_runner.decode(NEXT, other).logits, found[other]) > 100 * SAME
+
+
+def test_every_policy_is_a_method() -> None:
+    assert set(_capi.POLICIES) < METHODS.keys()
 
 
 def test_policies(tiny_runner: Runner) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fasa_edge import _capi
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
@@ -18,8 +17,20 @@ OBSERVERS = ("snapkv", "h2o")
 
 _CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
 
-METHODS = (*REFERENCES, "all", *_capi.POLICIES)
-"""All names; "all" is FASA with a budget of all cells, the others are values of the setting ``policy``."""
+METHODS = {
+    "dense": "all cells, stock's flash attention: the reference, always there",
+    "noise": "dense again, token by token; for texts always there",
+    "all": "FASA's kernels over all cells, not all methods",
+    "fasa": "the best cells by the dominant chunks",
+    "fasa_sum": "the same, with a group's score the sum of its heads' softmax",
+    "oracle": "the best cells by all chunks",
+    "random": "the best cells by as many chunks drawn at random",
+    "streaming": "the first and the last cells (StreamingLLM)",
+    "quest": "pages of 16 cells by bounds of their keys (Quest)",
+    "snapkv": "cells of the prefix by its last tokens' attention, and beyond the budget all that is decoded (SnapKV)",
+    "h2o": "the cells with most attention so far, and recent ones; the others are lost (H2O)",
+}
+"""Names, and what each attends to; from "fasa" on they are values of the setting ``policy``."""
 
 Value = bool | int | str
 
