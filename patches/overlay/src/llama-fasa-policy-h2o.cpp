@@ -70,7 +70,6 @@ private:
             }
         }
 
-        // room for the token that is decoded
         const int64_t n_recent = head.n_fac/2;
         const int64_t n_heavy  = head.n_fac - n_recent;
         if ((int64_t) state.kept.size() > head.n_fac) {
