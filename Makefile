@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants backend-test demo bench quality lint patches-tree \
+.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu demo bench quality lint patches-tree \
         patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -28,6 +28,9 @@ FASA_OPS    := FASA_STORE,FASA_SELECT,FASA_ATTEND
 PATCHED_OPS := SET_ROWS,SOFT_MAX,LIGHTNING_INDEXER,SWIGLU,DSV4_HC_POST
 OPS         ?= .*
 BACKEND     ?= CPU
+# One device for each language in which there are GPU kernels.
+SIMT        := SIMT-CUDA
+SIMT_LIB    := $(VENV)/build/bin/fasa-simt.so
 
 PATCHES_TREE ?= $(VENV)/patches-tree
 
@@ -56,11 +59,12 @@ stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same f
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 
-test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so ## run all tests
+test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) ## run all tests
 	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
 	$(MAKE) --no-print-directory test-bindings
 	$(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)'
 	$(MAKE) --no-print-directory backend-test OPS='$(PATCHED_OPS)'
+	$(MAKE) --no-print-directory test-simt
 
 test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run llama-cpp-python's own tests on the patched library
 	cd $(VENV)/bindings-tests && PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
@@ -71,6 +75,11 @@ backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-
 	    { grep -a FAIL $(VENV)/backend-test.log; tail -n 4 $(VENV)/backend-test.log; exit 1; }
 	@grep -a '^ *[1-9][0-9]*/[0-9]* tests passed' $(VENV)/backend-test.log || \
 	    { echo "error: no test of OPS=$(OPS) runs on BACKEND=$(BACKEND), see $(VENV)/backend-test.log" >&2; exit 1; }
+
+test-simt: $(SIMT_LIB) ## run the tests of our ops on the GPU kernels, emulated on the CPU
+	@for device in $(SIMT); do \
+	    GGML_BACKEND_PATH=$(CURDIR)/$(SIMT_LIB) $(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)' BACKEND=$$device || exit 1; \
+	done
 
 # Other architectures than this machine's are cross-compiled and run under qemu-user; what is not installed is named.
 test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x86-64 and ARM; VARIANTS='haswell zen4' ARCH=aarch64

@@ -1,5 +1,6 @@
 """What several tests share: a real model and the unpatched libraries. `make test` provides both; nothing is skipped."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -27,13 +28,33 @@ def stock_lib() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def rpc_lib() -> Path:
-    """ggml's RPC backend, built for tests."""
-    path = VENV / "build/bin/fasa-test-rpc.so"
+def _built(name: str) -> Path:
+    path = VENV / "build/bin" / name
     if not path.is_file():
         pytest.fail(f"{path}: no such library; run `make {path.relative_to(VENV.parent)}`", pytrace=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def rpc_lib() -> Path:
+    """ggml's RPC backend, built for tests."""
+    return _built("fasa-test-rpc.so")
+
+
+@pytest.fixture(scope="session")
+def simt_devices() -> dict[str, int]:
+    """``ggml_backend_dev_t`` by name: devices that run the GPU kernels in an emulator (tests/simt)."""
+    from fasa_edge import _lib
+
+    registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
+    for function in (registry.ggml_backend_load, base.ggml_backend_reg_dev_get):
+        function.restype = ctypes.c_void_p
+    base.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
+    base.ggml_backend_dev_name.restype = ctypes.c_char_p
+    reg = ctypes.c_void_p(registry.ggml_backend_load(str(_built("fasa-simt.so")).encode()))
+    count = base.ggml_backend_reg_dev_count(reg)
+    devices = [base.ggml_backend_reg_dev_get(reg, ctypes.c_size_t(i)) for i in range(count)]
+    return {base.ggml_backend_dev_name(ctypes.c_void_p(device)).decode(): device for device in devices}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Layers on two devices: tips live where a layer's K lives.
 
-The second device is the CPU of another process behind ggml's RPC backend: to llama.cpp it is a GPU like any other.
+To llama.cpp the second device is a GPU like any other. It is the CPU of another process behind ggml's RPC backend, which
+shares no memory with this one, or an emulated GPU, which runs the kernels of a GPU.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """``ggml_backend_dev_t`` of the second device."""
+def rpc_device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """``ggml_backend_dev_t`` of another process' CPU."""
     port = _free_port()
     command = [sys.executable, "-c", _SERVER, rpc_lib, f"127.0.0.1:{port}"]
     folder = tmp_path_factory.mktemp("server")
@@ -67,6 +68,14 @@ def device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             yield lib.ggml_backend_reg_dev_get(reg, ctypes.c_size_t(0))
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="module", params=["RPC0", "SIMT-CUDA"])
+def device(request: pytest.FixtureRequest) -> int:
+    """``ggml_backend_dev_t`` of the second device."""
+    if request.param == "RPC0":
+        return request.getfixturevalue("rpc_device")
+    return request.getfixturevalue("simt_devices")[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,8 @@ def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu
         assert ctx.reasons() == {"none": N_LAYER * len(STEPS)}
 
 
-def test_tips_live_where_k_lives(model: Path, device: int) -> None:
+def test_tips_live_where_k_lives(model: Path, device: int, request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.params["device"]
     lines: list[str] = []
     collect = llama_cpp.llama_log_callback(lambda level, text, _: lines.append(text.decode()))
     llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
@@ -125,14 +135,14 @@ def test_tips_live_where_k_lives(model: Path, device: int) -> None:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
     found = {}
     for line in lines:
-        if match := re.search(r"(\w+)\S* (tip|KV) buffer size = +([\d.]+) MiB", line):
+        if match := re.search(r"([\w-]+)\S* (tip|KV) buffer size = +([\d.]+) MiB", line):
             found[match[1], match[2]] = match[3]
-    assert found.keys() == {("CPU", "tip"), ("RPC0", "tip"), ("CPU", "KV"), ("RPC0", "KV")}
-    assert found["CPU", "tip"] == found["RPC0", "tip"] and found["CPU", "KV"] == found["RPC0", "KV"]
+    assert found.keys() == {("CPU", "tip"), (name, "tip"), ("CPU", "KV"), (name, "KV")}
+    assert found["CPU", "tip"] == found[name, "tip"] and found["CPU", "KV"] == found[name, "KV"]
 
 
-def test_layers_on_a_device_without_the_ops_run_dense(model: Path, device: int) -> None:
-    with on_device(model, device, 3) as ctx:
+def test_layers_on_a_device_without_the_ops_run_dense(model: Path, rpc_device: int) -> None:
+    with on_device(model, rpc_device, 3) as ctx:
         ctx.read(TEXTS[0][:N_PROMPT])
         steps(ctx)
         assert ctx.reasons() == {"none": 2 * len(STEPS), "backend": 2 * len(STEPS)}

@@ -1,0 +1,94 @@
+// What the GPU kernels are told by the host, in one structure for each op: sizes in elements, nb* in bytes as in
+// ggml_tensor, numbered by dimension. Compiled as C++, CUDA and Metal alike.
+
+#pragma once
+
+#ifndef __METAL_VERSION__
+#    include <stdint.h>
+#endif
+
+// all kernels run in blocks of so many threads
+#define FASA_THREADS 256
+#define FASA_WARP    32
+#define FASA_WARPS   (FASA_THREADS/FASA_WARP)
+
+// numbers of ggml_type
+#define FASA_TYPE_F32  0
+#define FASA_TYPE_F16  1
+#define FASA_TYPE_Q4_0 2
+#define FASA_TYPE_Q8_0 8
+#define FASA_TYPE_BF16 30
+
+struct fasa_store_args {
+    int32_t n_dim;
+    int32_t n_quads;
+    int32_t n_head_kv;
+    int32_t n_tokens;
+    int32_t n_stream;
+    int32_t n_cells;   // of a stream
+    int32_t type;      // of k
+    int32_t type_k;    // of the K cache
+    uint64_t nb_k1;    // head
+    uint64_t nb_k2;    // token
+    uint64_t nb_tips1; // block of cells
+    uint64_t nb_tips2; // head
+    uint64_t nb_tips3; // stream
+};
+
+// a row is what one KV head, or a query head that chooses for itself, does for one token
+struct fasa_select_args {
+    int32_t n_dim;
+    int32_t n_quads;
+    int32_t n_head_sel; // heads that choose
+    int32_t n_shared;   // of them that read one KV head
+    int32_t n_group;    // query heads that share a choice
+    int32_t n_tokens;
+    int32_t n_rows;
+    int32_t n_kv;
+    int32_t n_fac;
+    int32_t n_forced;
+    int32_t n_chunk;    // cells of a row that one block of threads works on
+    int32_t n_chunks;
+    float   scale;      // of the logits, times log2(e)
+    uint64_t nb_q1;     // head
+    uint64_t nb_q2;     // token
+    uint64_t nb_q3;     // stream
+    uint64_t nb_tips1;  // block of cells
+    uint64_t nb_tips2;  // head
+    uint64_t nb_tips3;  // stream
+    uint64_t nb_mask1;  // token
+    uint64_t nb_mask3;  // stream
+};
+
+struct fasa_attend_args {
+    int32_t n_embd_k;  // head sizes
+    int32_t n_embd_v;
+    int32_t n_bytes_v; // of a row
+    int32_t n_head;    // query heads
+    int32_t n_list;    // heads that have a list of cells
+    int32_t n_shared;  // of them that read one KV head
+    int32_t n_group;   // query heads that share a list
+    int32_t n_tile;    // of them that a block of threads serves
+    int32_t n_tiles;
+    int32_t n_tokens;
+    int32_t n_cells;   // of a list, skipped ones included
+    int32_t n_split;   // cells of a list that one block of threads works on
+    int32_t n_splits;
+    int32_t has_list;  // else a mask
+    int32_t has_sinks;
+    int32_t type_k;
+    int32_t type_v;
+    float   scale;         // of the logits; with a softcap, divided by it
+    float   logit_softcap;
+    uint64_t nb_q1;    // head
+    uint64_t nb_q2;    // token
+    uint64_t nb_q3;    // stream
+    uint64_t nb_k1;    // head
+    uint64_t nb_k2;    // cell
+    uint64_t nb_k3;    // stream
+    uint64_t nb_v1;
+    uint64_t nb_v2;
+    uint64_t nb_v3;
+    uint64_t nb_mask1; // token
+    uint64_t nb_mask3; // stream
+};

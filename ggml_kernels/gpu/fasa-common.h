@@ -1,0 +1,66 @@
+// What the GPU kernels share: numbers, and sums over the threads of a warp or of a block.
+
+#pragma once
+
+#include "fasa-gpu.h"
+
+#define FASA_INF     fasa_float(0x7F800000u)
+#define FASA_NAN     fasa_float(0x7FC00000u)
+#define FASA_FLT_MAX 3.402823466e38f
+#define FASA_LOG2_E  1.44269504088896f
+
+#define FASA_F16_MASKED 0xFC00 // -INFINITY
+
+FASA_FN int32_t fasa_min(int32_t a, int32_t b) { return a < b ? a : b; }
+FASA_FN int32_t fasa_max(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// by bits, which no option for fast mathematics optimizes away
+FASA_FN bool fasa_is_finite(float x) { return (fasa_bits(x) & 0x7F800000u) != 0x7F800000u; }
+
+// a, unless it is NaN or smaller
+FASA_FN float fasa_greater(float a, float b) { return a > b ? a : b; }
+
+FASA_FN float fasa_from_bf16(uint16_t x) { return fasa_float((uint32_t) x << 16); }
+
+// as ggml_fp32_to_bf16 does
+FASA_FN uint16_t fasa_to_bf16(float x) {
+    const uint32_t bits = fasa_bits(x);
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 64 : (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+}
+
+// over the lanes of a warp that differ in bits from..FASA_WARP/2 of their number
+FASA_FN float fasa_warp_sum(float x, int32_t from, int32_t to) {
+    for (int32_t mask = from; mask < to; mask *= 2) {
+        x += fasa_shuffle_xor(x, mask);
+    }
+    return x;
+}
+
+FASA_FN float fasa_warp_max(float x) {
+    for (int32_t mask = 1; mask < FASA_WARP; mask *= 2) {
+        x = fasa_greater(fasa_shuffle_xor(x, mask), x);
+    }
+    return x;
+}
+
+// sum over the threads before this one; total: over all of the block
+// sums: [FASA_WARPS], scratch, not to be written to before all threads have met again
+FASA_FN uint32_t fasa_sum_before(fasa_at at, uint32_t x, FASA_SHARED uint32_t * sums, FASA_THREAD uint32_t & total) {
+    uint32_t upto = x;
+    for (int32_t n = 1; n < FASA_WARP; n *= 2) {
+        const uint32_t before = fasa_shuffle_up(upto, n);
+        upto += at.lane >= n ? before : 0;
+    }
+    if (at.lane == FASA_WARP - 1) {
+        sums[at.warp] = upto;
+    }
+    fasa_sync_block();
+
+    uint32_t res = upto - x;
+    total = 0;
+    for (int32_t i = 0; i < FASA_WARPS; ++i) {
+        res   += i < at.warp ? sums[i] : 0;
+        total += sums[i];
+    }
+    return res;
+}

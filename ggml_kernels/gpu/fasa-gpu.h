@@ -1,0 +1,86 @@
+// The few words in which CUDA and Metal differ, so that the kernels in this folder are written once for both.
+//
+// Written in what both languages have: C++14 without lambdas, recursion or variables of static storage. A pointer or a
+// reference names its address space, which only Metal asks for. Threads run in warps of 32 (Metal: SIMD groups).
+
+#pragma once
+
+#include "fasa-args.h"
+#include "../fasa-tips.h"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+
+#define FASA_FN        static __device__ __forceinline__
+#define FASA_FN_MEMBER static __device__ __forceinline__
+
+#define FASA_GLOBAL
+#define FASA_SHARED
+#define FASA_THREAD
+
+#define FASA_UNROLL _Pragma("unroll")
+
+// which thread this is, and of which block
+struct fasa_at {
+    int32_t thread;
+    int32_t lane;
+    int32_t warp;
+    int32_t x;
+    int32_t y;
+};
+
+FASA_FN fasa_at fasa_here() {
+    return { (int32_t) threadIdx.x, (int32_t) threadIdx.x % FASA_WARP, (int32_t) threadIdx.x / FASA_WARP, (int32_t) blockIdx.x, (int32_t) blockIdx.y };
+}
+
+//
+// threads among each other
+//
+
+FASA_FN void     fasa_sync_block()                        { __syncthreads(); }
+FASA_FN uint32_t fasa_ballot(bool x)                      { return __ballot_sync(0xFFFFFFFFu, x); }
+FASA_FN float    fasa_shuffle_xor(float x, int32_t mask)  { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+FASA_FN uint32_t fasa_shuffle_up(uint32_t x, int32_t n)   { return __shfl_up_sync(0xFFFFFFFFu, x, n); }
+FASA_FN uint32_t fasa_shuffle(uint32_t x, int32_t lane)   { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+
+FASA_FN uint32_t fasa_atomic_add_shared(FASA_SHARED uint32_t * p, uint32_t x) { return atomicAdd(p, x); }
+FASA_FN void     fasa_atomic_or_shared (FASA_SHARED uint32_t * p, uint32_t x) { atomicOr(p, x); }
+FASA_FN uint32_t fasa_atomic_add(FASA_GLOBAL uint32_t * p, uint32_t x)        { return atomicAdd(p, x); }
+FASA_FN void     fasa_atomic_or (FASA_GLOBAL uint32_t * p, uint32_t x)        { atomicOr(p, x); }
+
+// ask for what will be read soon
+FASA_FN void fasa_prefetch(FASA_GLOBAL const void * p) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+#else
+    (void) p;
+#endif
+}
+
+// what another block of the same launch has written
+FASA_FN uint32_t fasa_load_shared_by_blocks(FASA_GLOBAL const uint32_t * p) { return __ldcg(p); }
+
+//
+// numbers
+//
+
+// of four i8 each
+FASA_FN int32_t fasa_dot(int32_t a, int32_t b, int32_t sum) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 610
+    return __dp4a(a, b, sum);
+#else
+    return sum; // compiled for older devices, but never run there
+#endif
+}
+
+FASA_FN int32_t  fasa_count(uint32_t x)      { return __popc(x); }
+FASA_FN int32_t  fasa_first(uint32_t x)      { return __ffs(x) - 1; } // lowest bit set
+FASA_FN float    fasa_exp2(float x)          { return exp2f(x); }
+FASA_FN float    fasa_log2(float x)          { return log2f(x); }
+FASA_FN float    fasa_tanh(float x)          { return tanhf(x); }
+FASA_FN int32_t  fasa_round(float x)         { return __float2int_rn(x); }
+FASA_FN uint32_t fasa_bits(float x)          { return __float_as_uint(x); }
+FASA_FN float    fasa_float(uint32_t x)      { return __uint_as_float(x); }
+FASA_FN float    fasa_from_f16(uint16_t x)   { return __half2float(__ushort_as_half(x)); }
+FASA_FN uint16_t fasa_to_f16(float x)        { return __half_as_ushort(__float2half_rn(x)); }

@@ -1,0 +1,50 @@
+// The FASA ops by the very CUDA kernels, in the emulator.
+
+#include "simt-ops.h"
+
+#include "ggml-fasa/cuda/fasa-kernels.cuh"
+
+#include <list>
+
+int4 fasa_shared[(simt::MAX_SHARED + simt::CANARY)/sizeof(int4)];
+
+// a few blocks for as many lists of cells, so that all ways to split them are seen
+static constexpr int32_t N_BLOCKS[] = { 1, 5, 264 };
+
+struct simt_launcher {
+    const char * name;
+    int32_t      n_blocks;
+
+    std::list<simt::guarded> allocated;
+
+    void * alloc(size_t size) {
+        allocated.emplace_back(size);
+        return allocated.back().data();
+    }
+
+    template <typename... T, typename... U>
+    void launch(void (*kernel)(T...), dim3 grid, size_t shared, U... args) {
+        simt::launch(name, grid, FASA_THREADS, fasa_shared, shared, [&] { kernel((T) args...); });
+    }
+};
+
+void simt_cuda_compute(const ggml_tensor * op) {
+    static unsigned n_ops = 0;
+
+    simt_launcher launcher { ggml_op_name(op->op), N_BLOCKS[n_ops++ % 3], {} };
+    switch (op->op) {
+        case GGML_OP_FASA_STORE:  fasa_launch_store (launcher, op); break;
+        case GGML_OP_FASA_SELECT: fasa_launch_select(launcher, op); break;
+        case GGML_OP_FASA_ATTEND: fasa_launch_attend(launcher, op); break;
+        default: GGML_ABORT("no FASA op");
+    }
+}
+
+bool simt_cuda_supported(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_FASA_STORE:  return fasa_store_supported(op);
+        case GGML_OP_FASA_SELECT: return fasa_select_supported(op);
+        case GGML_OP_FASA_ATTEND: return fasa_attend_supported(op);
+        default:                  return false;
+    }
+}
