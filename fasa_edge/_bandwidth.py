@@ -1,9 +1,11 @@
-"""How fast this machine reads memory: what a kernel that moves a number of bytes is measured against."""
+"""How fast this machine moves memory: what a kernel that moves a number of bytes is measured against."""
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+from fasa_edge._ggml import I8, Graph
 
 import numpy as np
 
@@ -35,3 +37,21 @@ class MemoryReader:
         start = time.perf_counter()
         list(self._pool.map(np.max, self._parts))  # numpy's fastest reduction; it holds no lock
         return N_BYTES / (time.perf_counter() - start)
+
+
+class DeviceCopier:
+    """A buffer in the memory of a graph's device, copied there.
+
+    Args:
+        graph: its backend copies.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._plan = graph.plan(graph.ggml_cpy(*(graph.new(I8, N_BYTES) for _ in range(2))))
+
+    def read(self) -> float:
+        """Copy all of it once: bytes per second, those read and those written."""
+        start = time.perf_counter()
+        self._graph.compute(self._plan)
+        return 2 * N_BYTES / (time.perf_counter() - start)

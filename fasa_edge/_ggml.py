@@ -1,4 +1,4 @@
-"""Graphs of ggml ops on the CPU backend, through ctypes: what :mod:`fasa_edge.bench_op` and the op tests compute with.
+"""Graphs of ggml ops on one backend, through ctypes: what :mod:`fasa_edge.bench_op` and the op tests compute with.
 
 Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs
 are plain addresses.
@@ -23,7 +23,7 @@ _TYPES = {np.dtype(np.float32): F32, np.dtype(np.float16): F16, np.dtype(np.int8
 _TYPES |= {np.dtype(np.int32): I32, np.dtype(np.int64): I64}
 
 ptr, i64, f32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_DEVICE_CPU = 0  # enum ggml_backend_dev_type
+_DEVICE_CPU, _DEVICE_GPU = 0, 1  # enum ggml_backend_dev_type
 
 
 class _InitParams(ctypes.Structure):
@@ -54,6 +54,12 @@ declare(
         "ggml_backend_reg_get_proc_address": (ptr, ptr, ctypes.c_char_p),
         "ggml_init": (ptr, _InitParams),
         "ggml_free": (None, ptr),
+        "ggml_backend_dev_description": (ctypes.c_char_p, ptr),
+        "ggml_backend_dev_memory": (None, ptr, *[ctypes.POINTER(ctypes.c_size_t)] * 2),
+        "ggml_backend_tensor_set": (None, ptr, ptr, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_backend_tensor_get": (None, ptr, ptr, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_backend_tensor_memset": (None, ptr, ctypes.c_uint8, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_cpy": (ptr, ptr, ptr, ptr),
         "ggml_get_data": (ptr, ptr),
         "ggml_nbytes": (ctypes.c_size_t, ptr),
         "ggml_new_tensor": (ptr, ptr, ctypes.c_int, ctypes.c_int, ctypes.POINTER(i64)),
@@ -78,20 +84,26 @@ class Graph:
     The backend, and with it its threads and its work buffer, lives as long as the graph, as in a llama.cpp context.
 
     Args:
-        n_threads: that compute.
+        n_threads: that compute, on the CPU.
+        on_gpu: on the first GPU, in whose memory the tensors lie then, not on the CPU.
 
     Raises:
-        FasaError: there is no memory for a tensor.
+        FasaError: there is no GPU, or no memory for a tensor.
     """
 
-    def __init__(self, n_threads: int = 2) -> None:
-        self._ctx = base.ggml_init(_InitParams(64 << 20, None, True))  # no data, only what describes it
-        self._backend = _registry.ggml_backend_init_by_type(_DEVICE_CPU, None)
-        registry = base.ggml_backend_dev_backend_reg(base.ggml_backend_get_device(self._backend))
-        address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
-        self._set_n_threads = ctypes.CFUNCTYPE(None, ptr, ctypes.c_int)(address)
-        self._set_n_threads(self._backend, n_threads)
+    def __init__(self, n_threads: int = 2, *, on_gpu: bool = False) -> None:
+        self.on_gpu = on_gpu
         self._buffers: list[int] = []
+        self._backend = _registry.ggml_backend_init_by_type(_DEVICE_GPU if on_gpu else _DEVICE_CPU, None)
+        if not self._backend:
+            raise FasaError("there is no GPU that ggml knows: install with CMAKE_ARGS=-DGGML_CUDA=ON, or use the CPU")
+        self._ctx = base.ggml_init(_InitParams(64 << 20, None, True))  # no data, only what describes it
+        self._device = base.ggml_backend_get_device(self._backend)
+        if not on_gpu:
+            registry = base.ggml_backend_dev_backend_reg(self._device)
+            address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+            self._set_n_threads = ctypes.CFUNCTYPE(None, ptr, ctypes.c_int)(address)
+            self._set_n_threads(self._backend, n_threads)
 
     def __enter__(self) -> Graph:
         return self
@@ -116,35 +128,52 @@ class Graph:
         self.write(tensor, array)
         return tensor
 
-    def view(self, tensor: int, dtype: type = np.uint8) -> np.ndarray:
-        """The memory of a tensor, flat."""
-        n_bytes = base.ggml_nbytes(tensor)
-        return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(self._address(tensor)), dtype)
+    @property
+    def device(self) -> str:
+        """What the device calls itself."""
+        return base.ggml_backend_dev_description(self._device).decode()
+
+    def free_memory(self) -> int:
+        """Bytes that the device has left."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(self._device, free, total)
+        return free.value
+
+    def n_bytes(self, tensor: int) -> int:
+        """Bytes of a tensor."""
+        return base.ggml_nbytes(tensor)
 
     def write(self, tensor: int, array: np.ndarray) -> None:
         """Replace a tensor's contents."""
-        self.view(tensor)[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._allocate(tensor)
+        array = np.ascontiguousarray(array)
+        if array.nbytes != self.n_bytes(tensor):
+            raise ValueError(f"{array.nbytes} bytes for a tensor of {self.n_bytes(tensor)}")
+        base.ggml_backend_tensor_set(tensor, array.ctypes.data, 0, array.nbytes)
 
     def clear(self, tensor: int) -> None:
         """Fill a tensor with zero bytes."""
-        self.view(tensor)[:] = 0
+        self._allocate(tensor)
+        base.ggml_backend_tensor_memset(tensor, 0, 0, self.n_bytes(tensor))
 
     def read(self, tensor: int, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
         """A copy of a tensor's contents."""
-        return self.view(tensor, dtype).reshape(shape).copy()
+        res = np.empty(self.n_bytes(tensor), np.uint8)
+        base.ggml_backend_tensor_get(tensor, res.ctypes.data, 0, res.nbytes)
+        return res.view(dtype).reshape(shape)
 
     def plan(self, *results: int) -> int:
         """A graph that computes the results and whatever they need, in this order."""
         graph = self.ggml_new_graph()
         for result in results:
-            self._address(result)
+            self._allocate(result)
             base.ggml_build_forward_expand(graph, result)
         return graph
 
     def compute(self, graph: int) -> None:
         """Compute a graph that :meth:`plan` made."""
         if status := base.ggml_backend_graph_compute(self._backend, graph):
-            raise FasaError(f"the CPU backend returned status {status}: see ggml's log")
+            raise FasaError(f"{self.device} returned status {status}: see ggml's log")
 
     def run(self, *results: int, n_threads: int | None = None) -> None:
         """:meth:`plan` and :meth:`compute`, from then on with another number of threads if given."""
@@ -152,11 +181,10 @@ class Graph:
             self._set_n_threads(self._backend, n_threads)
         self.compute(self.plan(*results))
 
-    def _address(self, tensor: int) -> int:
-        """Of a tensor's memory; gives memory to all tensors that have none yet."""
+    def _allocate(self, tensor: int) -> None:
+        """Give memory to all tensors that have none yet, this one among them."""
         if not base.ggml_get_data(tensor) and (buffer := base.ggml_backend_alloc_ctx_tensors(self._ctx, self._backend)):
             self._buffers.append(buffer)
             base.ggml_fasa_prefer_huge_pages(buffer)  # as under a KV cache with tips
-        if not (address := base.ggml_get_data(tensor)):
-            raise FasaError(f"no memory for a tensor of {base.ggml_nbytes(tensor)} bytes: use fewer layers or cells")
-        return address
+        if not base.ggml_get_data(tensor):
+            raise FasaError(f"no memory for a tensor of {self.n_bytes(tensor)} bytes: use fewer layers or cells")

@@ -2,7 +2,7 @@
 
 One decoded token attends, in each of several layers that share no memory. All ops are interleaved in one run. Before
 each sample a large buffer is read: it drives everything out of the caches, as the weights of a model do between two
-layers, and tells how fast memory is at that moment.
+layers, and tells how fast memory is at that moment. On a GPU, such a buffer is copied in its memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 from fasa_edge import _capi
-from fasa_edge._bandwidth import MemoryReader
+from fasa_edge._bandwidth import DeviceCopier, MemoryReader
 from fasa_edge._ggml import F32, I32, Graph
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.errors import FasaError
@@ -26,6 +27,7 @@ _N_KV_PAD = 256  # llama.cpp attends to whole blocks of so many cells, and masks
 _N_FILL = 8192  # cells written at a time
 _KV_BYTES = 1 << 30  # of K and V in all layers, by default
 _MAX_LAYERS = 64
+_N_WARM_UP_GPU = 4  # rounds, until ggml-cuda has recorded the graphs
 
 
 @dataclass
@@ -43,10 +45,11 @@ class OpRow:
         n_depth: cells in use.
         budget: cells attended to; 0: all.
         n_tip: chunks scored per KV head; 0: none.
-        n_threads: threads that computed.
+        device: what computed.
+        n_threads: threads that computed; 0 on a GPU.
         n_layers: layers of a sample.
         n_bytes: what the op must move: tips, ids, mask, and the rows of K and V that it attends to.
-        bandwidth: bytes per second that the same number of threads reads, median over the run.
+        bandwidth: bytes per second that the same number of threads reads, or the GPU copies, median over the run.
         samples_ns: nanoseconds of each repetition.
         ratio: median, over the interleaved rounds, of ``flash_attn_ext``'s time over this one's.
         ratio_min: least of them.
@@ -62,6 +65,7 @@ class OpRow:
     n_depth: int
     budget: int
     n_tip: int
+    device: str
     n_threads: int
     n_layers: int
     n_bytes: int
@@ -118,6 +122,7 @@ def run(
     type_v: str = "f16",
     n_tip: int | None = None,
     n_layers: int | None = None,
+    on_gpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[OpRow]:
     """Measure all ops for each geometry and depth.
@@ -127,11 +132,12 @@ def run(
         depths: cells in use.
         budgets: cells that FASA attends to.
         n_threads: threads of the CPU backend.
-        n_repetitions: rounds of measurements, after one that warms up.
+        n_repetitions: rounds of measurements, after those that warm up.
         type_k: type of K, a name in :data:`fasa_edge._capi.CACHE_TYPES`.
         type_v: the same for V.
         n_tip: chunks scored per KV head; None for :func:`fasa_edge.config.default_n_tip`.
         n_layers: layers of a sample; None for as many as 1 GiB of K and V has, 2 to 32.
+        on_gpu: on the first GPU, not on the CPU.
         progress: called with the rounds done and those to do.
 
     Yields:
@@ -154,14 +160,17 @@ def run(
         if heads.n_embd_head % 32 and not {type_k, type_v} <= {"f32", "f16", "bf16"}:
             raise FasaError(f"{type_k} and {type_v} of {heads}: quantized heads take a multiple of 32 dims; use f16")
     cases = [(heads, depth) for heads in geometries for depth in sorted(set(depths))]
-    n_steps, n_done = len(cases) * (n_repetitions + 1), 0
-    with MemoryReader(n_threads) as reader:
+    n_warm_up = _N_WARM_UP_GPU if on_gpu else 1
+    n_steps, n_done = len(cases) * (n_warm_up + n_repetitions), 0
+    with ExitStack() as stack:
+        on_cpu = None if on_gpu else stack.enter_context(MemoryReader(n_threads))
         for heads, depth in cases:
-            with Graph(n_threads) as graph:
+            with Graph(n_threads, on_gpu=on_gpu) as graph:
                 layers = _Layers(graph, heads, depth, type_k, type_v, n_tip, n_layers)
                 ops = list(_ops(layers, sorted(set(budgets)), n_threads))
+                reader = on_cpu or DeviceCopier(graph)
                 bandwidths: list[float] = []
-                for repetition in range(-1, n_repetitions):  # the first round warms up
+                for repetition in range(-n_warm_up, n_repetitions):
                     first = repetition % len(ops)
                     for op in ops[first:] + ops[:first]:
                         bandwidth = reader.read()
@@ -212,12 +221,14 @@ class _Layers:
     @property
     def tips_bytes(self) -> int:
         """Of one layer."""
-        return len(self.graph.view(self.tips[0]))
+        return self.graph.n_bytes(self.tips[0])
 
     def _check_memory(self) -> None:
         tip_bytes = self.heads.n_head_kv * (2 * self.n_tip + 2 + 2)  # with a scale, and dims filled up to four
         n_bytes = self.n * self.n_kv * (self.kv_row_bytes + tip_bytes)
-        if n_bytes > (available := psutil.virtual_memory().available):
+        graph = self.graph
+        available = graph.free_memory() if graph.on_gpu else psutil.virtual_memory().available
+        if n_bytes > available:
             raise FasaError(
                 f"K, V and tips of {self.n} layers of {self.heads} with {self.n_kv} cells take {n_bytes} bytes of "
                 f"memory, {available} are available: measure fewer cells or layers"
@@ -250,7 +261,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
     graph, heads, mask, q = layers.graph, layers.heads, layers.mask, layers.q
     scale = heads.n_embd_head**-0.5
     caches = list(zip(layers.k, layers.v, strict=True))
-    mask_bytes = len(graph.view(mask))
+    mask_bytes = graph.n_bytes(mask)
 
     def op(name: str, results: list[int], n_bytes: int, budget: int = 0) -> _Op:
         row = OpRow(
@@ -263,7 +274,8 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
             n_depth=layers.depth,
             budget=budget,
             n_tip=layers.n_tip if budget else 0,
-            n_threads=n_threads,
+            device=graph.device,
+            n_threads=0 if graph.on_gpu else n_threads,
             n_layers=layers.n,
             n_bytes=n_bytes,
         )
@@ -295,7 +307,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
             for tips in layers.tips
         ]
         given = graph.new(I32, 1, heads.n_head_kv, n_fac)
-        ids_bytes, kv_bytes = len(graph.view(given)), n_fac * layers.kv_row_bytes
+        ids_bytes, kv_bytes = graph.n_bytes(given), n_fac * layers.kv_row_bytes
         select_bytes = layers.tips_bytes + mask_bytes + ids_bytes
         yield op("fasa", attend(ids, None), select_bytes + kv_bytes, budget)
         yield (select := op("fasa_select", ids, select_bytes, budget))

@@ -97,7 +97,7 @@ def bench(
     FASA's kernel over all cells (exact), FASA. Quantized V takes flash attention, so there is no stock without it then.
 
     With --op, the attention of one layer alone: stock FLASH_ATTN_EXT, the exact kernel, FASA, and its two ops; with
-    the bytes that each must move, and its time over what reading them takes on this machine.
+    the bytes that each must move, and its time over what reading them takes on this machine. On the GPU with -ngl 1.
     """
     if op and (model is not None or not names):
         raise click.UsageError("--op takes no MODEL but a --geometry")
@@ -132,6 +132,7 @@ def _ops(
     n_layers: int | None,
     type_k: str,
     type_v: str,
+    n_gpu_layers: int,
     **_: Any,
 ) -> Iterator[OpRow]:
     return bench_op.run(
@@ -144,6 +145,7 @@ def _ops(
         type_v=type_v,
         n_tip=n_tip,
         n_layers=n_layers,
+        on_gpu=n_gpu_layers != 0,
         progress=lambda done, total: progress("ops", done, total),
     )
 
@@ -234,11 +236,11 @@ def _op_table(row: OpRow) -> dict[str, object]:
         "heads": row.heads,
         "K": row.type_k,
         "V": row.type_v,
-        "threads": row.n_threads,
+        "threads": row.n_threads or row.device,
         "cells": row.n_depth,
         "budget": row.budget or "",
-        "ms": f"{1e-6 * row.median_ns:.3f}",
-        "range": f"{1e-6 * min(row.samples_ns):.3f}-{1e-6 * max(row.samples_ns):.3f}",
+        "ms": f"{1e-6 * row.median_ns:.4f}",
+        "range": f"{1e-6 * min(row.samples_ns):.4f}-{1e-6 * max(row.samples_ns):.4f}",
         "moves": size_text(row.n_bytes),
         "memory GB/s": f"{1e-9 * row.bandwidth:.1f}",
         "x floor": f"{row.floor_ratio:.2f}",

@@ -46,12 +46,13 @@ def simt_devices() -> dict[str, int]:
     """``ggml_backend_dev_t`` by name: devices that run the GPU kernels in an emulator (tests/simt)."""
     from fasa_edge import _lib
 
-    registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
-    for function in (registry.ggml_backend_load, base.ggml_backend_reg_dev_get):
+    # not by ggml_backend_load: ggml's registry would offer the devices to all other tests, too
+    base, simt = _lib.ggml(_lib.llama_cpp, "ggml-base"), ctypes.CDLL(str(_built("fasa-simt.so")))
+    for function in (simt.ggml_backend_init, base.ggml_backend_reg_dev_get):
         function.restype = ctypes.c_void_p
     base.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
     base.ggml_backend_dev_name.restype = ctypes.c_char_p
-    reg = ctypes.c_void_p(registry.ggml_backend_load(str(_built("fasa-simt.so")).encode()))
+    reg = ctypes.c_void_p(simt.ggml_backend_init())
     count = base.ggml_backend_reg_dev_count(reg)
     devices = [base.ggml_backend_reg_dev_get(reg, ctypes.c_size_t(i)) for i in range(count)]
     return {base.ggml_backend_dev_name(ctypes.c_void_p(device)).decode(): device for device in devices}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _bandwidth, _capi, bench, bench_op
+from fasa_edge import _bandwidth, _capi, _ggml, bench, bench_op
 from fasa_edge._ggml import Graph
 from fasa_edge.bench_plot import draw_models, draw_ops
 from fasa_edge.cache_fill import StateLayout, restore_sequence, save_sequence
@@ -71,10 +72,23 @@ def test_bench_of_ops(tmp_path: Path) -> None:
     assert table[0].startswith("| op") and "x floor" in table[0] and len(table) == 2 + 2 * 2 * 5
 
 
+@pytest.fixture(params=["CPU", "SIMT-CUDA"])
+def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether ops run on a GPU: an emulated one, whose times mean nothing."""
+    if request.param == "CPU":
+        return False
+    device = ctypes.c_void_p(request.getfixturevalue("simt_devices")[request.param])
+    _ggml.base.ggml_backend_dev_init.restype = ctypes.c_void_p
+    monkeypatch.setattr(
+        _ggml._registry, "ggml_backend_init_by_type", lambda *_: _ggml.base.ggml_backend_dev_init(device, None)
+    )
+    return True
+
+
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "f32")])
-def test_all_ops_attend_to_the_same_caches(types: tuple[str, str]) -> None:
+def test_all_ops_attend_to_the_same_caches(types: tuple[str, str], on_gpu: bool) -> None:
     """With a budget of all cells FASA is dense attention, in every layer and whatever is padding."""
-    with Graph() as graph:
+    with Graph(on_gpu=on_gpu) as graph:
         layers = bench_op._Layers(graph, HEADS, 9000, *types, n_tip=None, n_layers=2)
         assert layers.n_kv == 9216
         outputs = {}
@@ -88,6 +102,20 @@ def test_all_ops_attend_to_the_same_caches(types: tuple[str, str]) -> None:
     stock = outputs.pop("flash_attn_ext")
     assert sorted(outputs) == ["exact", "fasa", "fasa_attend"]
     assert all(nmse(stock, output) <= 5e-4 for output in outputs.values())
+
+
+def test_bench_of_ops_on_a_gpu(on_gpu: bool) -> None:
+    rows = list(bench_op.run([HEADS], [300], [40], 2, 2, n_layers=2, on_gpu=on_gpu))
+    assert [row.op for row in rows] == ["flash_attn_ext", "exact", "fasa", "fasa_select", "fasa_attend"]
+    for row in rows:
+        assert len(row.samples_ns) == 2 and row.bandwidth > 0
+        assert (row.n_threads, "emulated" in row.device) == ((0, True) if on_gpu else (2, False))
+
+
+def test_bench_of_ops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ggml._registry, "ggml_backend_init_by_type", lambda *_: None)
+    with pytest.raises(FasaError, match="no GPU.*GGML_CUDA=ON"):
+        list(bench_op.run([HEADS], [300], [40], 2, 2, on_gpu=True))
 
 
 @pytest.mark.parametrize("fill", ["random", "prefill"])

@@ -1,6 +1,6 @@
 """Layers on two devices: tips live where a layer's K lives.
 
-To llama.cpp the second device is a GPU like any other. It is the CPU of another process behind ggml's RPC backend, which
+To llama.cpp the second device is a GPU like any other. It is another process' CPU behind ggml's RPC backend, which
 shares no memory with this one, or an emulated GPU, which runs the kernels of a GPU.
 """
 

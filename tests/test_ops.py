@@ -448,4 +448,4 @@ def test_select_where_the_sample_misleads(n_lanes: int, n_head_kv: int, n_thread
 def test_tips_take_at_most_7_percent_of_a_cache() -> None:
     with Graph() as g:
         tips = g.ggml_fasa_new_tips(4096, 2 * 16, 8, 1)
-        assert len(g.view(tips)) <= 0.07 * 4096 * 8 * 2 * 128 * 2
+        assert g.n_bytes(tips) <= 0.07 * 4096 * 8 * 2 * 128 * 2

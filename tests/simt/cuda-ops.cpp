@@ -8,8 +8,11 @@
 
 int4 fasa_shared[(simt::MAX_SHARED + simt::CANARY)/sizeof(int4)];
 
-// a few blocks for as many lists of cells, so that all ways to split them are seen
-static constexpr int32_t N_BLOCKS[] = { 1, 5, 264 };
+// devices of different sizes, so that lists of cells are split in different ways; the same for the same shapes
+static int32_t n_blocks_for(const ggml_tensor * op) {
+    static constexpr int32_t N_BLOCKS[] = { 1, 5, 264 };
+    return N_BLOCKS[(op->src[1]->ne[2] + op->ne[1] + op->ne[2]) % 3];
+}
 
 struct simt_launcher {
     const char * name;
@@ -29,9 +32,7 @@ struct simt_launcher {
 };
 
 void simt_cuda_compute(const ggml_tensor * op) {
-    static unsigned n_ops = 0;
-
-    simt_launcher launcher { ggml_op_name(op->op), N_BLOCKS[n_ops++ % 3], {} };
+    simt_launcher launcher { ggml_op_name(op->op), n_blocks_for(op), {} };
     switch (op->op) {
         case GGML_OP_FASA_STORE:  fasa_launch_store (launcher, op); break;
         case GGML_OP_FASA_SELECT: fasa_launch_select(launcher, op); break;

@@ -24,6 +24,9 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     if (!reg || strncmp(ggml_backend_reg_name(reg), "RPC", 3) == 0) {
         return false; // the RPC backend claims every op, whatever its server can do
     }
+    if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
+        return false; // several devices as one, which would have to know how to split the ops among them
+    }
 
     ggml_context_ptr ctx { ggml_init({
         /*.mem_size   =*/ 16*ggml_tensor_overhead(),

