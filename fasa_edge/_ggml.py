@@ -177,7 +177,7 @@ class Graph:
 
     def run(self, *results: int, n_threads: int | None = None) -> None:
         """:meth:`plan` and :meth:`compute`, from then on with another number of threads if given."""
-        if n_threads is not None:
+        if n_threads is not None and not self.on_gpu:
             self._set_n_threads(self._backend, n_threads)
         self.compute(self.plan(*results))
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def simt_devices() -> dict[str, int]:
     count = base.ggml_backend_reg_dev_count(reg)
     devices = [base.ggml_backend_reg_dev_get(reg, ctypes.c_size_t(i)) for i in range(count)]
     return {base.ggml_backend_dev_name(ctypes.c_void_p(device)).decode(): device for device in devices}
+
+
+@pytest.fixture
+def gpu(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes one of these devices the GPU that graphs run on."""
+
+    def use(name: str) -> None:
+        from fasa_edge import _ggml
+
+        import ggml_graph
+
+        device = ctypes.c_void_p(simt_devices[name])
+        _ggml.base.ggml_backend_dev_init.restype = ctypes.c_void_p
+        init = lambda *_: _ggml.base.ggml_backend_dev_init(device, None)  # noqa: E731
+        monkeypatch.setattr(_ggml._registry, "ggml_backend_init_by_type", init)
+        monkeypatch.setattr(ggml_graph.Graph, "ON_GPU", True)
+
+    return use
 
 
 @pytest.fixture(scope="session")

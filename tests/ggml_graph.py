@@ -27,12 +27,22 @@ declare(
         "ggml_top_k": (ptr, ptr, ptr, ctypes.c_int),
         "ggml_view_4d": (ptr, ptr, ptr, *[i64] * 4, *[ctypes.c_size_t] * 4),
         "ggml_flash_attn_ext_add_sinks": (None, ptr, ptr),
+        "ggml_backend_dev_supports_op": (ctypes.c_bool, ptr, ptr),
     }
 )
 
 
 class Graph(_ggml.Graph):
-    """With what takes no context as its first argument."""
+    """With what takes no context as its first argument; on the CPU, or wherever the fixture ``gpu`` says."""
+
+    ON_GPU = False
+
+    def __init__(self, n_threads: int = 2) -> None:
+        super().__init__(n_threads, on_gpu=self.ON_GPU)
+
+    def supports(self, op: int) -> bool:
+        """Whether the device can run an op."""
+        return _ggml.base.ggml_backend_dev_supports_op(self._device, op)
 
     def add_sinks(self, flash_attn: int, sinks: int) -> None:
         """Give a flash attention op its attention sinks."""

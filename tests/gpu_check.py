@@ -66,7 +66,7 @@ def fasa_edge(*arguments: str | Path) -> str:
 def backend_ops(device: str, *wrapper: str) -> str:
     """The summary of test-backend-ops, which is run by a wrapper."""
     output = run(*wrapper, BIN / "test-backend-ops", "-b", device, "-o", ",".join(OPS))
-    summary = [line.strip() for line in output.splitlines() if "tests passed" in line or "ERROR SUMMARY" in line]
+    summary = [line.strip() for line in output.splitlines() if "tests passed" in line or " SUMMARY: " in line]
     if not summary or summary[0].startswith("0/"):
         raise CheckError(f"no op was tested on {device}: is it there, and does it support them?\n{output[-2000:]}")
     return "\n".join(summary)
@@ -78,7 +78,7 @@ def sanitizer(device: str) -> str:
         raise CheckError("compute-sanitizer is not on the PATH\n  remedy: it comes with CUDA; or --skip sanitizer")
     results = []
     for tool in ("memcheck", "racecheck"):
-        options = ["--tool", tool, "--error-exitcode", "1", "--kernel-name", "regex:fasa"]
+        options = ["--tool", tool, "--error-exitcode", "1", "--kernel-regex", "kns=fasa"]
         results.append(f"{tool}: " + backend_ops(device, "compute-sanitizer", *options).replace("\n", ", "))
     return "\n".join(results)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import warnings
 from dataclasses import replace
@@ -73,16 +72,11 @@ def test_bench_of_ops(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["CPU", "SIMT-CUDA"])
-def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def on_gpu(request: pytest.FixtureRequest) -> bool:
     """Whether ops run on a GPU: an emulated one, whose times mean nothing."""
-    if request.param == "CPU":
-        return False
-    device = ctypes.c_void_p(request.getfixturevalue("simt_devices")[request.param])
-    _ggml.base.ggml_backend_dev_init.restype = ctypes.c_void_p
-    monkeypatch.setattr(
-        _ggml._registry, "ggml_backend_init_by_type", lambda *_: _ggml.base.ggml_backend_dev_init(device, None)
-    )
-    return True
+    if request.param != "CPU":
+        request.getfixturevalue("gpu")(request.param)
+    return request.param != "CPU"
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "f32")])
