@@ -3,8 +3,8 @@
 
     python tests/cuda_check.py [--arch 89 ...]
 
-Needs no GPU, and nothing of CUDA but its compiler: where cuBLAS' headers are missing, which ggml-cuda includes, they come
-out of NVIDIA's Python package. What is compiled here has not run anywhere.
+Needs no GPU, and nothing of CUDA but its compiler: where cuBLAS' headers are missing, which ggml-cuda includes, they
+come out of NVIDIA's Python package. What is compiled here has not run anywhere.
 """
 
 from __future__ import annotations

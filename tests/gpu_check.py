@@ -48,7 +48,8 @@ class CheckError(Exception):
 
 def run(*command: str | Path) -> str:
     """What a command prints, which is also shown; its messages are shown only."""
-    print("$", *("fasa-edge" if part == _FASA_EDGE else part for part in command if part not in ("-I", "-c")), flush=True)
+    shown = ("fasa-edge" if part == _FASA_EDGE else part for part in command if part not in ("-I", "-c"))
+    print("$", *shown, flush=True)
     lines = []
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, errors="replace") as process:
         for line in process.stdout:

@@ -9,6 +9,8 @@
 
 #pragma once
 
+#include "fasa-words.cuh"
+
 #include "../gpu/fasa-store.h"
 #include "../gpu/fasa-select.h"
 #include "../gpu/fasa-attend.h"
@@ -20,6 +22,11 @@ static __device__ __forceinline__ void fasa_wait_for_previous() {
     cudaGridDependencySynchronize();
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+
+static __device__ __forceinline__ fasa_at fasa_here() {
+    const int32_t index = threadIdx.x;
+    return { index, index%FASA_WARP, index/FASA_WARP, (int32_t) blockIdx.x, (int32_t) blockIdx.y };
 }
 
 extern __shared__ int4 fasa_shared[]; // for its alignment
@@ -61,7 +68,7 @@ static __global__ void __launch_bounds__(FASA_THREADS) fasa_keys_kernel(
 static __device__ bool fasa_is_last_block(const fasa_select_args & args, char * memory, uint32_t * is_last, fasa_at at) {
     __threadfence();
     __syncthreads();
-    if (at.thread == 0) {
+    if (at.index == 0) {
         *is_last = atomicAdd(&fasa_divide(args, memory).state[at.y].n_done, 1) == (uint32_t) args.n_chunks - 1;
     }
     __syncthreads();

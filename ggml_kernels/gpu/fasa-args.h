@@ -7,6 +7,10 @@
 #    include <stdint.h>
 #endif
 
+// cells of a block of tips, and dims that lie together in it (../fasa-tips.h)
+#define FASA_BLOCK_CELLS 32
+#define FASA_QUAD        4
+
 // all kernels run in blocks of so many threads
 #define FASA_THREADS 256
 #define FASA_WARP    32

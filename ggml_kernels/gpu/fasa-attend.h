@@ -125,7 +125,7 @@ struct fasa_attend_shared {
     FASA_SHARED float   * out;    // [LANES*FASA_ELEMENTS, FASA_WARPS]
 };
 
-// lanes that read a row together, LANES of them; each reads cells at.thread/LANES, and so on by FASA_THREADS/LANES
+// lanes that read a row together, LANES of them; each reads cells at.index/LANES, and so on by FASA_THREADS/LANES
 template <int TYPE, int LANES, int N>
 FASA_FN void fasa_attend_logits(
         FASA_GLOBAL const char * rows, uint64_t nb, int32_t n_embd,
@@ -137,7 +137,7 @@ FASA_FN void fasa_attend_logits(
 
     FASA_UNROLL
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
-        const int32_t slot = i + at.thread/LANES;
+        const int32_t slot = i + at.index/LANES;
         const int32_t id   = shared.ids[slot];
 
         float x[FASA_ELEMENTS] = { 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f };
@@ -170,7 +170,7 @@ FASA_FN void fasa_attend_sums(
 
     FASA_UNROLL
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
-        const int32_t slot = i + at.thread/LANES;
+        const int32_t slot = i + at.index/LANES;
         const int32_t id   = shared.ids[slot];
 
         float x[FASA_ELEMENTS] = { 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f };
@@ -200,27 +200,21 @@ FASA_FN void fasa_attend_weights(FASA_THREAD const fasa_attend_args & args, FASA
         if (args.logit_softcap != 0.0f) {
             logit = args.logit_softcap*fasa_tanh(logit);
         }
-        logit = shared.ids[i] >= 0 ? logit*FASA_LOG2_E : -FASA_INF;
-        logits[i] = logit;
-        max = logit > max || logit != logit ? logit : max; // NaN must be seen
+        logits[i] = logit*FASA_LOG2_E;
+        max = shared.ids[i] >= 0 ? fasa_greater(logits[i], max) : max;
     }
-    for (int32_t mask = 1; mask < FASA_WARP; mask *= 2) {
-        const float other = fasa_shuffle_xor(max, mask);
-        max = other > max || other != other ? other : max;
-    }
-
-    const bool none = max == -FASA_INF;
+    max = fasa_warp_max(max);
 
     float sum = 0.0f;
     for (int32_t i = lane; i < FASA_STEP; i += FASA_WARP) {
-        const float weight = none ? 0.0f : fasa_exp2(logits[i] - max);
+        const float weight = shared.ids[i] >= 0 ? fasa_exp2(logits[i] - max) : 0.0f; // NaN stays NaN, and is seen
         logits[i] = weight;
         sum += weight;
     }
     sum = fasa_warp_sum(sum, 1, FASA_WARP);
 
     if (lane == 0) {
-        const float factor = none ? 1.0f : fasa_exp2(before - max);
+        const float factor = fasa_exp2(before - max);
         shared.factor[n] = factor;
         shared.sum[n]    = shared.sum[n]*factor + sum;
         shared.max[n]    = max;
@@ -280,18 +274,18 @@ FASA_FN void fasa_attend_split(
             out[n][j]   = 0.0f;
         }
     }
-    if (at.thread < N) {
-        shared.max[at.thread] = -FASA_INF;
-        shared.sum[at.thread] = 0.0f;
+    if (at.index < N) {
+        shared.max[at.index] = -FASA_FLT_MAX;
+        shared.sum[at.index] = 0.0f;
     }
 
     const int32_t cell0 = at.x*args.n_split;
     const int32_t cell1 = fasa_min(cell0 + args.n_split, args.n_cells);
 
     for (int32_t cell = cell0; cell < cell1; cell += FASA_STEP) {
-        if (at.thread < FASA_STEP) {
-            const int32_t i = cell + at.thread;
-            shared.ids[at.thread] = i >= cell1 ? -1 : args.has_list ? idx[i] : ((FASA_GLOBAL const uint16_t *) mask)[i] != FASA_F16_MASKED ? i : -1;
+        if (at.index < FASA_STEP) {
+            const int32_t i = cell + at.index;
+            shared.ids[at.index] = i >= cell1 ? -1 : args.has_list ? idx[i] : ((FASA_GLOBAL const uint16_t *) mask)[i] != FASA_F16_MASKED ? i : -1;
         }
         fasa_sync_block();
 
@@ -341,14 +335,14 @@ FASA_FN void fasa_attend_split(
         FASA_GLOBAL float * res = partial +
             (((int64_t) (stream*args.n_tokens + token)*args.n_head + head0 + n)*args.n_splits + at.x)*n_partial;
 
-        if (n < n_heads && at.thread < args.n_embd_v) {
+        if (n < n_heads && at.index < args.n_embd_v) {
             float sum = 0.0f;
             for (int32_t i = 0; i < FASA_WARPS; ++i) {
-                sum += shared.out[i*LANES*FASA_ELEMENTS + at.thread];
+                sum += shared.out[i*LANES*FASA_ELEMENTS + at.index];
             }
-            res[at.thread] = sum;
+            res[at.index] = sum;
         }
-        if (n < n_heads && at.thread == 0) {
+        if (n < n_heads && at.index == 0) {
             res[args.n_embd_v + 0] = shared.max[n];
             res[args.n_embd_v + 1] = shared.sum[n];
         }
@@ -371,19 +365,14 @@ FASA_FN void fasa_attend_combine(
 
     partial += at.x*args.n_splits*n_partial;
 
-    const float sink = args.has_sinks ? sinks[at.x%args.n_head]*FASA_LOG2_E : -FASA_INF;
+    const float sink = args.has_sinks ? sinks[at.x%args.n_head]*FASA_LOG2_E : -FASA_FLT_MAX;
 
+    if (at.index >= args.n_embd_v) {
+        return;
+    }
     float max = sink;
     for (int32_t i = 0; i < args.n_splits; ++i) {
-        const float other = partial[i*n_partial + args.n_embd_v];
-        max = other > max || other != other ? other : max;
-    }
-    if (at.thread >= args.n_embd_v) {
-        return;
-    }
-    if (max == -FASA_INF) {
-        out[(int64_t) at.x*args.n_embd_v + at.thread] = 0.0f; // a head without cells
-        return;
+        max = fasa_greater(partial[i*n_partial + args.n_embd_v], max);
     }
 
     float sum = args.has_sinks ? fasa_exp2(sink - max) : 0.0f;
@@ -392,7 +381,7 @@ FASA_FN void fasa_attend_combine(
         FASA_GLOBAL const float * from = partial + i*n_partial;
         const float factor = fasa_exp2(from[args.n_embd_v] - max);
         sum += from[args.n_embd_v + 1]*factor;
-        res += from[at.thread]*factor;
+        res += from[at.index]*factor;
     }
-    out[(int64_t) at.x*args.n_embd_v + at.thread] = res/sum;
+    out[(int64_t) at.x*args.n_embd_v + at.index] = sum == 0.0f ? 0.0f : res/sum; // zeros for a head without cells
 }

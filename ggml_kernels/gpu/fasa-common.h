@@ -1,31 +1,47 @@
 // What the GPU kernels share: numbers, and sums over the threads of a warp or of a block.
+//
+// The kernels in this folder are written once for CUDA and Metal, in what both have: C++14 without lambdas, recursion or
+// variables of static storage. A pointer or a reference names its address space, which only Metal asks for. Threads run in
+// warps of 32 (Metal: SIMD groups). The few words in which the languages differ are in ../cuda/fasa-words.cuh and
+// ../metal/fasa-words.h, one of which comes first.
+//
+// Metal's compiler may take it that no float is infinite or NaN. So what is not finite is found by the bits of what comes
+// from memory, never by comparing what was computed.
 
 #pragma once
 
-#include "fasa-gpu.h"
+#include "fasa-args.h"
 
-#define FASA_INF     fasa_float(0x7F800000u)
-#define FASA_NAN     fasa_float(0x7FC00000u)
 #define FASA_FLT_MAX 3.402823466e38f
 #define FASA_LOG2_E  1.44269504088896f
 
 #define FASA_F16_MASKED 0xFC00 // -INFINITY
+#define FASA_F16_NAN    0x7E00
+
+// which thread this is, and of which block
+struct fasa_at {
+    int32_t index;
+    int32_t lane;
+    int32_t warp;
+    int32_t x;
+    int32_t y;
+};
 
 FASA_FN int32_t fasa_min(int32_t a, int32_t b) { return a < b ? a : b; }
 FASA_FN int32_t fasa_max(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// by bits, which no option for fast mathematics optimizes away
-FASA_FN bool fasa_is_finite(float x) { return (fasa_bits(x) & 0x7F800000u) != 0x7F800000u; }
+FASA_FN bool fasa_is_finite(uint32_t bits)     { return (bits & 0x7F800000u) != 0x7F800000u; } // of a float
+FASA_FN bool fasa_is_finite_f16(uint16_t bits) { return (bits & 0x7C00) != 0x7C00; }
 
-// a, unless it is NaN or smaller
 FASA_FN float fasa_greater(float a, float b) { return a > b ? a : b; }
+FASA_FN float fasa_abs(float x)              { return x < 0.0f ? -x : x; }
 
 FASA_FN float fasa_from_bf16(uint16_t x) { return fasa_float((uint32_t) x << 16); }
 
 // as ggml_fp32_to_bf16 does
 FASA_FN uint16_t fasa_to_bf16(float x) {
     const uint32_t bits = fasa_bits(x);
-    return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 64 : (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t) ((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 64 : (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
 }
 
 // over the lanes of a warp that differ in bits from..FASA_WARP/2 of their number

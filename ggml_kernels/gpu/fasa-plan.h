@@ -10,6 +10,8 @@
 
 #include <algorithm>
 
+static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_QUAD == FASA_TIPS_QUAD, "another layout of tips");
+
 static_assert(FASA_TYPE_F32  == GGML_TYPE_F32,  "wrong type number");
 static_assert(FASA_TYPE_F16  == GGML_TYPE_F16,  "wrong type number");
 static_assert(FASA_TYPE_BF16 == GGML_TYPE_BF16, "wrong type number");
@@ -112,7 +114,7 @@ struct fasa_select_plan {
         args.nb_mask3   = mask->nb[3];
 
         const size_t n_heads = (args.n_group + FASA_TILE - 1)/FASA_TILE*FASA_TILE;
-        const size_t query   = n_heads*args.n_quads*sizeof(int32_t) + n_heads*sizeof(float);
+        const size_t query   = n_heads*args.n_quads*sizeof(int32_t) + 2*n_heads*sizeof(float);
 
         shared_stats = query + 2*n_heads*FASA_WARPS*sizeof(float);
         shared_keys  = query + (n_heads + FASA_WARPS)*sizeof(float) + (args.n_chunk/32 + FASA_BINS)*sizeof(uint32_t);

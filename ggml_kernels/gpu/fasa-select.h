@@ -113,8 +113,9 @@ FASA_FN fasa_row fasa_get_row(
 
 // the dominant dims of a group's query heads in 8 bits, so that the sums of products are whole numbers
 struct fasa_query {
-    FASA_SHARED int4  * quads; // [n_quads, tiles] four dims of each head of a tile
-    FASA_SHARED float * scale; // [heads of all tiles]
+    FASA_SHARED int4    * quads; // [n_quads, tiles] four dims of each head of a tile
+    FASA_SHARED float   * scale; // [heads of all tiles]
+    FASA_SHARED int32_t * has_say; // [heads of all tiles] not one with dims that are not finite
 };
 
 FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, FASA_THREAD const fasa_row & row, FASA_SHARED char * shared, fasa_at at) {
@@ -123,6 +124,7 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
     fasa_query res;
     res.quads = (FASA_SHARED int4 *) shared;
     res.scale = (FASA_SHARED float *) (res.quads + n_tiles*args.n_quads);
+    res.has_say = (FASA_SHARED int32_t *) (res.scale + n_tiles*FASA_TILE);
 
     for (int32_t ig = at.warp; ig < n_tiles*FASA_TILE; ig += FASA_WARPS) {
         FASA_GLOBAL const float   * q     = (FASA_GLOBAL const float *) (row.q + fasa_min(ig, args.n_group - 1)*args.nb_q1);
@@ -131,9 +133,9 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
         float amax   = 0.0f;
         bool  finite = true;
         for (int32_t i = at.lane; i < args.n_dim; i += FASA_WARP) {
-            const float x = q[row.dims[i]];
-            amax   = fasa_greater(x < 0.0f ? -x : x, amax);
-            finite = finite && fasa_is_finite(x);
+            const uint32_t bits = ((FASA_GLOBAL const uint32_t *) q)[row.dims[i]];
+            finite = finite && fasa_is_finite(bits);
+            amax   = finite ? fasa_greater(fasa_abs(fasa_float(bits)), amax) : 0.0f;
         }
         amax   = fasa_warp_max(amax);
         finite = fasa_ballot(!finite) == 0;
@@ -141,15 +143,16 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
         const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
         for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
             uint32_t quad = 0;
-            for (int32_t i = 0; i < FASA_TIPS_QUAD; ++i) {
-                const int32_t id = iq*FASA_TIPS_QUAD + i;
+            for (int32_t i = 0; i < FASA_QUAD; ++i) {
+                const int32_t id = iq*FASA_QUAD + i;
                 const float   x  = id < args.n_dim && inverse > 0.0f ? q[row.dims[id]]*inverse : 0.0f;
                 quad |= (uint32_t) (fasa_max(-127, fasa_min(127, fasa_round(x))) & 0xFF) << 8*i;
             }
             quads[iq*FASA_TILE] = (int32_t) quad;
         }
         if (at.lane == 0) {
-            res.scale[ig] = finite ? args.scale*amax/127.0f : FASA_NAN; // a head that is not finite has no say
+            res.scale[ig]   = args.scale*amax/127.0f;
+            res.has_say[ig] = finite && ig < args.n_group;
         }
     }
     fasa_sync_block();
@@ -160,6 +163,7 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
 struct fasa_scores {
     float of[FASA_BATCH][FASA_TILE];
     bool  visible[FASA_BATCH];
+    bool  finite[FASA_BATCH];
 };
 
 FASA_FN void fasa_score(
@@ -172,11 +176,11 @@ FASA_FN void fasa_score(
     int32_t dots[FASA_BATCH][FASA_TILE];
     FASA_UNROLL
     for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-        const int32_t cell   = cell0 + ib*FASA_TIPS_CELLS;
+        const int32_t cell   = cell0 + ib*FASA_BLOCK_CELLS;
         const bool    inside = cell < row.cell1;
 
         res.visible[ib] = inside && row.mask[cell + lane] != FASA_F16_MASKED;
-        blocks[ib]      = row.tips + (inside ? cell : cell0)/FASA_TIPS_CELLS*args.nb_tips1; // a block outside is not read
+        blocks[ib]      = row.tips + (inside ? cell : cell0)/FASA_BLOCK_CELLS*args.nb_tips1; // a block outside is not read
         FASA_UNROLL
         for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
             dots[ib][ih] = 0;
@@ -189,7 +193,7 @@ FASA_FN void fasa_score(
         const int4 q = quads[iq];
         FASA_UNROLL
         for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-            const int32_t tip = ((FASA_GLOBAL const int32_t *) (blocks[ib] + FASA_TIPS_CELLS*sizeof(uint16_t)))[iq*FASA_TIPS_CELLS + lane];
+            const int32_t tip = ((FASA_GLOBAL const int32_t *) (blocks[ib] + FASA_BLOCK_CELLS*sizeof(uint16_t)))[iq*FASA_BLOCK_CELLS + lane];
             dots[ib][0] = fasa_dot(tip, q.x, dots[ib][0]);
             dots[ib][1] = fasa_dot(tip, q.y, dots[ib][1]);
             dots[ib][2] = fasa_dot(tip, q.z, dots[ib][2]);
@@ -198,7 +202,10 @@ FASA_FN void fasa_score(
     }
     FASA_UNROLL
     for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-        const float scale = fasa_from_f16(((FASA_GLOBAL const uint16_t *) blocks[ib])[lane]);
+        const uint16_t bits = ((FASA_GLOBAL const uint16_t *) blocks[ib])[lane];
+        res.finite[ib] = fasa_is_finite_f16(bits);
+
+        const float scale = fasa_from_f16(res.finite[ib] ? bits : (uint16_t) 0);
         FASA_UNROLL
         for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
             res.of[ib][ih] = (float) dots[ib][ih]*scale*query.scale[tile*FASA_TILE + ih];
@@ -210,10 +217,11 @@ FASA_FN void fasa_score(
 // stats
 //
 
-// the sums of 2^(score - max) of two sets of cells together
+// the sums of 2^(score - max) of two sets of cells together; -1 where a score is not finite
 FASA_FN void fasa_add_stats(FASA_THREAD float & max, FASA_THREAD float & sum, float max_b, float sum_b) {
     const float greatest = fasa_greater(max_b, max);
-    sum = sum*fasa_exp2(max - greatest) + sum_b*fasa_exp2(max_b - greatest);
+    const float both     = sum*fasa_exp2(max - greatest) + sum_b*fasa_exp2(max_b - greatest);
+    sum = sum < 0.0f || sum_b < 0.0f ? -1.0f : both;
     max = greatest;
 }
 
@@ -233,21 +241,27 @@ FASA_FN void fasa_select_stats(
 
     const int32_t n_tiles = (args.n_group + FASA_TILE - 1)/FASA_TILE;
 
-    FASA_SHARED float * stats = query.scale + n_tiles*FASA_TILE;
+    FASA_SHARED float * stats = (FASA_SHARED float *) (query.has_say + n_tiles*FASA_TILE);
 
     for (int32_t tile = 0; tile < n_tiles; ++tile) {
         float max[FASA_TILE];
         float sum[FASA_TILE];
+        bool  finite = true;
         FASA_UNROLL
         for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
-            max[ih] = -FASA_FLT_MAX; // finite, as differences must be numbers
+            max[ih] = -FASA_FLT_MAX;
             sum[ih] = 0.0f;
         }
 
-        const int32_t n_batch = FASA_BATCH*FASA_TIPS_CELLS;
+        const int32_t n_batch = FASA_BATCH*FASA_BLOCK_CELLS;
         for (int32_t cell = row.cell0 + at.warp*n_batch; cell < row.cell1; cell += FASA_WARPS*n_batch) {
             fasa_scores scores;
             fasa_score(args, row, query, tile, cell, at.lane, scores);
+            FASA_UNROLL
+            for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
+                finite = finite && (scores.finite[ib] || !scores.visible[ib]);
+                scores.visible[ib] = scores.visible[ib] && scores.finite[ib];
+            }
             FASA_UNROLL
             for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
                 float greatest = max[ih];
@@ -263,8 +277,10 @@ FASA_FN void fasa_select_stats(
                 }
             }
         }
+        finite = fasa_ballot(!finite) == 0;
         FASA_UNROLL
         for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
+            sum[ih] = finite ? sum[ih] : -1.0f;
             for (int32_t n = 1; n < FASA_WARP; n *= 2) {
                 const float max_b = fasa_shuffle_xor(max[ih], n);
                 const float sum_b = fasa_shuffle_xor(sum[ih], n);
@@ -279,7 +295,7 @@ FASA_FN void fasa_select_stats(
     }
     fasa_sync_block();
 
-    for (int32_t ig = at.thread; ig < args.n_group; ig += FASA_THREADS) {
+    for (int32_t ig = at.index; ig < args.n_group; ig += FASA_THREADS) {
         FASA_SHARED const float * from = stats + 2*ig*FASA_WARPS;
         float max = from[0];
         float sum = from[1];
@@ -294,10 +310,10 @@ FASA_FN void fasa_select_stats(
     // for the steps that follow
     if (at.x == 0) {
         FASA_GLOBAL fasa_row_state & state = mem.state[row.row];
-        for (int32_t i = at.thread; i < FASA_BINS; i += FASA_THREADS) {
+        for (int32_t i = at.index; i < FASA_BINS; i += FASA_THREADS) {
             state.bins[i] = 0;
         }
-        if (at.thread == 0) {
+        if (at.index == 0) {
             state.n_found = 0;
             state.n_done  = 0;
         }
@@ -308,9 +324,10 @@ FASA_FN void fasa_select_stats(
 // keys
 //
 
+// neither of FASA_KEY_MASKED nor _FORCED, which would be NaN
 FASA_FN uint32_t fasa_to_key(float score) {
     const uint32_t bits = fasa_bits(score);
-    return score > -FASA_INF ? bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u) : FASA_KEY_MASKED; // NaN is not greater
+    return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
 FASA_FN float fasa_from_key(uint32_t key) {
@@ -342,13 +359,13 @@ FASA_FN void fasa_select_keys(
 
     const int32_t n_tiles = (args.n_group + FASA_TILE - 1)/FASA_TILE;
 
-    FASA_SHARED float    * lse    = query.scale + n_tiles*FASA_TILE;
+    FASA_SHARED float    * lse    = (FASA_SHARED float *) (query.has_say + n_tiles*FASA_TILE);
     FASA_SHARED float    * bests  = lse + n_tiles*FASA_TILE;
     FASA_SHARED uint32_t * is_forced = (FASA_SHARED uint32_t *) (bests + FASA_WARPS);
     FASA_SHARED uint32_t * bins      = is_forced + args.n_chunk/32;
 
     // what makes the heads of a group comparable, and the best score of all
-    float best = -FASA_INF;
+    float best = -FASA_FLT_MAX;
     for (int32_t ig = at.warp; ig < args.n_group; ig += FASA_WARPS) {
         FASA_GLOBAL const float * stats = mem.stats + 2*((int64_t) row.row*args.n_chunks*args.n_group + ig);
 
@@ -358,26 +375,33 @@ FASA_FN void fasa_select_keys(
         }
         max = fasa_warp_max(max);
 
-        float sum = 0.0f;
+        float sum    = 0.0f;
+        bool  finite = true;
         for (int32_t ic = at.lane; ic < args.n_chunks; ic += FASA_WARP) {
-            sum += stats[2*ic*args.n_group + 1]*fasa_exp2(stats[2*ic*args.n_group] - max);
+            const float part = stats[2*ic*args.n_group + 1];
+            finite = finite && part >= 0.0f;
+            sum += part*fasa_exp2(stats[2*ic*args.n_group] - max);
         }
         sum = fasa_warp_sum(sum, 1, FASA_WARP);
 
-        // alone, a head is compared with itself only: the paper's raw scores
-        const float log_sum = args.n_group == 1 ? 0.0f : max + fasa_log2(sum);
+        // alone, a head is compared with itself only: the paper's raw scores, of which each stands for itself
+        const bool alone   = args.n_group == 1;
+        const bool has_say = query.has_say[ig] && (alone || (fasa_ballot(!finite) == 0 && sum > 0.0f));
+
+        const float log_sum = alone || !has_say ? 0.0f : max + fasa_log2(sum);
         if (at.lane == 0) {
-            lse[ig] = log_sum;
+            lse[ig]           = log_sum;
+            query.has_say[ig] = has_say;
         }
-        best = fasa_greater(max - log_sum, best);
+        best = has_say ? fasa_greater(max - log_sum, best) : best;
     }
     if (at.lane == 0) {
         bests[at.warp] = best;
     }
-    for (int32_t i = at.thread; i < args.n_chunk/32; i += FASA_THREADS) {
+    for (int32_t i = at.index; i < args.n_chunk/32; i += FASA_THREADS) {
         is_forced[i] = 0;
     }
-    for (int32_t i = at.thread; i < FASA_BINS; i += FASA_THREADS) {
+    for (int32_t i = at.index; i < FASA_BINS; i += FASA_THREADS) {
         bins[i] = 0;
     }
     fasa_sync_block();
@@ -385,9 +409,7 @@ FASA_FN void fasa_select_keys(
     for (int32_t i = 0; i < FASA_WARPS; ++i) {
         best = fasa_greater(bests[i], best);
     }
-    best = best < FASA_FLT_MAX ? best : FASA_FLT_MAX;
-
-    for (int32_t i = at.thread; i < args.n_forced; i += FASA_THREADS) {
+    for (int32_t i = at.index; i < args.n_forced; i += FASA_THREADS) {
         const int32_t id = forced[(row.stream*args.n_tokens + row.token)*args.n_forced + i];
         if (id >= row.cell0 && id < row.cell1) {
             fasa_atomic_or_shared(is_forced + (id - row.cell0)/32, 1u << (id - row.cell0)%32);
@@ -397,32 +419,33 @@ FASA_FN void fasa_select_keys(
 
     FASA_GLOBAL uint32_t * keys = mem.keys + (int64_t) row.row*args.n_kv;
 
-    const int32_t n_batch = FASA_BATCH*FASA_TIPS_CELLS;
+    const int32_t n_batch = FASA_BATCH*FASA_BLOCK_CELLS;
     for (int32_t cell0 = row.cell0 + at.warp*n_batch; cell0 < row.cell1; cell0 += FASA_WARPS*n_batch) {
         fasa_scores scores;
-        float best_of[FASA_BATCH];
+        uint32_t best_of[FASA_BATCH];
         FASA_UNROLL
         for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-            best_of[ib] = -FASA_INF;
+            best_of[ib] = FASA_KEY_MASKED;
         }
         for (int32_t tile = 0; tile < n_tiles; ++tile) {
             fasa_score(args, row, query, tile, cell0, at.lane, scores);
             FASA_UNROLL
             for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
-                if (tile*FASA_TILE + ih < args.n_group) {
+                if (query.has_say[tile*FASA_TILE + ih]) {
                     const float log_sum = lse[tile*FASA_TILE + ih];
                     FASA_UNROLL
                     for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-                        best_of[ib] = fasa_greater(scores.of[ib][ih] - log_sum, best_of[ib]);
+                        const uint32_t key = fasa_to_key(scores.of[ib][ih] - log_sum);
+                        best_of[ib] = key > best_of[ib] ? key : best_of[ib];
                     }
                 }
             }
         }
         FASA_UNROLL
         for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-            const int32_t cell = cell0 + ib*FASA_TIPS_CELLS;
+            const int32_t cell = cell0 + ib*FASA_BLOCK_CELLS;
             if (cell < row.cell1) {
-                uint32_t key = scores.visible[ib] ? fasa_to_key(best_of[ib]) : FASA_KEY_MASKED;
+                uint32_t key = scores.visible[ib] && scores.finite[ib] ? best_of[ib] : FASA_KEY_MASKED;
                 if (key != FASA_KEY_MASKED) {
                     key = is_forced[(cell - row.cell0)/32] >> at.lane & 1 ? FASA_KEY_FORCED : key;
                     fasa_atomic_add_shared(bins + fasa_bin(key, best), 1);
@@ -434,12 +457,12 @@ FASA_FN void fasa_select_keys(
     fasa_sync_block();
 
     FASA_GLOBAL fasa_row_state & state = mem.state[row.row];
-    for (int32_t i = at.thread; i < FASA_BINS; i += FASA_THREADS) {
+    for (int32_t i = at.index; i < FASA_BINS; i += FASA_THREADS) {
         if (bins[i] > 0) {
             fasa_atomic_add(&state.bins[i], bins[i]);
         }
     }
-    if (at.x == 0 && at.thread == 0) {
+    if (at.x == 0 && at.index == 0) {
         state.best = best;
     }
 }
@@ -459,7 +482,7 @@ FASA_FN fasa_threshold fasa_find_threshold(FASA_THREAD const fasa_select_args & 
     const int32_t n_own = FASA_BINS/FASA_THREADS;
 
     FASA_SHARED uint32_t * found = shared + FASA_WARPS;
-    if (at.thread == 0) {
+    if (at.index == 0) {
         found[0] = FASA_BINS;
         found[1] = 0;
     }
@@ -468,7 +491,7 @@ FASA_FN fasa_threshold fasa_find_threshold(FASA_THREAD const fasa_select_args & 
     uint32_t n = 0;
     FASA_UNROLL
     for (int32_t i = 0; i < n_own; ++i) {
-        own[i] = state.bins[at.thread*n_own + i];
+        own[i] = state.bins[at.index*n_own + i];
         n += own[i];
     }
     uint32_t total;
@@ -478,7 +501,7 @@ FASA_FN fasa_threshold fasa_find_threshold(FASA_THREAD const fasa_select_args & 
     FASA_UNROLL
     for (int32_t i = 0; i < n_own; ++i) {
         if (n_upto <= n_fac && n_upto + own[i] > n_fac) { // of one thread only
-            found[0] = at.thread*n_own + i;
+            found[0] = at.index*n_own + i;
             found[1] = n_upto;
         }
         n_upto += own[i];
@@ -554,10 +577,10 @@ FASA_FN void fasa_mark_best(
     uint32_t n_share = n_found;
 
     while (n_share > FASA_RANKED && n_bits > 0) {
-        bins[at.thread] = 0;
+        bins[at.index] = 0;
         fasa_sync_block();
 
-        for (uint32_t i = at.thread; i < n_found; i += FASA_THREADS) {
+        for (uint32_t i = at.index; i < n_found; i += FASA_THREADS) {
             const uint64_t key = fasa_rank_key(keys, fasa_load_shared_by_blocks(found + i));
             if (n_bits == 64 || key >> n_bits == prefix) {
                 fasa_atomic_add_shared(bins + (key >> (n_bits - 8) & 0xFF), 1);
@@ -565,11 +588,11 @@ FASA_FN void fasa_mark_best(
         }
         fasa_sync_block();
 
-        const uint32_t n = bins[FASA_THREADS - 1 - at.thread]; // the greatest digit first
+        const uint32_t n = bins[FASA_THREADS - 1 - at.index]; // the greatest digit first
         uint32_t total;
         const uint32_t before = fasa_sum_before(at, n, sums, total);
         if (before < n_wanted && before + n >= n_wanted) {
-            digit[0] = FASA_THREADS - 1 - at.thread;
+            digit[0] = FASA_THREADS - 1 - at.index;
             digit[1] = before;
             digit[2] = n;
         }
@@ -585,12 +608,12 @@ FASA_FN void fasa_mark_best(
     // those that share the bits are ranked, those above are taken
     FASA_SHARED uint64_t * ranked   = (FASA_SHARED uint64_t *) shared;
     FASA_SHARED uint32_t * n_ranked = (FASA_SHARED uint32_t *) (ranked + FASA_RANKED);
-    if (at.thread == 0) {
+    if (at.index == 0) {
         *n_ranked = 0;
     }
     fasa_sync_block();
 
-    for (uint32_t i = at.thread; i < n_found; i += FASA_THREADS) {
+    for (uint32_t i = at.index; i < n_found; i += FASA_THREADS) {
         const uint32_t id  = fasa_load_shared_by_blocks(found + i);
         const uint64_t key = fasa_rank_key(keys, id);
         const uint64_t top = n_bits == 64 ? 0 : key >> n_bits;
@@ -602,7 +625,7 @@ FASA_FN void fasa_mark_best(
     }
     fasa_sync_block();
 
-    for (uint32_t i = at.thread; i < n_share; i += FASA_THREADS) {
+    for (uint32_t i = at.index; i < n_share; i += FASA_THREADS) {
         const uint64_t key = ranked[i];
         uint32_t rank = 0;
         for (uint32_t other = 0; other < n_share; ++other) {
@@ -637,7 +660,7 @@ FASA_FN void fasa_select_list(
 
     // as many words for each thread, one after the other
     const int32_t n_own = (n_words + FASA_THREADS - 1)/FASA_THREADS;
-    const int32_t word0 = fasa_min(at.thread*n_own, n_words);
+    const int32_t word0 = fasa_min(at.index*n_own, n_words);
     const int32_t word1 = fasa_min(word0 + n_own, n_words);
 
     uint32_t n = 0;
@@ -655,7 +678,7 @@ FASA_FN void fasa_select_list(
             word &= word - 1;
         }
     }
-    for (int32_t i = (int32_t) total + at.thread; i < args.n_fac; i += FASA_THREADS) {
+    for (int32_t i = (int32_t) total + at.index; i < args.n_fac; i += FASA_THREADS) {
         ids[i] = -1;
     }
 }

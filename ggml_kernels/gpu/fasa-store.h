@@ -4,14 +4,21 @@
 
 #include "fasa-common.h"
 
-// the element as the K cache will hold it
-FASA_FN float fasa_key_element(FASA_THREAD const fasa_store_args & args, FASA_GLOBAL const char * key, int32_t i) {
-    const float x = args.type == FASA_TYPE_F16 ? fasa_from_f16(((FASA_GLOBAL const uint16_t *) key)[i]) : ((FASA_GLOBAL const float *) key)[i];
-    switch (args.type_k) {
-        case FASA_TYPE_F16:  return fasa_from_f16(fasa_to_f16(x));
-        case FASA_TYPE_BF16: return fasa_from_bf16(fasa_to_bf16(x));
-        default:             return x;
+// bits of the element as the K cache will hold it
+FASA_FN uint32_t fasa_key_element(FASA_THREAD const fasa_store_args & args, FASA_GLOBAL const char * key, int32_t i) {
+    if (args.type == FASA_TYPE_F16 && !fasa_is_finite_f16(((FASA_GLOBAL const uint16_t *) key)[i])) {
+        return 0x7FC00000u; // NaN
     }
+    const uint32_t bits = args.type == FASA_TYPE_F16
+        ? fasa_bits(fasa_from_f16(((FASA_GLOBAL const uint16_t *) key)[i])) : ((FASA_GLOBAL const uint32_t *) key)[i];
+    if (!fasa_is_finite(bits)) {
+        return bits;
+    }
+    if (args.type_k == FASA_TYPE_F16) {
+        const uint16_t rounded = fasa_to_f16(fasa_float(bits));
+        return fasa_is_finite_f16(rounded) ? fasa_bits(fasa_from_f16(rounded)) : 0x7FC00000u;
+    }
+    return args.type_k == FASA_TYPE_BF16 ? fasa_bits(fasa_from_bf16(fasa_to_bf16(fasa_float(bits)))) : bits;
 }
 
 // blocks of threads: FASA_WARPS keys each
@@ -35,9 +42,9 @@ FASA_FN void fasa_store(
     }
     const int32_t is   = (int32_t) (id/args.n_cells);
     const int32_t cell = (int32_t) (id%args.n_cells);
-    const int32_t slot = cell%FASA_TIPS_CELLS;
+    const int32_t slot = cell%FASA_BLOCK_CELLS;
 
-    FASA_GLOBAL char       * block = tips + cell/FASA_TIPS_CELLS*args.nb_tips1 + ih*args.nb_tips2 + is*args.nb_tips3;
+    FASA_GLOBAL char       * block = tips + cell/FASA_BLOCK_CELLS*args.nb_tips1 + ih*args.nb_tips2 + is*args.nb_tips3;
     FASA_GLOBAL const char * key   = k + ih*args.nb_k1 + it*args.nb_k2;
 
     dims += ih*args.n_dim;
@@ -45,30 +52,30 @@ FASA_FN void fasa_store(
     float amax   = 0.0f;
     bool  finite = true;
     for (int32_t i = at.lane; i < args.n_dim; i += FASA_WARP) {
-        const float x = fasa_key_element(args, key, dims[i]);
-        amax   = fasa_greater(x < 0.0f ? -x : x, amax);
-        finite = finite && fasa_is_finite(x);
+        const uint32_t bits = fasa_key_element(args, key, dims[i]);
+        finite = finite && fasa_is_finite(bits);
+        amax   = finite ? fasa_greater(fasa_abs(fasa_float(bits)), amax) : 0.0f;
     }
     amax   = fasa_warp_max(amax);
     finite = fasa_ballot(!finite) == 0;
 
     // the f16 scale is what select multiplies by: quantize against the rounded one
-    const uint16_t scale   = finite ? fasa_to_f16(amax/127.0f) : 0x7E00; // NaN, as the score will be
+    const uint16_t scale   = fasa_to_f16(finite ? amax/127.0f : 0.0f);
     const float    d       = fasa_from_f16(scale);
-    const float    inverse = finite && d > 0.0f ? 1.0f/d : 0.0f;
+    const float    inverse = d > 0.0f ? 1.0f/d : 0.0f;
 
     if (at.lane == 0) {
-        ((FASA_GLOBAL uint16_t *) block)[slot] = scale;
+        ((FASA_GLOBAL uint16_t *) block)[slot] = finite ? scale : FASA_F16_NAN;
     }
 
-    FASA_GLOBAL uint32_t * quads = (FASA_GLOBAL uint32_t *) (block + FASA_TIPS_CELLS*sizeof(uint16_t));
+    FASA_GLOBAL uint32_t * quads = (FASA_GLOBAL uint32_t *) (block + FASA_BLOCK_CELLS*sizeof(uint16_t));
     for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
         uint32_t quad = 0;
-        for (int32_t i = 0; i < FASA_TIPS_QUAD; ++i) {
-            const int32_t id = iq*FASA_TIPS_QUAD + i;
-            const float   x  = id < args.n_dim && inverse > 0.0f ? fasa_key_element(args, key, dims[id])*inverse : 0.0f;
+        for (int32_t i = 0; i < FASA_QUAD; ++i) {
+            const int32_t id = iq*FASA_QUAD + i;
+            const float   x  = id < args.n_dim && inverse > 0.0f ? fasa_float(fasa_key_element(args, key, dims[id]))*inverse : 0.0f;
             quad |= (uint32_t) (fasa_max(-127, fasa_min(127, fasa_round(x))) & 0xFF) << 8*i;
         }
-        quads[iq*FASA_TIPS_CELLS + slot] = quad;
+        quads[iq*FASA_BLOCK_CELLS + slot] = quad;
     }
 }

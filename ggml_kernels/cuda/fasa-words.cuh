@@ -1,12 +1,8 @@
-// The few words in which CUDA and Metal differ, so that the kernels in this folder are written once for both.
-//
-// Written in what both languages have: C++14 without lambdas, recursion or variables of static storage. A pointer or a
-// reference names its address space, which only Metal asks for. Threads run in warps of 32 (Metal: SIMD groups).
+// What CUDA calls the things that ../gpu/fasa-common.h speaks of.
 
 #pragma once
 
-#include "fasa-args.h"
-#include "../fasa-tips.h"
+#include "../gpu/fasa-args.h"
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -20,19 +16,6 @@
 #define FASA_THREAD
 
 #define FASA_UNROLL _Pragma("unroll")
-
-// which thread this is, and of which block
-struct fasa_at {
-    int32_t thread;
-    int32_t lane;
-    int32_t warp;
-    int32_t x;
-    int32_t y;
-};
-
-FASA_FN fasa_at fasa_here() {
-    return { (int32_t) threadIdx.x, (int32_t) threadIdx.x % FASA_WARP, (int32_t) threadIdx.x / FASA_WARP, (int32_t) blockIdx.x, (int32_t) blockIdx.y };
-}
 
 //
 // threads among each other
