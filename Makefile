@@ -31,7 +31,7 @@ PATCHED_OPS := SET_ROWS,SOFT_MAX,LIGHTNING_INDEXER,SWIGLU,DSV4_HC_POST
 OPS         ?= .*
 BACKEND     ?= CPU
 # One device for each language in which there are GPU kernels.
-SIMT        := SIMT-CUDA
+SIMT        := SIMT-CUDA SIMT-METAL
 SIMT_LIB    := $(VENV)/build/bin/fasa-simt.so
 
 PATCHES_TREE ?= $(VENV)/patches-tree

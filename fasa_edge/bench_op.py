@@ -215,8 +215,6 @@ class _Layers:
         for tips in self.tips:
             graph.clear(tips)
         self._fill(rng, types[0])
-        shape = (heads.n_embd_head, heads.n_head_kv, self.n_kv)
-        self.k, self.v = ([graph.ggml_reshape_3d(tensor, *shape) for tensor in tensors] for tensors in (self.k, self.v))
 
     @property
     def tips_bytes(self) -> int:
@@ -260,7 +258,12 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
     """What is measured on the layers, stock first."""
     graph, heads, mask, q = layers.graph, layers.heads, layers.mask, layers.q
     scale = heads.n_embd_head**-0.5
-    caches = list(zip(layers.k, layers.v, strict=True))
+    shape = (heads.n_embd_head, heads.n_head_kv, layers.n_kv)
+
+    def caches() -> Iterator[tuple[int, int]]:
+        # new tensors each time: ggml-cuda knows a graph that it has recorded by the first of its nodes
+        for k, v in zip(layers.k, layers.v, strict=True):
+            yield graph.ggml_reshape_3d(k, *shape), graph.ggml_reshape_3d(v, *shape)
     mask_bytes = graph.n_bytes(mask)
 
     def op(name: str, results: list[int], n_bytes: int, budget: int = 0) -> _Op:
@@ -284,7 +287,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
     def attend(ids: Sequence[int | None], mask: int | None) -> list[int]:
         return [
             graph.ggml_fasa_attend(q, k, v, idx, mask, None, scale, 0.0)
-            for (k, v), idx in zip(caches, ids, strict=True)
+            for (k, v), idx in zip(caches(), ids, strict=True)
         ]
 
     def cells_inside(tensor: int) -> int:
@@ -293,7 +296,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
     dense_bytes = layers.depth * layers.kv_row_bytes + mask_bytes
     flash = [
         graph.ggml_flash_attn_ext(cells_inside(q), cells_inside(k), cells_inside(v), mask, scale, 0.0, 0.0)
-        for k, v in caches
+        for k, v in caches()
     ]
     yield op("flash_attn_ext", flash, dense_bytes)
     yield op("exact", attend([None] * layers.n, mask), dense_bytes)

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Compile all that we add to CUDA with nvcc, for every supported architecture, and print registers and spills.
 
+What is patched of ggml-cuda is host code, compiled for the newest one.
+
     python tests/cuda_check.py [--arch 89 ...]
 
 Needs no GPU, and nothing of CUDA but its compiler: where cuBLAS' headers are missing, which ggml-cuda includes, they
@@ -113,10 +115,10 @@ def check(archs: Sequence[int]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     include = [f"-I{TREE}/ggml/include"]
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = code[-1:]
+    newest = [f"-gencode=arch=compute_{max(archs)},code=sm_{max(archs)}"]
 
     print("the kernels alone ...", flush=True)
-    run(nvcc, *FLAGS, *newest, *include, "-c", ROOT / "tests/simt/cuda-alone.cu", "-o", OUT / "alone.o")
+    run(nvcc, *FLAGS, *code, *include, "--threads=0", "-c", ROOT / "tests/simt/cuda-alone.cu", "-o", OUT / "alone.o")
 
     include += [f"-I{TREE}/ggml/src", *cublas_headers(nvcc)]
     print(f"the ops in ggml-cuda, for {', '.join(f'sm_{arch}' for arch in archs)} ...", flush=True)

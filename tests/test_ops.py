@@ -16,7 +16,7 @@ NMSE_STOCK = 5e-4  # what test-backend-ops allows FLASH_ATTN_EXT
 CPU_TYPES = {"q5_1"}  # of K and V, which the GPU kernels do not read
 
 
-@pytest.fixture(autouse=True, params=["CPU", "SIMT-CUDA"])
+@pytest.fixture(autouse=True, params=["CPU", "SIMT-CUDA", "SIMT-METAL"])
 def device(request: pytest.FixtureRequest) -> str:
     """Where the ops run: GPUs are emulated."""
     if request.param != "CPU":

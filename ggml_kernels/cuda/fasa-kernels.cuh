@@ -3,8 +3,8 @@
 // Stands alone, so that it compiles without the rest of ggml-cuda. A launcher, which fasa.cu makes of a stream of ggml-cuda,
 // has
 //
-//   int32_t n_blocks                                        that keep the device busy
-//   void *  alloc(size_t size)                              device memory until the launches are through
+//   int32_t n_cores                                         multiprocessors of the device
+//   void *  alloc(size_t size)                              device memory until the launches are through, once
 //   void    launch(kernel, dim3 grid, size_t shared, ...)   kernel<<<grid, FASA_THREADS, shared>>>(...)
 
 #pragma once
@@ -73,6 +73,7 @@ static __device__ bool fasa_is_last_block(const fasa_select_args & args, char * 
     }
     __syncthreads();
     const bool res = *is_last;
+    __threadfence();
     __syncthreads(); // is_last can be used again
     return res;
 }
@@ -91,7 +92,7 @@ static __global__ void __launch_bounds__(FASA_THREADS) fasa_choose_kernel(fasa_s
 
 template <typename T>
 static void fasa_launch_select(T & launcher, const ggml_tensor * op) {
-    const fasa_select_plan plan(op);
+    fasa_select_plan plan(op);
 
     const char    * q      = (const char    *) op->src[0]->data;
     const char    * tips   = (const char    *) op->src[1]->data;
@@ -101,10 +102,12 @@ static void fasa_launch_select(T & launcher, const ggml_tensor * op) {
 
     char * memory = (char *) launcher.alloc(plan.memory);
 
-    const dim3 grid(plan.args.n_chunks, plan.args.n_rows);
-    launcher.launch(fasa_stats_kernel,  grid, plan.shared_stats, plan.args, q, tips, dims, mask, memory);
-    launcher.launch(fasa_keys_kernel,   grid, plan.shared_keys,  plan.args, q, tips, dims, mask, forced, memory);
-    launcher.launch(fasa_choose_kernel, grid, plan.shared_mark,  plan.args, memory, (int32_t *) op->data);
+    do {
+        const dim3 grid(plan.args.n_chunks, plan.args.n_rows);
+        launcher.launch(fasa_stats_kernel,  grid, plan.shared_stats, plan.args, q, tips, dims, mask, memory);
+        launcher.launch(fasa_keys_kernel,   grid, plan.shared_keys,  plan.args, q, tips, dims, mask, forced, memory);
+        launcher.launch(fasa_choose_kernel, grid, plan.shared_mark,  plan.args, memory, (int32_t *) op->data);
+    } while (plan.next());
 }
 
 //
@@ -136,7 +139,7 @@ static fasa_split_kernel_t fasa_get_split_kernel(const fasa_attend_plan & plan) 
 
 template <typename T>
 static void fasa_launch_attend(T & launcher, const ggml_tensor * op) {
-    const fasa_attend_plan plan(op, launcher.n_blocks);
+    const fasa_attend_plan plan(op, launcher.n_cores);
 
     const int32_t * idx   = op->src[3] ? (const int32_t *) op->src[3]->data : nullptr;
     const char    * mask  = op->src[4] ? (const char    *) op->src[4]->data : nullptr;

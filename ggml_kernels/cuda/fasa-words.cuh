@@ -61,7 +61,8 @@ FASA_FN int32_t  fasa_count(uint32_t x)      { return __popc(x); }
 FASA_FN int32_t  fasa_first(uint32_t x)      { return __ffs(x) - 1; } // lowest bit set
 FASA_FN float    fasa_exp2(float x)          { return exp2f(x); }
 FASA_FN float    fasa_log2(float x)          { return log2f(x); }
-FASA_FN float    fasa_tanh(float x)          { return tanhf(x); }
+FASA_FN float    fasa_div(float x, float y)  { return __fdiv_rn(x, y); } // whatever the options say
+FASA_FN int32_t  fasa_clz(uint32_t x)        { return __clz(x); }
 FASA_FN int32_t  fasa_round(float x)         { return __float2int_rn(x); }
 FASA_FN uint32_t fasa_bits(float x)          { return __float_as_uint(x); }
 FASA_FN float    fasa_float(uint32_t x)      { return __uint_as_float(x); }

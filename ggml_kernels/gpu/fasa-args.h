@@ -1,5 +1,5 @@
-// What the GPU kernels are told by the host, in one structure for each op: sizes in elements, nb* in bytes as in
-// ggml_tensor, numbered by dimension. Compiled as C++, CUDA and Metal alike.
+// What host and GPU kernels both know: sizes, and what a kernel is told, in one structure for each op: counts in elements,
+// nb* in bytes as in ggml_tensor, numbered by dimension. Compiled as C++, CUDA and Metal alike.
 
 #pragma once
 
@@ -15,6 +15,15 @@
 #define FASA_THREADS 256
 #define FASA_WARP    32
 #define FASA_WARPS   (FASA_THREADS/FASA_WARP)
+
+// select: query heads scored together; bins of the distance to the best score, 64 for each power of two, from 2^-6 to 2^10
+#define FASA_TILE 4
+#define FASA_BINS 1024
+
+// attend: elements of a row by lane; cells whose logits are at hand together; query heads of a block, one for each warp
+#define FASA_ELEMENTS 8
+#define FASA_STEP     64
+#define FASA_MAX_TILE FASA_WARPS
 
 // numbers of ggml_type
 #define FASA_TYPE_F32  0
@@ -47,7 +56,8 @@ struct fasa_select_args {
     int32_t n_shared;   // of them that read one KV head
     int32_t n_group;    // query heads that share a choice
     int32_t n_tokens;
-    int32_t n_rows;
+    int32_t row0;       // first row of a launch
+    int32_t n_rows;     // of it
     int32_t n_kv;
     int32_t n_fac;
     int32_t n_forced;
@@ -62,6 +72,15 @@ struct fasa_select_args {
     uint64_t nb_tips3;  // stream
     uint64_t nb_mask1;  // token
     uint64_t nb_mask3;  // stream
+};
+
+// of a row, from one launch of select to the next
+struct fasa_row_state {
+    uint32_t bins[FASA_BINS];
+    uint32_t n_found; // cells in the bin of the n_fac-th best
+    uint32_t n_done;  // blocks that have marked their cells
+    float    best;    // score of the row
+    uint32_t padding;
 };
 
 struct fasa_attend_args {

@@ -10,12 +10,6 @@
 
 #include "fasa-common.h"
 
-#define FASA_ELEMENTS 8  // of a row by lane
-#define FASA_STEP     64 // cells whose logits are at hand together
-#define FASA_MAX_TILE 8  // query heads of a block: one for each warp
-
-#define FASA_PREFETCHED 128 // bytes
-
 //
 // rows
 //

@@ -15,6 +15,8 @@
 #define FASA_FLT_MAX 3.402823466e38f
 #define FASA_LOG2_E  1.44269504088896f
 
+#define FASA_PREFETCHED 128 // bytes that one request brings
+
 #define FASA_F16_MASKED 0xFC00 // -INFINITY
 #define FASA_F16_NAN    0x7E00
 
@@ -35,6 +37,9 @@ FASA_FN bool fasa_is_finite_f16(uint16_t bits) { return (bits & 0x7C00) != 0x7C0
 
 FASA_FN float fasa_greater(float a, float b) { return a > b ? a : b; }
 FASA_FN float fasa_abs(float x)              { return x < 0.0f ? -x : x; }
+
+// as exact as exp2, where a language's own is not
+FASA_FN float fasa_tanh(float x) { return 1.0f - fasa_div(2.0f, fasa_exp2(2.0f*FASA_LOG2_E*x) + 1.0f); }
 
 FASA_FN float fasa_from_bf16(uint16_t x) { return fasa_float((uint32_t) x << 16); }
 

@@ -22,6 +22,7 @@ static_assert(FASA_TYPE_Q4_0 == GGML_TYPE_Q4_0, "wrong type number");
 static constexpr int64_t FASA_MAX_ROWS = 65535;
 
 static constexpr int64_t FASA_MAX_EMBD   = 256;
+static constexpr size_t  FASA_MAX_MEMORY = 64 << 20; // bytes for select: rows that need more come in several launches
 static constexpr size_t  FASA_MAX_SHARED = 32*1024; // bytes of shared memory, as many as Metal has
 static constexpr int64_t FASA_MAX_CHUNKS = 128; // of a row in select
 static constexpr int64_t FASA_MIN_CHUNK  = 512; // cells
@@ -82,7 +83,8 @@ struct fasa_select_plan {
     size_t shared_stats; // bytes of shared memory
     size_t shared_keys;
     size_t shared_mark;
-    size_t memory;       // bytes from one step to the next
+    size_t memory;       // bytes from one step to the next, for the rows of a launch
+    int32_t n_rows;      // of all launches
 
     explicit fasa_select_plan(const ggml_tensor * op) {
         const ggml_tensor * q      = op->src[0];
@@ -97,7 +99,7 @@ struct fasa_select_plan {
         args.n_shared   = args.n_head_sel/dims->ne[1];
         args.n_group    = q->ne[1]/args.n_head_sel;
         args.n_tokens   = q->ne[2];
-        args.n_rows     = args.n_head_sel*args.n_tokens*q->ne[3];
+        n_rows          = args.n_head_sel*args.n_tokens*q->ne[3];
         args.n_kv       = tips->ne[1]*FASA_TIPS_CELLS;
         args.n_fac      = op->ne[0];
         args.n_forced   = forced ? forced->ne[0] : 0;
@@ -120,15 +122,25 @@ struct fasa_select_plan {
         shared_keys  = query + (n_heads + FASA_WARPS)*sizeof(float) + (args.n_chunk/32 + FASA_BINS)*sizeof(uint32_t);
         shared_mark  = FASA_BINS*sizeof(uint32_t);
 
-        const size_t n_rows = args.n_rows;
-        memory = n_rows*(sizeof(fasa_row_state) + args.n_kv*2*sizeof(uint32_t) + args.n_kv/32*sizeof(uint32_t) +
-            2*args.n_group*args.n_chunks*sizeof(float));
+        const size_t row = sizeof(fasa_row_state) + args.n_kv*2*sizeof(uint32_t) + args.n_kv/32*sizeof(uint32_t) +
+            2*args.n_group*args.n_chunks*sizeof(float);
+
+        args.row0   = 0;
+        args.n_rows = std::min<int64_t>({ n_rows, FASA_MAX_ROWS, std::max<int64_t>(FASA_MAX_MEMORY/row, 1) });
+        memory      = args.n_rows*row;
+    }
+
+    // on to the next rows, as many as there is memory for; false if there are none
+    bool next() {
+        args.row0  += args.n_rows;
+        args.n_rows = std::min(args.n_rows, n_rows - args.row0);
+        return args.n_rows > 0;
     }
 };
 
 static bool fasa_select_supported(const ggml_tensor * op) {
     const fasa_select_plan plan(op);
-    return plan.args.n_rows <= FASA_MAX_ROWS && std::max({ plan.shared_stats, plan.shared_keys, plan.shared_mark }) <= FASA_MAX_SHARED &&
+    return std::max({ plan.shared_stats, plan.shared_keys, plan.shared_mark }) <= FASA_MAX_SHARED &&
         op->src[1]->ne[1]*FASA_TIPS_CELLS <= INT32_MAX/2;
 }
 
@@ -160,8 +172,8 @@ struct fasa_attend_plan {
     size_t  shared;   // bytes of shared memory
     size_t  memory;   // bytes from one step to the next
 
-    // n_blocks: that keep the device busy
-    fasa_attend_plan(const ggml_tensor * op, int32_t n_blocks) {
+    // n_cores: multiprocessors of the device
+    fasa_attend_plan(const ggml_tensor * op, int32_t n_cores) {
         const ggml_tensor * q    = op->src[0];
         const ggml_tensor * k    = op->src[1];
         const ggml_tensor * v    = op->src[2];
@@ -203,6 +215,8 @@ struct fasa_attend_plan {
         n_rows  = args.n_head*args.n_tokens*q->ne[3];
         n_units = args.n_tiles*args.n_list*args.n_tokens*q->ne[3];
 
+        // of the largest tile, one block of threads fits on a multiprocessor
+        const int64_t n_blocks = args.n_tile == FASA_MAX_TILE ? n_cores : 2*n_cores;
         const int64_t n_steps  = (args.n_cells + FASA_STEP - 1)/FASA_STEP;
         const int64_t n_splits = std::min({ n_steps, FASA_MAX_SPLITS, std::max<int64_t>((n_blocks + n_units - 1)/n_units, 1) });
 
@@ -215,3 +229,13 @@ struct fasa_attend_plan {
         memory = (size_t) n_rows*args.n_splits*(args.n_embd_v + 2)*sizeof(float);
     }
 };
+
+// of any of the three ops
+static bool fasa_supported(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_FASA_STORE:  return fasa_store_supported(op);
+        case GGML_OP_FASA_SELECT: return fasa_select_supported(op);
+        case GGML_OP_FASA_ATTEND: return fasa_attend_supported(op);
+        default:                  return false;
+    }
+}

@@ -16,12 +16,9 @@
 
 #include "fasa-common.h"
 
-// query heads scored together, and blocks of cells that a warp scores together
-#define FASA_TILE  4
+// blocks of cells that a warp scores together
 #define FASA_BATCH 2
 
-// bins of the distance to the best score: 64 for each power of two, from 2^-6 to 2^10
-#define FASA_BINS      1024
 #define FASA_BIN_SHIFT 17
 #define FASA_BIN_FIRST ((127 - 6) << (23 - FASA_BIN_SHIFT)) // upper bits of 2^-6
 
@@ -38,16 +35,7 @@
 // memory
 //
 
-// of a row, beside its keys
-struct fasa_row_state {
-    uint32_t bins[FASA_BINS];
-    uint32_t n_found; // cells in the bin of the n_fac-th best
-    uint32_t n_done;  // blocks that have marked their cells
-    float    best;    // score of the row
-    uint32_t padding;
-};
-
-// what is kept from one step to the next, of all rows
+// what is kept from one step to the next, of all rows of a launch
 struct fasa_select_memory {
     FASA_GLOBAL float          * stats; // [2, n_group, n_chunks, n_rows] maximum and sum, in units of log(2)
     FASA_GLOBAL uint32_t       * keys;  // [n_kv, n_rows]
@@ -70,7 +58,6 @@ FASA_FN fasa_select_memory fasa_divide(FASA_THREAD const fasa_select_args & args
 
 // the row that a block works on, and its cells
 struct fasa_row {
-    int32_t row;
     int32_t head;
     int32_t token;
     int32_t stream;
@@ -90,11 +77,12 @@ FASA_FN fasa_row fasa_get_row(
         FASA_GLOBAL const int32_t * dims,
         FASA_GLOBAL const char    * mask,
         fasa_at at) {
+    const int32_t row = args.row0 + at.y;
+
     fasa_row res;
-    res.row    = at.y;
-    res.head   = at.y % args.n_head_sel;
-    res.token  = at.y / args.n_head_sel % args.n_tokens;
-    res.stream = at.y / args.n_head_sel / args.n_tokens;
+    res.head   = row % args.n_head_sel;
+    res.token  = row / args.n_head_sel % args.n_tokens;
+    res.stream = row / args.n_head_sel / args.n_tokens;
     res.cell0  = at.x*args.n_chunk;
     res.cell1  = fasa_min(res.cell0 + args.n_chunk, args.n_kv);
 
@@ -104,6 +92,12 @@ FASA_FN fasa_row fasa_get_row(
     res.dims = dims + head_kv*args.n_dim;
     res.tips = tips + head_kv*args.nb_tips2 + res.stream*args.nb_tips3;
     res.mask = (FASA_GLOBAL const uint16_t *) (mask + res.token*args.nb_mask1 + res.stream*args.nb_mask3);
+
+    // the warp's first blocks of tips are on their way while the query is rounded
+    const int32_t cell = res.cell0 + at.warp*FASA_BATCH*FASA_BLOCK_CELLS;
+    for (int32_t i = at.lane*FASA_PREFETCHED; i < FASA_BATCH*(int32_t) args.nb_tips1 && cell + (FASA_BATCH - 1)*FASA_BLOCK_CELLS < res.cell1; i += FASA_WARP*FASA_PREFETCHED) {
+        fasa_prefetch(res.tips + cell/FASA_BLOCK_CELLS*args.nb_tips1 + i);
+    }
     return res;
 }
 
@@ -140,7 +134,7 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
         amax   = fasa_warp_max(amax);
         finite = fasa_ballot(!finite) == 0;
 
-        const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
+        const float inverse = finite && amax > FASA_LEAST ? fasa_div(127.0f, amax) : 0.0f;
         for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
             uint32_t quad = 0;
             for (int32_t i = 0; i < FASA_QUAD; ++i) {
@@ -151,7 +145,7 @@ FASA_FN fasa_query fasa_round_query(FASA_THREAD const fasa_select_args & args, F
             quads[iq*FASA_TILE] = (int32_t) quad;
         }
         if (at.lane == 0) {
-            res.scale[ig]   = args.scale*amax/127.0f;
+            res.scale[ig]   = fasa_div(args.scale*amax, 127.0f);
             res.has_say[ig] = finite && ig < args.n_group;
         }
     }
@@ -302,14 +296,14 @@ FASA_FN void fasa_select_stats(
         for (int32_t i = 1; i < FASA_WARPS; ++i) {
             fasa_add_stats(max, sum, from[2*i], from[2*i + 1]);
         }
-        FASA_GLOBAL float * to = mem.stats + 2*(((int64_t) row.row*args.n_chunks + at.x)*args.n_group + ig);
+        FASA_GLOBAL float * to = mem.stats + 2*(((int64_t) at.y*args.n_chunks + at.x)*args.n_group + ig);
         to[0] = max;
         to[1] = sum;
     }
 
     // for the steps that follow
     if (at.x == 0) {
-        FASA_GLOBAL fasa_row_state & state = mem.state[row.row];
+        FASA_GLOBAL fasa_row_state & state = mem.state[at.y];
         for (int32_t i = at.index; i < FASA_BINS; i += FASA_THREADS) {
             state.bins[i] = 0;
         }
@@ -367,7 +361,7 @@ FASA_FN void fasa_select_keys(
     // what makes the heads of a group comparable, and the best score of all
     float best = -FASA_FLT_MAX;
     for (int32_t ig = at.warp; ig < args.n_group; ig += FASA_WARPS) {
-        FASA_GLOBAL const float * stats = mem.stats + 2*((int64_t) row.row*args.n_chunks*args.n_group + ig);
+        FASA_GLOBAL const float * stats = mem.stats + 2*((int64_t) at.y*args.n_chunks*args.n_group + ig);
 
         float max = -FASA_FLT_MAX;
         for (int32_t ic = at.lane; ic < args.n_chunks; ic += FASA_WARP) {
@@ -417,7 +411,7 @@ FASA_FN void fasa_select_keys(
     }
     fasa_sync_block();
 
-    FASA_GLOBAL uint32_t * keys = mem.keys + (int64_t) row.row*args.n_kv;
+    FASA_GLOBAL uint32_t * keys = mem.keys + (int64_t) at.y*args.n_kv;
 
     const int32_t n_batch = FASA_BATCH*FASA_BLOCK_CELLS;
     for (int32_t cell0 = row.cell0 + at.warp*n_batch; cell0 < row.cell1; cell0 += FASA_WARPS*n_batch) {
@@ -456,7 +450,7 @@ FASA_FN void fasa_select_keys(
     }
     fasa_sync_block();
 
-    FASA_GLOBAL fasa_row_state & state = mem.state[row.row];
+    FASA_GLOBAL fasa_row_state & state = mem.state[at.y];
     for (int32_t i = at.index; i < FASA_BINS; i += FASA_THREADS) {
         if (bins[i] > 0) {
             fasa_atomic_add(&state.bins[i], bins[i]);
@@ -567,23 +561,39 @@ FASA_FN void fasa_mark_best(
         uint32_t n_found, uint32_t n_wanted,
         FASA_SHARED uint32_t       * shared,
         fasa_at at) {
-    // by 8 bits at a time, until few enough share the bits above
-    FASA_SHARED uint32_t * bins = shared;
+    FASA_SHARED uint32_t * bins  = shared;
     FASA_SHARED uint32_t * digit = shared + FASA_THREADS;
     FASA_SHARED uint32_t * sums  = digit + 3;
 
-    uint64_t prefix  = 0;
-    int32_t  n_bits  = 64;
     uint32_t n_share = n_found;
 
-    while (n_share > FASA_RANKED && n_bits > 0) {
+    // bits that they do not share; in one bin, they do share the upper ones
+    if (at.index < 2) {
+        digit[at.index] = 0;
+    }
+    fasa_sync_block();
+    const uint64_t first = fasa_rank_key(keys, fasa_load_shared_by_blocks(found));
+    for (uint32_t i = at.index; i < n_found && n_found > FASA_RANKED; i += FASA_THREADS) {
+        const uint64_t other = first ^ fasa_rank_key(keys, fasa_load_shared_by_blocks(found + i));
+        fasa_atomic_or_shared(digit,     (uint32_t) (other >> 32));
+        fasa_atomic_or_shared(digit + 1, (uint32_t) other);
+    }
+    fasa_sync_block();
+    int32_t  n_bits = digit[0] || !digit[1] ? 64 - fasa_clz(digit[0]) % 32 : 32 - fasa_clz(digit[1]); // all, if few were found
+    uint64_t prefix = n_bits == 64 ? 0 : first >> n_bits;
+    fasa_sync_block();
+
+    // by up to 8 of these at a time, until few enough share those above
+    while (n_share > FASA_RANKED) {
+        const int32_t n_digit = fasa_min(n_bits, 8);
+
         bins[at.index] = 0;
         fasa_sync_block();
 
         for (uint32_t i = at.index; i < n_found; i += FASA_THREADS) {
             const uint64_t key = fasa_rank_key(keys, fasa_load_shared_by_blocks(found + i));
             if (n_bits == 64 || key >> n_bits == prefix) {
-                fasa_atomic_add_shared(bins + (key >> (n_bits - 8) & 0xFF), 1);
+                fasa_atomic_add_shared(bins + (key >> (n_bits - n_digit) & ((1 << n_digit) - 1)), 1);
             }
         }
         fasa_sync_block();
@@ -598,8 +608,8 @@ FASA_FN void fasa_mark_best(
         }
         fasa_sync_block();
 
-        n_bits   -= 8;
-        prefix    = prefix << 8 | digit[0];
+        n_bits   -= n_digit;
+        prefix    = prefix << n_digit | digit[0];
         n_wanted -= digit[1];
         n_share   = digit[2];
         fasa_sync_block();
@@ -670,7 +680,7 @@ FASA_FN void fasa_select_list(
     uint32_t total;
     uint32_t at_id = fasa_sum_before(at, n, shared, total);
 
-    ids += (int64_t) at.y*args.n_fac;
+    ids += (int64_t) (args.row0 + at.y)*args.n_fac;
     for (int32_t i = word0; i < word1; ++i) {
         uint32_t word = fasa_load_shared_by_blocks(marks + i);
         while (word) {

@@ -60,9 +60,9 @@ FASA_FN void fasa_store(
     finite = fasa_ballot(!finite) == 0;
 
     // the f16 scale is what select multiplies by: quantize against the rounded one
-    const uint16_t scale   = fasa_to_f16(finite ? amax/127.0f : 0.0f);
+    const uint16_t scale   = fasa_to_f16(finite ? fasa_div(amax, 127.0f) : 0.0f);
     const float    d       = fasa_from_f16(scale);
-    const float    inverse = d > 0.0f ? 1.0f/d : 0.0f;
+    const float    inverse = d > 0.0f ? fasa_div(1.0f, d) : 0.0f;
 
     if (at.lane == 0) {
         ((FASA_GLOBAL uint16_t *) block)[slot] = finite ? scale : FASA_F16_NAN;

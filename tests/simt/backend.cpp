@@ -4,6 +4,9 @@
 #include "simt-ops.h"
 #include "simt.h"
 
+#include "ggml-fasa/gpu/fasa-plan.h"
+#include "ggml-fasa/metal/fasa-metal.h"
+
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
@@ -16,12 +19,13 @@ namespace {
 struct language {
     const char * name;
     const char * description;
-    void (* compute)  (const ggml_tensor * op);
-    bool (* supported)(const ggml_tensor * op);
+    void   (* compute)(const ggml_tensor * op);
+    size_t (* extra)  (const ggml_tensor * op); // bytes behind the op's own
 };
 
 const language languages[] = {
-    { "SIMT-CUDA", "the CUDA kernels, emulated on the CPU", simt_cuda_compute, simt_cuda_supported },
+    { "SIMT-CUDA",  "the CUDA kernels, emulated on the CPU",  simt_cuda_compute,  [](const ggml_tensor *) -> size_t { return 0; } },
+    { "SIMT-METAL", "the Metal kernels, emulated on the CPU", simt_metal_compute, ggml_metal_fasa_extra },
 };
 constexpr size_t n_languages = sizeof(languages)/sizeof(languages[0]);
 
@@ -71,7 +75,7 @@ void compute_guarded(const language & language, ggml_tensor * op) {
     std::map<const ggml_tensor *, std::unique_ptr<simt::guarded>> memory;
     const auto move = [&](const ggml_tensor * t) {
         auto & to = memory[t];
-        to.reset(new simt::guarded(ggml_nbytes(t), (size_t) t->data));
+        to.reset(new simt::guarded(ggml_nbytes(t) + (t == op ? language.extra(op) : 0), (size_t) t->data));
         memcpy(to->data(), t->data, ggml_nbytes(t));
         if (t != written) {
             to->make_read_only();
@@ -170,7 +174,7 @@ const ggml_backend_device_i device_iface = {
     /* .get_buffer_type      = */ [](ggml_backend_dev_t dev) { return &((simt_device *) dev)->buffer_type; },
     /* .get_host_buffer_type = */ nullptr,
     /* .buffer_from_host_ptr = */ nullptr,
-    /* .supports_op          = */ [](ggml_backend_dev_t dev, const ggml_tensor * op) { return is_ours(op) ? language_of(dev).supported(op) : ggml_backend_dev_supports_op(cpu(), op); },
+    /* .supports_op          = */ [](ggml_backend_dev_t, const ggml_tensor * op) { return is_ours(op) ? fasa_supported(op) : ggml_backend_dev_supports_op(cpu(), op); },
     /* .supports_buft        = */ [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &((simt_device *) dev)->buffer_type; },
     /* .offload_op           = */ nullptr,
     /* .event_new            = */ nullptr,

@@ -3,7 +3,7 @@
 #include "../../ggml_kernels/cuda/fasa-kernels.cuh"
 
 struct plain_launcher {
-    int32_t      n_blocks;
+    int32_t      n_cores;
     cudaStream_t stream;
 
     void * alloc(size_t size) {

@@ -9,14 +9,14 @@
 int4 fasa_shared[(simt::MAX_SHARED + simt::CANARY)/sizeof(int4)];
 
 // devices of different sizes, so that lists of cells are split in different ways; the same for the same shapes
-static int32_t n_blocks_for(const ggml_tensor * op) {
-    static constexpr int32_t N_BLOCKS[] = { 1, 5, 264 };
-    return N_BLOCKS[(op->src[1]->ne[2] + op->ne[1] + op->ne[2]) % 3];
+static int32_t n_cores_for(const ggml_tensor * op) {
+    static constexpr int32_t N_CORES[] = { 1, 3, 132 };
+    return N_CORES[(op->src[1]->ne[2] + op->ne[1] + op->ne[2]) % 3];
 }
 
 struct simt_launcher {
     const char * name;
-    int32_t      n_blocks;
+    int32_t      n_cores;
 
     std::list<simt::guarded> allocated;
 
@@ -32,20 +32,11 @@ struct simt_launcher {
 };
 
 void simt_cuda_compute(const ggml_tensor * op) {
-    simt_launcher launcher { ggml_op_name(op->op), n_blocks_for(op), {} };
+    simt_launcher launcher { ggml_op_name(op->op), n_cores_for(op), {} };
     switch (op->op) {
         case GGML_OP_FASA_STORE:  fasa_launch_store (launcher, op); break;
         case GGML_OP_FASA_SELECT: fasa_launch_select(launcher, op); break;
         case GGML_OP_FASA_ATTEND: fasa_launch_attend(launcher, op); break;
         default: GGML_ABORT("no FASA op");
-    }
-}
-
-bool simt_cuda_supported(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_FASA_STORE:  return fasa_store_supported(op);
-        case GGML_OP_FASA_SELECT: return fasa_select_supported(op);
-        case GGML_OP_FASA_ATTEND: return fasa_attend_supported(op);
-        default:                  return false;
     }
 }

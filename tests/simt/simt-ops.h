@@ -1,9 +1,8 @@
-// The FASA ops in the emulator, for its ggml backend.
+// The FASA ops in the emulator, for its ggml backend. Tensors lie in memory of the emulator.
 
 #pragma once
 
 struct ggml_tensor;
 
-// tensors lie in memory of the emulator
-void simt_cuda_compute(const ggml_tensor * op);
-bool simt_cuda_supported(const ggml_tensor * op);
+void simt_cuda_compute (const ggml_tensor * op);
+void simt_metal_compute(const ggml_tensor * op);

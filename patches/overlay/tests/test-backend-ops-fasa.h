@@ -564,6 +564,9 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
     }
     test_cases.emplace_back(new test_fasa_select( 64, 1, { 1, 1 }, 8192, 1, 24, 512, 12));
     test_cases.emplace_back(new test_fasa_select(128, 1, { 7, 1 }, 8192, 1, 32, 512, 12));
+    // so long that what works on a part of the cells has to take several turns
+    test_cases.emplace_back(new test_fasa_select( 64, 1, { 4, 1 }, 66080, 1, 24, 700, 12));
+    test_cases.emplace_back(new test_fasa_select( 64, 1, { 1, 1 }, 66080, 2, 24, 700, 12, 3000));
 
     add_test_cases_fasa_fuzz(test_cases);
 }

@@ -71,6 +71,8 @@ static inline int32_t __dp4a(int32_t a, int32_t b, int32_t sum) {
     return sum;
 }
 
+static inline float    __fdiv_rn(float x, float y) { return x/y; }
+static inline int32_t  __clz(uint32_t x)           { return x ? __builtin_clz(x) : 32; }
 static inline int32_t  __popc(uint32_t x)          { return __builtin_popcount(x); }
 static inline int32_t  __ffs(uint32_t x)           { return __builtin_ffs((int) x); }
 static inline int32_t  __float2int_rn(float x)     { return (int32_t) std::nearbyint(x); }
