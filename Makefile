@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu demo bench quality lint patches-tree \
+.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu metal-check demo bench quality lint patches-tree \
         patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -98,6 +98,10 @@ gpu: export CMAKE_ARGS = -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DLLAM
 gpu: ## build for CUDA, check and measure the FASA ops on the GPU in this machine; results come into .venv/gpu
 	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
 	$(BIN)/python tests/gpu_check.py --model $(FASA_MODEL)
+
+metal-check: ## on a Mac: build for Metal, check and measure the FASA ops on its GPU; .venv/gpu/report.md is fit for an issue
+	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
+	$(BIN)/python tests/gpu_check.py --device MTL0 --model $(FASA_MODEL)
 
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)

