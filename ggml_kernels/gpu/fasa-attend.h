@@ -96,6 +96,19 @@ template <> struct fasa_rows<FASA_TYPE_Q4_0> {
     }
 };
 
+// what lane i reads of the row of a cell; zeros where there is nothing
+template <int TYPE>
+FASA_FN void fasa_load(FASA_GLOBAL const char * rows, uint64_t nb, int32_t n_embd, int32_t id, int32_t i, FASA_THREAD float * res) {
+    if (id >= 0 && i*FASA_ELEMENTS < n_embd) {
+        fasa_rows<TYPE>::load(fasa_row_at(rows, nb, id), i, res);
+    } else {
+        FASA_UNROLL
+        for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
+            res[j] = 0.0f;
+        }
+    }
+}
+
 #define FASA_BY_TYPE(type, call)                              \
     switch (type) {                                           \
         case FASA_TYPE_F32:  call<FASA_TYPE_F32,  LANES, N> FASA_ATTEND_ARGUMENTS; break; \
@@ -127,17 +140,13 @@ FASA_FN void fasa_attend_logits(
         FASA_THREAD const fasa_attend_shared & shared,
         fasa_at at) {
     const int32_t lane = at.lane%LANES;
-    const bool    has_elements = lane*FASA_ELEMENTS < n_embd;
 
     FASA_UNROLL
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
         const int32_t slot = i + at.index/LANES;
-        const int32_t id   = shared.ids[slot];
 
-        float x[FASA_ELEMENTS] = { 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f };
-        if (id >= 0 && has_elements) {
-            fasa_rows<TYPE>::load(fasa_row_at(rows, nb, id), lane, x);
-        }
+        float x[FASA_ELEMENTS];
+        fasa_load<TYPE>(rows, nb, n_embd, shared.ids[slot], lane, x);
         FASA_UNROLL
         for (int32_t n = 0; n < N; ++n) {
             float sum = 0.0f;
@@ -160,17 +169,13 @@ FASA_FN void fasa_attend_sums(
         FASA_THREAD const fasa_attend_shared & shared,
         fasa_at at) {
     const int32_t lane = at.lane%LANES;
-    const bool    has_elements = lane*FASA_ELEMENTS < n_embd;
 
     FASA_UNROLL
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
         const int32_t slot = i + at.index/LANES;
-        const int32_t id   = shared.ids[slot];
 
-        float x[FASA_ELEMENTS] = { 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f };
-        if (id >= 0 && has_elements) {
-            fasa_rows<TYPE>::load(fasa_row_at(rows, nb, id), lane, x);
-        }
+        float x[FASA_ELEMENTS];
+        fasa_load<TYPE>(rows, nb, n_embd, shared.ids[slot], lane, x);
         FASA_UNROLL
         for (int32_t n = 0; n < N; ++n) {
             const float weight = shared.logits[n*FASA_STEP + slot];
