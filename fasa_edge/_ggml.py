@@ -96,7 +96,10 @@ class Graph:
         self._buffers: list[int] = []
         self._backend = _registry.ggml_backend_init_by_type(_DEVICE_GPU if on_gpu else _DEVICE_CPU, None)
         if not self._backend:
-            raise FasaError("there is no GPU that ggml knows: install with CMAKE_ARGS=-DGGML_CUDA=ON, or use the CPU")
+            raise FasaError(
+                "there is no GPU that ggml knows: on a machine with one install with CMAKE_ARGS=-DGGML_CUDA=ON (Metal "
+                "needs no option), or leave out -ngl"
+            )
         self._ctx = base.ggml_init(_InitParams(64 << 20, None, True))  # no data, only what describes it
         self._device = base.ggml_backend_get_device(self._backend)
         if not on_gpu:

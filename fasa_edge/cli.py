@@ -350,12 +350,13 @@ def _questions() -> Iterator[str]:
 
 
 def _devices() -> list[str]:
-    """Names of the devices of all backends that are loaded."""
+    """The devices of all backends that are loaded, each with what it is."""
     registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
     registry.ggml_backend_dev_get.restype = ctypes.c_void_p
-    base.ggml_backend_dev_name.restype = ctypes.c_char_p
+    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
     handles = [ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())]
-    return [base.ggml_backend_dev_name(handle).decode() for handle in handles]
+    about = (base.ggml_backend_dev_name, base.ggml_backend_dev_description)
+    return [": ".join(function(handle).decode().strip() for function in about) for handle in handles]
 
 
 @main.command()

@@ -12,7 +12,7 @@
 #include "fasa-words.cuh"
 
 #include "../gpu/fasa-store.h"
-#include "../gpu/fasa-select.h"
+#include "../gpu/fasa-choose.h"
 #include "../gpu/fasa-attend.h"
 #include "../gpu/fasa-plan.h"
 
@@ -139,7 +139,7 @@ static fasa_split_kernel_t fasa_get_split_kernel(const fasa_attend_plan & plan) 
 
 template <typename T>
 static void fasa_launch_attend(T & launcher, const ggml_tensor * op) {
-    const fasa_attend_plan plan(op, launcher.n_cores);
+    const fasa_attend_plan plan(op, 2*launcher.n_cores, FASA_MAX_TILE);
 
     const int32_t * idx   = op->src[3] ? (const int32_t *) op->src[3]->data : nullptr;
     const char    * mask  = op->src[4] ? (const char    *) op->src[4]->data : nullptr;

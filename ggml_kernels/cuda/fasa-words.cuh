@@ -15,13 +15,15 @@
 #define FASA_SHARED
 #define FASA_THREAD
 
-#define FASA_UNROLL _Pragma("unroll")
+#define FASA_UNROLL      _Pragma("unroll")
+#define FASA_UNROLL_ROWS _Pragma("unroll") // of whole rows, so that all of a step are on their way together
 
 //
 // threads among each other
 //
 
 FASA_FN void     fasa_sync_block()                        { __syncthreads(); }
+FASA_FN void     fasa_sync_block_and_memory()             { __syncthreads(); } // with what it wrote to global memory
 FASA_FN uint32_t fasa_ballot(bool x)                      { return __ballot_sync(0xFFFFFFFFu, x); }
 FASA_FN float    fasa_shuffle_xor(float x, int32_t mask)  { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 FASA_FN uint32_t fasa_shuffle_up(uint32_t x, int32_t n)   { return __shfl_up_sync(0xFFFFFFFFu, x, n); }

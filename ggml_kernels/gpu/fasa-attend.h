@@ -141,7 +141,7 @@ FASA_FN void fasa_attend_logits(
         fasa_at at) {
     const int32_t lane = at.lane%LANES;
 
-    FASA_UNROLL
+    FASA_UNROLL_ROWS
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
         const int32_t slot = i + at.index/LANES;
 
@@ -170,7 +170,7 @@ FASA_FN void fasa_attend_sums(
         fasa_at at) {
     const int32_t lane = at.lane%LANES;
 
-    FASA_UNROLL
+    FASA_UNROLL_ROWS
     for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
         const int32_t slot = i + at.index/LANES;
 
@@ -206,7 +206,7 @@ FASA_FN void fasa_attend_weights(FASA_THREAD const fasa_attend_args & args, FASA
 
     float sum = 0.0f;
     for (int32_t i = lane; i < FASA_STEP; i += FASA_WARP) {
-        const float weight = shared.ids[i] >= 0 ? fasa_exp2(logits[i] - max) : 0.0f; // NaN stays NaN, and is seen
+        const float weight = shared.ids[i] >= 0 ? fasa_exp2(logits[i] - max) : 0.0f; // NaN stays NaN
         logits[i] = weight;
         sum += weight;
     }

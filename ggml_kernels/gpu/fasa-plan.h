@@ -172,8 +172,8 @@ struct fasa_attend_plan {
     size_t  shared;   // bytes of shared memory
     size_t  memory;   // bytes from one step to the next
 
-    // n_cores: multiprocessors of the device
-    fasa_attend_plan(const ggml_tensor * op, int32_t n_cores) {
+    // n_blocks: of threads, that keep the device busy; max_tile: query heads, as many as a thread has registers for
+    fasa_attend_plan(const ggml_tensor * op, int32_t n_blocks, int32_t max_tile) {
         const ggml_tensor * q    = op->src[0];
         const ggml_tensor * k    = op->src[1];
         const ggml_tensor * v    = op->src[2];
@@ -187,7 +187,7 @@ struct fasa_attend_plan {
         args.n_list    = idx ? idx->ne[1] : k->ne[1];
         args.n_shared  = args.n_list/k->ne[1];
         args.n_group   = args.n_head/args.n_list;
-        args.n_tile    = args.n_group == 1 ? 1 : args.n_group <= 4 ? 4 : 8;
+        args.n_tile    = args.n_group == 1 ? 1 : args.n_group <= 4 ? 4 : max_tile;
         args.n_tiles   = (args.n_group + args.n_tile - 1)/args.n_tile;
         args.n_tokens  = q->ne[2];
         args.n_cells   = idx ? idx->ne[0] : k->ne[2];
@@ -215,8 +215,9 @@ struct fasa_attend_plan {
         n_rows  = args.n_head*args.n_tokens*q->ne[3];
         n_units = args.n_tiles*args.n_list*args.n_tokens*q->ne[3];
 
-        // of the largest tile, one block of threads fits on a multiprocessor
-        const int64_t n_blocks = args.n_tile == FASA_MAX_TILE ? n_cores : 2*n_cores;
+        // the largest tile takes twice the registers, so half as many run at once
+        n_blocks = args.n_tile == FASA_MAX_TILE ? n_blocks/2 : n_blocks;
+
         const int64_t n_steps  = (args.n_cells + FASA_STEP - 1)/FASA_STEP;
         const int64_t n_splits = std::min({ n_steps, FASA_MAX_SPLITS, std::max<int64_t>((n_blocks + n_units - 1)/n_units, 1) });
 

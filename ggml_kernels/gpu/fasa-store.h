@@ -70,12 +70,12 @@ FASA_FN void fasa_store(
 
     FASA_GLOBAL uint32_t * quads = (FASA_GLOBAL uint32_t *) (block + FASA_BLOCK_CELLS*sizeof(uint16_t));
     for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
-        uint32_t quad = 0;
+        uint32_t values = 0;
         for (int32_t i = 0; i < FASA_QUAD; ++i) {
             const int32_t id = iq*FASA_QUAD + i;
             const float   x  = id < args.n_dim && inverse > 0.0f ? fasa_float(fasa_key_element(args, key, dims[id]))*inverse : 0.0f;
-            quad |= (uint32_t) (fasa_max(-127, fasa_min(127, fasa_round(x))) & 0xFF) << 8*i;
+            values |= (uint32_t) (fasa_max(-127, fasa_min(127, fasa_round(x))) & 0xFF) << 8*i;
         }
-        quads[iq*FASA_BLOCK_CELLS + slot] = quad;
+        quads[iq*FASA_BLOCK_CELLS + slot] = values;
     }
 }

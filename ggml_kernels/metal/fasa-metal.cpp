@@ -8,8 +8,11 @@
 #include <cstdio>
 #include <initializer_list>
 
-// Metal does not tell how many cores a GPU has: 8 to 80
-static constexpr int32_t FASA_METAL_CORES = 32;
+// Metal does not tell how many cores a GPU has: 8 to 80. The same everywhere makes results the same, too.
+static constexpr int32_t FASA_METAL_BLOCKS = 64;
+
+// a thread has 128 registers
+static constexpr int32_t FASA_METAL_TILE = 4;
 
 // where the memory behind an op's own begins
 static size_t fasa_extra_offset(const ggml_tensor * op) {
@@ -42,6 +45,9 @@ struct fasa_metal_encoder {
         ggml_metal_pipeline_with_params pipeline = ggml_metal_library_get_pipeline(lib, name);
         if (!pipeline.pipeline) {
             pipeline = ggml_metal_library_compile_pipeline(lib, name, name, nullptr);
+        }
+        if (!pipeline.pipeline) {
+            GGML_ABORT("the Metal library has no %s", name);
         }
         GGML_ASSERT(ggml_metal_pipeline_max_theads_per_threadgroup(pipeline) >= FASA_THREADS);
 
@@ -83,7 +89,7 @@ static void fasa_encode_select(fasa_metal_encoder & e) {
 }
 
 static void fasa_encode_attend(fasa_metal_encoder & e) {
-    const fasa_attend_plan plan(e.op, FASA_METAL_CORES);
+    const fasa_attend_plan plan(e.op, FASA_METAL_BLOCKS, FASA_METAL_TILE);
 
     char name[64];
     snprintf(name, sizeof(name), "kernel_fasa_split_%d_%d", plan.n_lanes, plan.args.n_tile);
@@ -111,7 +117,7 @@ size_t ggml_metal_fasa_extra(const ggml_tensor * op) {
     const size_t padding = fasa_extra_offset(op) - ggml_nbytes(op);
     switch (op->op) {
         case GGML_OP_FASA_SELECT: return padding + fasa_select_plan(op).memory;
-        case GGML_OP_FASA_ATTEND: return padding + fasa_attend_plan(op, FASA_METAL_CORES).memory;
+        case GGML_OP_FASA_ATTEND: return padding + fasa_attend_plan(op, FASA_METAL_BLOCKS, FASA_METAL_TILE).memory;
         default:                  return 0;
     }
 }

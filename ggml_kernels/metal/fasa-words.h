@@ -15,7 +15,8 @@ using namespace metal;
 #define FASA_SHARED threadgroup
 #define FASA_THREAD thread
 
-#define FASA_UNROLL _Pragma("clang loop unroll(full)")
+#define FASA_UNROLL       _Pragma("clang loop unroll(full)")
+#define FASA_UNROLL_ROWS _Pragma("clang loop unroll_count(2)") // of whole rows: all of it is compiled whenever a program starts
 
 // an emulator, to which threadgroup is no word, has another
 #ifndef FASA_SHARED_ARGUMENT
@@ -26,7 +27,8 @@ using namespace metal;
 // threads among each other
 //
 
-FASA_FN void     fasa_sync_block()                       { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
+FASA_FN void     fasa_sync_block()                       { threadgroup_barrier(mem_flags::mem_threadgroup); }
+FASA_FN void     fasa_sync_block_and_memory()            { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 FASA_FN uint32_t fasa_ballot(bool x)                     { return (uint32_t) (simd_vote::vote_t) simd_ballot(x); }
 FASA_FN float    fasa_shuffle_xor(float x, int32_t mask) { return simd_shuffle_xor(x, (ushort) mask); }
 FASA_FN uint32_t fasa_shuffle_up(uint32_t x, int32_t n)  { return simd_shuffle_up(x, (ushort) n); }

@@ -3,7 +3,7 @@
 #include "fasa-words.h"
 
 #include "../gpu/fasa-store.h"
-#include "../gpu/fasa-select.h"
+#include "../gpu/fasa-choose.h"
 #include "../gpu/fasa-attend.h"
 
 // what every kernel is told last
@@ -106,13 +106,10 @@ typedef decltype(kernel_fasa_split<8, 1>) kernel_fasa_split_t;
 
 template [[host_name("kernel_fasa_split_8_1")]]  kernel kernel_fasa_split_t kernel_fasa_split< 8, 1>;
 template [[host_name("kernel_fasa_split_8_4")]]  kernel kernel_fasa_split_t kernel_fasa_split< 8, 4>;
-template [[host_name("kernel_fasa_split_8_8")]]  kernel kernel_fasa_split_t kernel_fasa_split< 8, 8>;
 template [[host_name("kernel_fasa_split_16_1")]] kernel kernel_fasa_split_t kernel_fasa_split<16, 1>;
 template [[host_name("kernel_fasa_split_16_4")]] kernel kernel_fasa_split_t kernel_fasa_split<16, 4>;
-template [[host_name("kernel_fasa_split_16_8")]] kernel kernel_fasa_split_t kernel_fasa_split<16, 8>;
 template [[host_name("kernel_fasa_split_32_1")]] kernel kernel_fasa_split_t kernel_fasa_split<32, 1>;
 template [[host_name("kernel_fasa_split_32_4")]] kernel kernel_fasa_split_t kernel_fasa_split<32, 4>;
-template [[host_name("kernel_fasa_split_32_8")]] kernel kernel_fasa_split_t kernel_fasa_split<32, 8>;
 
 [[max_total_threads_per_threadgroup(FASA_THREADS)]]
 kernel void kernel_fasa_combine(

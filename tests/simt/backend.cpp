@@ -10,9 +10,11 @@
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -184,10 +186,13 @@ const ggml_backend_device_i device_iface = {
 
 simt_device devices[n_languages];
 
+// all devices, or the one that is wanted: FASA_SIMT_DEVICE=SIMT-METAL
+std::vector<ggml_backend_dev_t> offered;
+
 const ggml_backend_reg_i reg_iface = {
     /* .get_name         = */ [](ggml_backend_reg_t) { return "SIMT"; },
-    /* .get_device_count = */ [](ggml_backend_reg_t) { return n_languages; },
-    /* .get_device       = */ [](ggml_backend_reg_t, size_t i) -> ggml_backend_dev_t { return &devices[i]; },
+    /* .get_device_count = */ [](ggml_backend_reg_t) { return offered.size(); },
+    /* .get_device       = */ [](ggml_backend_reg_t, size_t i) { return offered[i]; },
     /* .get_proc_address = */ [](ggml_backend_reg_t, const char *) -> void * { return nullptr; },
 };
 
@@ -203,6 +208,11 @@ ggml_backend_reg_t ggml_backend_init(void) {
         devices[i].reg         = &reg;
         devices[i].context     = (void *) &languages[i];
         devices[i].buffer_type = { buffer_type_iface, &devices[i], nullptr };
+
+        const char * wanted = getenv("FASA_SIMT_DEVICE");
+        if (!wanted || strcmp(wanted, languages[i].name) == 0) {
+            offered.push_back(&devices[i]);
+        }
     }
     return &reg;
 }

@@ -76,13 +76,10 @@ const std::map<std::string, entry> entries = {
     { "kernel_fasa_list",       make_entry(kernel_fasa_list) },
     { "kernel_fasa_split_8_1",  make_entry(kernel_fasa_split< 8, 1>) },
     { "kernel_fasa_split_8_4",  make_entry(kernel_fasa_split< 8, 4>) },
-    { "kernel_fasa_split_8_8",  make_entry(kernel_fasa_split< 8, 8>) },
     { "kernel_fasa_split_16_1", make_entry(kernel_fasa_split<16, 1>) },
     { "kernel_fasa_split_16_4", make_entry(kernel_fasa_split<16, 4>) },
-    { "kernel_fasa_split_16_8", make_entry(kernel_fasa_split<16, 8>) },
     { "kernel_fasa_split_32_1", make_entry(kernel_fasa_split<32, 1>) },
     { "kernel_fasa_split_32_4", make_entry(kernel_fasa_split<32, 4>) },
-    { "kernel_fasa_split_32_8", make_entry(kernel_fasa_split<32, 8>) },
     { "kernel_fasa_combine",    make_entry(kernel_fasa_combine) },
 };
 
