@@ -10,8 +10,8 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu metal-check demo bench quality lint patches-tree \
-        patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
+.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu metal-check \
+        demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
 VENV   := .venv
