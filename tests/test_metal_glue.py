@@ -1,4 +1,4 @@
-"""Metal, as far as a machine without it can tell: address spaces, the patched C++ of ggml-metal, its lists.
+"""Metal, as far as a machine without it can tell: address spaces, what is patched of ggml-metal.
 
 What the kernels compute is tested with that of all backends, in the emulator (tests/simt).
 """
@@ -28,22 +28,27 @@ def kernels() -> str:
     return (BUILD / "simt/fasa.metal").read_text()
 
 
-def clang_errors(source: str) -> list[str]:
-    """What clang refuses of Metal's C++14, with address spaces that it minds."""
-    headers = subprocess.check_output([COMPILER, "-print-file-name=include"], text=True).strip()
-    include = [ROOT / "tests/simt/metal", BUILD / "simt", TREE / "ggml/include", headers]
-    flags = ["-x", "c++", "-std=c++14", "-DSIMT_ADDRESS_SPACES", "-ferror-limit=0", *(f"-I{path}" for path in include)]
-    unit = Index.create().parse("unit.cpp", flags, [("unit.cpp", source)])
+def clang_errors(name: str, source: str, include: list[Path], *flags: str) -> list[str]:
+    """What clang's parser refuses."""
+    headers = Path(subprocess.check_output([COMPILER, "-print-file-name=include"], text=True).strip())
+    flags = (*flags, "-ferror-limit=0", *(f"-I{path}" for path in (*include, headers)))
+    unit = Index.create().parse(name, flags, [(name, source)])  # lives as long as what is read of it
     errors = [entry for entry in unit.diagnostics if entry.severity >= Diagnostic.Error]
-    return [f"{entry.location.line}: {entry.spelling}" for entry in errors]
+    return [f"{Path(str(error.location.file)).name}:{error.location.line}: {error.spelling}" for error in errors]
+
+
+def metal_errors(source: str) -> list[str]:
+    """Of kernels: Metal's C++14, with address spaces that clang minds."""
+    include = [ROOT / "tests/simt/metal", TREE / "ggml/include"]
+    return clang_errors("unit.cpp", source, include, "-x", "c++", "-std=c++14", "-DSIMT_ADDRESS_SPACES")
 
 
 def test_pointers_stay_in_their_address_spaces(kernels: str) -> None:
     # in Metal, instances have host names, and vectors are converted by their elements
     source = '#include <metal_stdlib>\n' + re.sub(r"\[\[host_name.*?\]\]", "", kernels)
     source = source.replace("int4(as_type<char4>(a))*int4(as_type<char4>(b))", "{}")
-    assert not clang_errors(source)
-    (error,) = clang_errors(f"{source}device float * f(threadgroup float * p) {{ return p; }}\n")
+    assert not metal_errors(source)
+    (error,) = metal_errors(f"{source}device float * f(threadgroup float * p) {{ return p; }}\n")
     assert "'device float *' with an lvalue of type 'threadgroup float *'" in error
 
 
@@ -56,8 +61,22 @@ def test_patched_files_compile(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("embed", [0, 1])
+def test_patched_objective_c_parses(embed: int) -> None:
+    """On headers of ours that have the names of Foundation and Metal (tests/simt/objc)."""
+    file = METAL / "ggml-metal-device.m"
+    include = [ROOT / "tests/simt/objc", TREE / "ggml/include", TREE / "ggml/src", METAL]
+    flags = ["-x", "objective-c", "-fblocks", "-fobjc-runtime=macosx-11", f"-DGGML_METAL_EMBED_LIBRARY={embed}"]
+    source = file.read_text()
+    assert not clang_errors(str(file), source, include, *flags)
+    for ours in ("ggml_metal_fasa_supported(op)", "lib->objs[GGML_METAL_LIB_FASA]", "kind == GGML_METAL_LIB_FASA"):
+        assert source.count(ours) == 1
+        broken = source.replace(ours, ours.replace("fasa", "asaf").replace("FASA", "ASAF"))
+        assert len(clang_errors(str(file), broken, include, *flags)) == 1
+
+
 def test_the_library_is_in_all_lists() -> None:
-    """Objective-C, which nothing here compiles: every source of kernels has a library, and the other way round."""
+    """Every source of kernels has a library, and the other way round."""
     sources = set(re.findall(r"^    kernels/(\w+)\.metal$", (METAL / "CMakeLists.txt").read_text(), re.MULTILINE))
     libraries = set(re.findall(r"^    X\(\w+, +(\w+)\)", (METAL / "ggml-metal-device.m").read_text(), re.MULTILINE))
     assert "fasa" in sources and sources == libraries

@@ -1,0 +1,3 @@
+// See Metal/Metal.h.
+
+#include <Metal/Metal.h>
