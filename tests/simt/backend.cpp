@@ -203,6 +203,7 @@ ggml_backend_reg reg = { GGML_BACKEND_API_VERSION, reg_iface, nullptr };
 extern "C" { GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void); }
 
 ggml_backend_reg_t ggml_backend_init(void) {
+    offered.clear();
     for (size_t i = 0; i < n_languages; ++i) {
         devices[i].iface       = device_iface;
         devices[i].reg         = &reg;
