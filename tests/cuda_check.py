@@ -128,9 +128,11 @@ def check(archs: Sequence[int]) -> None:
     print("what of ggml-cuda is patched ...", flush=True)
     run(nvcc, *compile_, *newest, TREE / "ggml/src/ggml-cuda/ggml-cuda.cu", "-o", OUT / "ggml-cuda.o")
 
+    if not (found := usage(log)):
+        raise CudaCheckError(f"ptxas names no kernel of {KERNELS / 'fasa.cu'}: has its output another form?\n{log}")
     rows = [
-        {"registers of": name, **{f"sm_{arch}": found.get(arch, "") for arch in archs}}
-        for name, found in sorted(usage(log).items())
+        {"registers of": name, **{f"sm_{arch}": registers.get(arch, "") for arch in archs}}
+        for name, registers in sorted(found.items())
     ]
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
 

@@ -107,6 +107,8 @@ def model(path: Path, small: bool) -> str:
     rows = json.loads(fasa_edge("eval", path, "-ngl", -1, "--task", "kld", *methods, *size, "--json"))["text"]
     kl = {row["method"]: row["kl"] for row in rows}
     text = ", ".join(f"{row['method']} {row['kl']:.5f} ({row['top1']:.1%} the same next token)" for row in rows[1:])
+    if any(row["kept"] is None for row in rows if row["method"] in ("all", "fasa")):
+        raise CheckError("no layer ran FASA's kernels: `fasa-edge run --verbose` tells why")
     if not kl["all"] <= NOISE_FACTOR * kl["noise"]:
         raise CheckError(f"over all cells farther from dense than {NOISE_FACTOR} times the noise: {text}")
     return f"KL divergence to dense: {text}; over all cells at most {NOISE_FACTOR} times the noise, as it should be"
