@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu metal-check \
+.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu gpu-pack metal-check \
         demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -102,14 +102,14 @@ test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transf
 cuda-check: install ## compile the CUDA kernels for every architecture, print registers and spills; needs nvcc, no GPU
 	@$(BIN)/python tests/cuda_check.py $(if $(ARCH),--arch $(ARCH))
 
-# All of ggml-cuda, but for the GPU in this machine only.
-gpu: export CMAKE_ARGS = -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DLLAMA_BUILD_MTMD=OFF
-gpu: ## build for CUDA, check and measure the FASA ops on the GPU of this machine: .venv/gpu/report.md, fit for an issue
-	@command -v nvcc >/dev/null || { echo "error: no nvcc on the PATH; install CUDA, or add its bin folder" >&2; exit 1; }
-	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
-	$(BIN)/python tests/gpu_check.py --model $(FASA_MODEL)
+# All of ggml-cuda, but for one architecture, in a build folder of its own: .venv/gpu-pack. Neither takes `make install`.
+gpu-pack: $(VENV)/.bindings $(MODEL) ## build for the GPUs of ARCH=90, and pack what checks and measures them elsewhere; needs nvcc, no GPU
+	$(BIN)/python tests/gpu_pack.py --arch $(or $(ARCH),native) --model $(MODEL)
 
-metal-check: ## the same on a Mac, for Metal
+gpu: $(VENV)/.bindings $(MODEL) ## the same for the GPU of this machine, and run it: .venv/gpu/report.md, fit for an issue
+	$(BIN)/python tests/gpu_pack.py --model $(MODEL) --run --out $(CURDIR)/$(VENV)/gpu --patience 4
+
+metal-check: ## check and measure the FASA ops on a Mac, for Metal: .venv/gpu/report.md
 	@test "$$(uname)" = Darwin || { echo "error: Metal is on Macs only, this is $$(uname)" >&2; exit 1; }
 	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
 	$(BIN)/python tests/gpu_check.py --device MTL0 --model $(FASA_MODEL)

@@ -26,6 +26,8 @@ from fasa_edge.model import Llama, kv_bytes_per_cell
 
 import psutil
 
+_N_WARM_UP = 4  # tokens until a GPU decodes as it will
+
 FILLS = ("prefill", "random")
 """How the cache gets its tokens before those that are measured: evaluated, or random numbers in their place."""
 
@@ -314,10 +316,17 @@ def _fill(models: Sequence[llama_cpp.Llama], depth: int, tokens: Sequence[int]) 
 
 
 def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
-    """Decode the tokens one by one after the first ``depth`` and add the sample to the row."""
-    _truncate(runner.llm, depth)
+    """Decode the tokens one by one after the first ``depth`` and add the sample to the row.
+
+    The first ones are decoded twice: with other settings llama.cpp makes another graph, which a GPU runs launch by
+    launch before it records it (``ggml_backend_cuda_graph_compute``).
+    """
     if runner.settings:
         runner.llm.fasa.configure(**runner.settings)
+    _truncate(runner.llm, depth)
+    _decode(runner.llm, tokens[:_N_WARM_UP], 1)
+    _truncate(runner.llm, depth)
+    if runner.settings:
         runner.llm.fasa.reset_stats()
     start = time.perf_counter_ns()
     _decode(runner.llm, tokens, 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
-from fasa_edge.random_data import fill_random
+from fasa_edge.random_data import RandomFiller
 
 import numpy as np
 
@@ -82,9 +82,9 @@ class StateLayout:
     def random_state(self, n_cells: int, seed: int = 0) -> np.ndarray:
         """A sequence of so many tokens: uint8 [:meth:`n_bytes`]."""
         state = np.empty(self.n_bytes(n_cells), np.uint8)
-        rng = np.random.Generator(np.random.SFC64(seed))
+        filler = RandomFiller(np.random.Generator(np.random.SFC64(seed)))
         for section, start in self._write_frame(state, n_cells):
-            fill_random(rng, section.type_name, state[start : start + n_cells * section.n_bytes])
+            filler.fill(section.type_name, state[start : start + n_cells * section.n_bytes])
         return state
 
     def adopt(self, state: np.ndarray, n_cells: int) -> None:

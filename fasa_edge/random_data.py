@@ -15,8 +15,9 @@ _BLOCKS = {  # bytes of a block of 32, root mean square of its integers (less th
     "iq4_nl": (18, 67.4, None),
 }
 
-CHUNK = 1 << 22
-"""Numbers made at a time."""
+_N_UNIT = 32  # numbers of a block, the same in all types of blocks
+_N_DIRECT = 1 << 20  # up to so many are drawn afresh
+_N_DRAWN = 1 << 23  # otherwise these are used again and again; they stay in a large CPU's cache
 
 
 def random_data(rng: np.random.Generator, type_name: str, n: int, std: float = 1.0) -> np.ndarray:
@@ -50,9 +51,28 @@ def random_data(rng: np.random.Generator, type_name: str, n: int, std: float = 1
     return values.view(np.uint8)
 
 
-def fill_random(rng: np.random.Generator, type_name: str, out: np.ndarray) -> None:
-    """:func:`random_data` of standard deviation 1 into uint8 memory, whole blocks of it."""
-    step = int(CHUNK * bytes_per_element(cache_type(type_name)))
-    for start in range(0, len(out), step):
-        part = out[start : start + step]
-        part[:] = random_data(rng, type_name, round(len(part) / bytes_per_element(cache_type(type_name))))
+class RandomFiller:
+    """Fills large memory with random numbers about as fast as memory can be written.
+
+    Of each type a block is drawn once, and copied on from random places in it. So numbers come again, in other rows and
+    other layers: no kernel takes longer or shorter for that, and to draw all of them takes minutes for a large model.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._drawn: dict[tuple[str, float], np.ndarray] = {}
+
+    def fill(self, type_name: str, out: np.ndarray, std: float = 1.0) -> None:
+        """Numbers as :func:`random_data` makes them into uint8 memory, whole blocks of a type."""
+        unit = _N_UNIT * bytes_per_element(cache_type(type_name))  # bytes of what is never torn apart
+        if len(out) <= _N_DIRECT // _N_UNIT * unit:
+            out[:] = random_data(self._rng, type_name, round(len(out) / unit * _N_UNIT), std)
+            return
+        if (type_name, std) not in self._drawn:
+            self._drawn[type_name, std] = random_data(self._rng, type_name, _N_DRAWN, std)
+        drawn, done = self._drawn[type_name, std], 0
+        while done < len(out):
+            start = int(self._rng.integers(_N_DRAWN // _N_UNIT) * unit)
+            piece = drawn[start : start + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)

@@ -15,7 +15,7 @@ from fasa_edge.convert.profile import encode_profile
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import Geometry
 from fasa_edge.model import without_weights
-from fasa_edge.random_data import CHUNK, random_data
+from fasa_edge.random_data import RandomFiller
 from fasa_edge.schema import Calibration, Profile, to_metadata
 
 import gguf
@@ -70,15 +70,16 @@ def _write_model(path: Path, name: str, geometry: Geometry, weight_type: str) ->
     ggml_type, f32 = _capi.cache_type(weight_type), _capi.cache_type("f32")
     for tensor, shape in tensors:
         type_ = ggml_type if len(shape) > 1 else f32
-        n_bytes = int(np.prod(shape) * _capi.bytes_per_element(type_))
         # ggml's types are passed as they are; the shape is numpy's way round
-        writer.add_tensor_info(tensor, shape, np.dtype(np.float32), n_bytes, gguf.GGMLQuantizationType(type_))
+        dtype = gguf.GGMLQuantizationType(type_)
+        writer.add_tensor_info(tensor, shape, np.dtype(np.float32), _n_bytes(shape, type_), dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    rng = np.random.Generator(np.random.SFC64(0))
+    filler = RandomFiller(np.random.Generator(np.random.SFC64(0)))
+    room = np.empty(max(_n_bytes(shape, ggml_type) for _, shape in tensors), np.uint8)  # for one tensor after the other
     for tensor, shape in tensors:
-        writer.write_tensor_data(_weights(rng, tensor, shape, weight_type))
+        writer.write_tensor_data(_weights(filler, room, tensor, shape, weight_type))
     writer.close()
 
 
@@ -107,17 +108,19 @@ def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{blk}.ffn_down.weight", (n_embd, n_ff)
 
 
-def _weights(rng: np.random.Generator, name: str, shape: tuple[int, ...], weight_type: str) -> np.ndarray:
-    """Of one tensor, such that its output is as large as its input."""
+def _n_bytes(shape: tuple[int, ...], ggml_type: int) -> int:
+    return int(np.prod(shape) * _capi.bytes_per_element(ggml_type))
+
+
+def _weights(filler: RandomFiller, room: np.ndarray, name: str, shape: tuple[int, ...], weight_type: str) -> np.ndarray:
+    """Of one tensor, such that its output is as large as its input; matrices are made in ``room``, uint8."""
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
     if len(shape) == 1:
         return np.zeros(shape, np.float32)
-    std = 1.0 if name == "token_embd.weight" else shape[1] ** -0.5
-    n_all = int(np.prod(shape))
-    return np.concatenate(
-        [random_data(rng, weight_type, min(CHUNK, n_all - start), std) for start in range(0, n_all, CHUNK)]
-    )
+    weights = room[: _n_bytes(shape, _capi.cache_type(weight_type))]
+    filler.fill(weight_type, weights, 1.0 if name == "token_embd.weight" else shape[1] ** -0.5)
+    return weights
 
 
 def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:

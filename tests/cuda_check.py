@@ -22,8 +22,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / ".venv" / "cuda-check"
 TREE = ROOT / ".venv" / "build" / "llama.cpp"
@@ -61,35 +59,51 @@ def run(nvcc: Path, *arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def cublas_headers(nvcc: Path) -> list[str]:
-    """The option that leads to cuBLAS' headers; empty where nvcc finds them by itself."""
-    source = OUT / "cublas.cu"
-    source.write_text("#include <cublas_v2.h>\n")
-    try:
-        run(nvcc, "-E", source, "-o", os.devnull)
-        return []
-    except CudaCheckError:
-        pass
-    folder = OUT / "cublas"
+def finds_cublas(nvcc: Path) -> bool:
+    """Whether nvcc finds cuBLAS' headers by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "cublas.cu"
+        source.write_text("#include <cublas_v2.h>\n")
+        try:
+            run(nvcc, "-E", source, "-o", os.devnull)
+        except CudaCheckError:
+            return False
+    return True
+
+
+def cuda_version(nvcc: Path) -> str:
+    """CUDA's, as 13.0."""
+    return re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))[1]
+
+
+def download_cublas(nvcc: Path, folder: Path, *parts: str) -> Path:
+    """Parts ("include", "lib") of NVIDIA's Python package of cuBLAS, in a folder; returns that which holds them."""
     if not (found := list(folder.rglob("cublas_v2.h"))):
-        version = re.search(r"release (\d+)\.", run(nvcc, "--version"))[1]
+        version = cuda_version(nvcc).split(".")[0]
         package = f"nvidia-cublas=={version}.*" if int(version) >= 13 else f"nvidia-cublas-cu{version}"
-        print(f"no cuBLAS headers beside nvcc: taking those of the Python package {package}", flush=True)
-        with tempfile.TemporaryDirectory(dir=OUT) as wheels:
+        print(f"no cuBLAS beside nvcc: taking that of the Python package {package}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as wheels:
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
             done = subprocess.run([*command, "--dest", wheels, package], check=False)
             if done.returncode != 0:
-                raise CudaCheckError(f"pip could not download {package}\n  remedy: install CUDA's cuBLAS headers")
+                raise CudaCheckError(f"pip could not download {package}\n  remedy: install CUDA's cuBLAS")
             with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
-                wheel.extractall(folder, [name for name in wheel.namelist() if "/include/" in name])
+                names = [name for name in wheel.namelist() if any(f"/{part}/" in name for part in parts)]
+                wheel.extractall(folder, names)
         found = list(folder.rglob("cublas_v2.h"))
-    return [f"-I{found[0].parent}"]
+    return found[0].parent.parent
+
+
+def cublas_headers(nvcc: Path) -> list[str]:
+    """The option that leads to cuBLAS' headers; empty where nvcc finds them by itself."""
+    return [] if finds_cublas(nvcc) else [f"-I{download_cublas(nvcc, OUT / 'cublas', 'include')}/include"]
 
 
 def kernel_name(mangled: str) -> str:
     """``fasa_split_kernel<16, 4>`` from what the compiler calls it."""
-    name = re.search(r"(fasa_[a-z]+?_kernel)", mangled)[1]
-    parameters = re.findall(r"(?<=[IE])Li(\d+)E", mangled)
+    name = re.search(r"(fasa_[a-z_]+?_kernel)", mangled)[1]
+    parameters = [number.replace("n", "-") for number in re.findall(r"(?<=[IE])Li(n?\d+)E", mangled)]
     return name + (f"<{', '.join(parameters)}>" if parameters else "")
 
 
@@ -109,6 +123,8 @@ def usage(log: str) -> dict[str, dict[int, str]]:
 
 def check(archs: Sequence[int]) -> None:
     """Compile everything; the table is printed."""
+    from tabulate import tabulate  # gpu_pack.py, which takes functions from here, does without
+
     nvcc = find_nvcc()
     if not KERNELS.is_dir():
         raise CudaCheckError(f"{TREE}: no prepared llama.cpp\n  remedy: run `make install`")

@@ -15,7 +15,7 @@ from fasa_edge.bench_plot import draw_models, draw_ops
 from fasa_edge.cache_fill import StateLayout, restore_sequence, save_sequence
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import GEOMETRIES, Geometry, Heads, find_heads
-from fasa_edge.random_data import random_data
+from fasa_edge.random_data import RandomFiller, random_data
 from fasa_edge.random_model import write_random_model
 
 import gguf
@@ -238,6 +238,22 @@ def test_random_data(type_name: str) -> None:
     values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(ggml_type)).reshape(-1)
     assert len(values) == n and np.isfinite(values).all()
     assert abs(values.mean()) < 0.02 * std and values.std() == pytest.approx(std, rel=0.02)
+
+
+@pytest.mark.parametrize("type_name", _capi.CACHE_TYPES)
+def test_large_memory_is_filled_from_little(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasa_edge.random_data._N_DIRECT", 1 << 10)
+    monkeypatch.setattr("fasa_edge.random_data._N_DRAWN", 1 << 15)
+    ggml_type, rng = _capi.cache_type(type_name), np.random.default_rng(0)
+    filler, outs = RandomFiller(rng), []
+    for n in (32, 1 << 17, 1 << 17):  # directly; from the same numbers, but otherwise
+        outs.append(np.full(int(n * _capi.bytes_per_element(ggml_type)), 255, np.uint8))
+        filler.fill(type_name, outs[-1], 0.25)
+    assert (outs[1] != outs[2]).mean() > 0.1
+    for out in outs[1:]:
+        values = gguf.quants.dequantize(out, gguf.GGMLQuantizationType(ggml_type)).reshape(-1)
+        assert np.isfinite(values).all() and abs(values.mean()) < 0.01
+        assert values.std() == pytest.approx(0.25, rel=0.04)
 
 
 def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
