@@ -99,6 +99,7 @@ _reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p
 _policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int)
 _select_name = _function("llama_fasa_select_name", ctypes.c_char_p, ctypes.c_int)
 _tips_size = _function("llama_fasa_tips_size", ctypes.c_size_t, _ptr)
+_min_ctx = _function("llama_fasa_min_ctx", ctypes.c_uint32, _ptr)
 _get_layer = _function("llama_fasa_get_layer", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.POINTER(_Layer))
 _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
@@ -245,6 +246,11 @@ def reset_stats(ctx: int) -> None:
 def tips_size(ctx: int) -> int:
     """Bytes of the tip cache."""
     return _tips_size(ctx)
+
+
+def min_ctx(ctx: int) -> int:
+    """Cells from which on the first layers run sparse, with the settings in force; 0: none ever does."""
+    return _min_ctx(ctx)
 
 
 def layer_geometry(model: int) -> list[LayerGeometry]:

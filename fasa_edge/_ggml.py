@@ -71,8 +71,13 @@ declare(
         "ggml_flash_attn_ext": (ptr, ptr, ptr, ptr, ptr, ptr, f32, f32, f32),
         "ggml_fasa_new_tips": (ptr, ptr, i64, i64, i64, i64),
         "ggml_fasa_store": (ptr, ptr, ptr, ptr, ptr, ptr, ctypes.c_int),
+        "ggml_fasa_store_cached": (ptr, ptr, ptr, ptr, ptr, ptr),
         "ggml_fasa_select": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, i64, i64, f32),
         "ggml_fasa_attend": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, ptr, f32, f32),
+        "ggml_fasa_us_dense": (f32, f32, ctypes.c_size_t, i64),
+        "ggml_fasa_us_sparse": (f32, f32, ctypes.c_size_t, ctypes.c_size_t, i64, i64),
+        "ggml_fasa_min_cells": (i64, f32, ctypes.c_size_t, ctypes.c_size_t, i64),
+        "ggml_fasa_bandwidth": (f32, ptr),
         "ggml_fasa_prefer_huge_pages": (None, ptr),
     }
 )

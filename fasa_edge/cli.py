@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import fasa_edge
-from fasa_edge import _lib, convert
+from fasa_edge import _ggml, _lib, convert
 from fasa_edge._cli import json_option, load_model, model_options, print_json, progress_bars, size_text
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
 from fasa_edge.cli_eval import evaluate
-from fasa_edge.config import SELECTS, FasaConfig
+from fasa_edge.config import SELECTS, FasaConfig, default_n_tip
 from fasa_edge.errors import ChatError, FasaError
 
 import click
@@ -76,7 +76,10 @@ class _NTip(click.ParamType):
 @click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
 @click.option("--n-recent", type=int, default=FasaConfig.n_recent, help="Last tokens always attended to.")
 @click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
-@click.option("--min-ctx", type=int, default=FasaConfig.min_ctx, help="Sparse from here on; 0: twice the budget.")
+@click.option(
+    "--min-ctx", type=int, default=FasaConfig.min_ctx,
+    help="Sparse from here on; 0: twice the budget, on a GPU from where it pays.",
+)  # fmt: skip
 @click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
 @click.option("--select", type=click.Choice(SELECTS), default=FasaConfig.select, help="Who chooses the cells.")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
@@ -350,13 +353,26 @@ def _questions() -> Iterator[str]:
 
 
 def _devices() -> list[str]:
-    """The devices of all backends that are loaded, each with what it is."""
+    """The devices of all backends that are loaded, each with what it is, and from which depth on FASA pays there."""
     registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
     registry.ggml_backend_dev_get.restype = ctypes.c_void_p
     base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
-    handles = [ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())]
-    about = (base.ggml_backend_dev_name, base.ggml_backend_dev_description)
-    return [": ".join(function(handle).decode().strip() for function in about) for handle in handles]
+    base.ggml_fasa_bandwidth.restype = ctypes.c_float
+    res = []
+    for handle in (ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())):
+        names = (base.ggml_backend_dev_name, base.ggml_backend_dev_description)
+        about = ": ".join(name(handle).decode().strip() for name in names)
+        if bandwidth := base.ggml_fasa_bandwidth(handle):
+            about += f", {bandwidth:,.0f} GB/s; with 32/8 heads of 128 sparse from {_pays_from(bandwidth):,} cells on"
+        res.append(about)
+    return res
+
+
+def _pays_from(bandwidth: float) -> int:
+    """Cells from which on the default budget is faster than dense attention, for the heads of an 8B model in f16."""
+    n_head_kv, n_embd_head, budget = 8, 128, FasaConfig.budget
+    row_bytes, tip_bytes = n_head_kv * n_embd_head * 2 * 2, n_head_kv * (2 * default_n_tip(n_embd_head) + 2)
+    return max(2 * budget, _ggml.base.ggml_fasa_min_cells(bandwidth, row_bytes, tip_bytes, budget))
 
 
 @main.command()

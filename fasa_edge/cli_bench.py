@@ -203,7 +203,7 @@ def _model(
     try:
         for row in bench_model.run(llm, depths, n_gen, repetitions, report, budgets=budgets or (), fill=fill):
             if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
-                if row.n_depth < (llm.fasa.settings["min_ctx"] or 2 * row.budget):
+                if row.n_depth < llm.fasa.stats().min_ctx or row.n_depth < 2 * row.budget:
                     why = "below its min_ctx: lower --budget, or set --override-kv fasa.min_ctx=int:1"
                 else:
                     why = "in all layers: see fasa.n_dense_layers, and --verbose for other reasons"

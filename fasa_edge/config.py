@@ -36,7 +36,8 @@ class FasaConfig:
         n_sink: first tokens of the context that are always attended.
         n_recent: latest tokens that are always attended.
         n_dense_layers: leading layers that stay dense.
-        min_ctx: cached tokens below which a step stays dense; 0 means twice the budget.
+        min_ctx: cached tokens below which a step stays dense; 0 means twice the budget, on a GPU also until
+            it pays there (``ggml_kernels/fasa-cost.cpp``).
         max_batch: tokens per sequence up to which a batch counts as decoding; larger ones are prompts and stay dense.
         select: who chooses the tokens: "group", each KV head for all query heads that read it, or "head", each query
             head for itself, as in the paper; that reads and scores as many times more as a group has heads.

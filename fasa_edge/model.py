@@ -43,6 +43,7 @@ class FasaStats:
         bytes_tips: bytes of the tip cache that they read.
         bytes_kv_dense: bytes of K and V that they would have read, had every layer run dense.
         tips_size: bytes of memory that the tip cache takes.
+        min_ctx: cells from which on layers run sparse: as set, or what 0 means for this model where it runs; 0: none.
         settings: settings in force; empty without a profile or ``exact``.
         ineffective_overrides: ``fasa.*`` overrides that no setting took, and why.
     """
@@ -56,6 +57,7 @@ class FasaStats:
     bytes_tips: int
     bytes_kv_dense: int
     tips_size: int
+    min_ctx: int
     settings: dict[str, int | bool | str]
     ineffective_overrides: list[str]
 
@@ -125,6 +127,7 @@ class Fasa:
             bytes_tips=stats.bytes_tips,
             bytes_kv_dense=stats.bytes_kv_dense,
             tips_size=_capi.tips_size(self._llm.ctx),
+            min_ctx=_capi.min_ctx(self._llm.ctx),
             settings=self.settings,
             ineffective_overrides=_capi.override_report(self._llm.model),
         )

@@ -43,26 +43,28 @@ static void fasa_check_mask(const ggml_tensor * mask, int64_t n_kv, int64_t n_to
     GGML_ASSERT(mask->ne[2] == 1 && mask->ne[3] == n_stream);
 }
 
-ggml_tensor * ggml_fasa_store(
+static ggml_tensor * fasa_store(
         ggml_context * ctx,
         ggml_tensor  * tips,
         ggml_tensor  * k,
         ggml_tensor  * dims,
         ggml_tensor  * idxs,
-        ggml_type      type_k) {
+        ggml_type      type_k,
+        bool           is_cached) {
     fasa_check_tips(tips, dims);
 
-    GGML_ASSERT(k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16);
+    GGML_ASSERT(k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_BF16);
     GGML_ASSERT(k->nb[0] == ggml_type_size(k->type));
     GGML_ASSERT(k->ne[1] == dims->ne[1]);
+    GGML_ASSERT(k->ne[2] == (is_cached ? tips->ne[1]*FASA_TIPS_CELLS*tips->ne[3] : idxs->ne[0]));
     GGML_ASSERT(k->ne[3] == 1);
     GGML_ASSERT(idxs->type == GGML_TYPE_I64);
-    GGML_ASSERT(idxs->ne[0] == k->ne[2]);
     GGML_ASSERT(ggml_is_vector(idxs) && ggml_is_contiguous(idxs));
 
     ggml_tensor * result = ggml_view_tensor(ctx, tips);
 
     ggml_set_op_params_i32(result, 0, type_k);
+    ggml_set_op_params_i32(result, 1, is_cached);
 
     result->op     = GGML_OP_FASA_STORE;
     result->src[0] = tips;
@@ -71,6 +73,25 @@ ggml_tensor * ggml_fasa_store(
     result->src[3] = idxs;
 
     return result;
+}
+
+ggml_tensor * ggml_fasa_store(
+        ggml_context * ctx,
+        ggml_tensor  * tips,
+        ggml_tensor  * k,
+        ggml_tensor  * dims,
+        ggml_tensor  * idxs,
+        ggml_type      type_k) {
+    return fasa_store(ctx, tips, k, dims, idxs, type_k, false);
+}
+
+ggml_tensor * ggml_fasa_store_cached(
+        ggml_context * ctx,
+        ggml_tensor  * tips,
+        ggml_tensor  * k,
+        ggml_tensor  * dims,
+        ggml_tensor  * idxs) {
+    return fasa_store(ctx, tips, k, dims, idxs, k->type, true);
 }
 
 ggml_tensor * ggml_fasa_select(
@@ -163,8 +184,17 @@ ggml_tensor * ggml_fasa_attend(
     result->src[3] = idx;
     result->src[4] = mask;
     result->src[5] = sinks;
+    if (idx && idx->op == GGML_OP_FASA_SELECT) {
+        result->src[6] = idx->src[0]; // what select reads is kept until then: a backend may compute both in one launch
+    }
 
     return result;
+}
+
+float ggml_fasa_bandwidth(ggml_backend_dev_t dev) {
+    ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : NULL;
+    auto * bandwidth = reg ? (float (*)(ggml_backend_dev_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_fasa_bandwidth") : NULL;
+    return bandwidth ? bandwidth(dev) : 0.0f;
 }
 
 void ggml_fasa_prefer_huge_pages(ggml_backend_buffer_t buffer) {

@@ -33,10 +33,10 @@ extern "C" {
 
     // pack the listed dims of each key into the tip cache
     //
-    //   tips: I8      as made by ggml_fasa_new_tips
-    //   k:    F32/F16 [n_embd_head, n_head_kv, n_tokens] !! after RoPE, before any Hadamard rotation !!
-    //   dims: I32     [n_dim, n_head_kv]                 the dims of each head that are kept
-    //   idxs: I64     [n_tokens]                         stream*n_cells + cell, as for ggml_set_rows in a KV cache
+    //   tips: I8           as made by ggml_fasa_new_tips
+    //   k:    F32/F16/BF16 [n_embd_head, n_head_kv, n_tokens] !! after RoPE, before any Hadamard rotation !!
+    //   dims: I32          [n_dim, n_head_kv]                 the dims of each head that are kept
+    //   idxs: I64          [n_tokens]                         stream*n_cells + cell, as for ggml_set_rows in a KV cache
     //   type_k: type of the K cache. F16 and BF16 round the key first, so that tips made again from the cache
     //           are equal to the bit
     //
@@ -48,6 +48,19 @@ extern "C" {
             struct ggml_tensor  * dims,
             struct ggml_tensor  * idxs,
             enum   ggml_type      type_k);
+
+    // the same, equal to the bit, from keys that the K cache holds already
+    //
+    //   k:    F32/F16/BF16 [n_embd_head, n_head_kv, n_cells*n_stream] the cache, stream after stream !! not rotated !!
+    //   idxs: I64          [n_tokens]                                 cells, so rows of k
+    //
+    // !! what writes these rows has to come earlier in the graph: no edge leads from there to this op !!
+    GGML_API struct ggml_tensor * ggml_fasa_store_cached(
+            struct ggml_context * ctx,
+            struct ggml_tensor  * tips,
+            struct ggml_tensor  * k,
+            struct ggml_tensor  * dims,
+            struct ggml_tensor  * idxs);
 
     // list the cells that each KV head, or each query head, attends to
     //
@@ -95,6 +108,25 @@ extern "C" {
             struct ggml_tensor  * sinks,
             float                 scale,
             float                 logit_softcap);
+
+    //
+    // when it pays, on a GPU
+    //
+    // microseconds that one layer's attention takes for one token, estimated (fasa-cost.cpp)
+    //
+    //   bandwidth: of the GPU's memory by its data sheet, GB/s
+    //   row_bytes: of K and V of a cell, all KV heads
+    //   tip_bytes: of the tips of a cell, all KV heads
+    //   n_fac:     rows that are read, once for each list
+
+    GGML_API float ggml_fasa_us_dense (float bandwidth, size_t row_bytes, int64_t n_kv);
+    GGML_API float ggml_fasa_us_sparse(float bandwidth, size_t row_bytes, size_t tip_bytes, int64_t n_kv, int64_t n_fac);
+
+    // cells from which on sparse attention is the faster one; 0: the bandwidth is not known (0), so nothing is
+    GGML_API int64_t ggml_fasa_min_cells(float bandwidth, size_t row_bytes, size_t tip_bytes, int64_t n_fac);
+
+    // GB/s of a device's memory by its data sheet; 0: not known, or nothing has been measured on such devices
+    GGML_API float ggml_fasa_bandwidth(ggml_backend_dev_t dev);
 
     // ask the system for huge pages under a buffer in host memory, best before it is written to; elsewhere nothing happens
     // rows read here and there cost a page-table walk each, which huge pages spare

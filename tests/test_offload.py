@@ -21,7 +21,8 @@ from fasa_edge._lib import llama_cpp
 
 import numpy as np
 import pytest
-from runtime import TEXTS, Context, annotated_tiny, check, fresh_steps, load, save
+from launches import ROWS_STORE, SELECT_ATTEND, launches
+from runtime import GGML_TYPES, TEXTS, Context, annotated_tiny, check, fresh_steps, load, save
 
 N_LAYER = 4
 N_PROMPT = 700
@@ -99,10 +100,10 @@ def called(device: int, name: bytes) -> Iterator[None]:
         slots[1] = original
 
 
-def on_device(model: Path, device: int, n_gpu_layers: int) -> Context:
+def on_device(model: Path, device: int, n_gpu_layers: int, **params) -> Context:
     """A context with so many layers on the device, the output counting as one."""
     devices = (ctypes.c_void_p * 2)(device, None)
-    return Context(model, {"devices": ctypes.cast(devices, ctypes.c_void_p), "n_gpu_layers": n_gpu_layers})
+    return Context(model, {"devices": ctypes.cast(devices, ctypes.c_void_p), "n_gpu_layers": n_gpu_layers}, **params)
 
 
 def steps(ctx: Context) -> np.ndarray:
@@ -121,6 +122,38 @@ def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu
         load(ctx, state)  # makes the tips again, on the device
         check(wanted, steps(ctx))
         assert ctx.reasons() == {"none": N_LAYER * len(STEPS)}
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "bf16"), ("f16", "q8_0")])
+@pytest.mark.parametrize("n_gpu_layers", [3, N_LAYER + 1])
+def test_cuda_launches_of_a_decode_step(
+    model: Path, simt_devices: dict[str, int], n_gpu_layers: int, types: tuple[str, str]
+) -> None:
+    """One for the rows of V and the tips, if V is not quantized, and one for all of sparse attention."""
+    n_layer = n_gpu_layers - 1
+    params = {"type_k": GGML_TYPES[types[0]], "type_v": GGML_TYPES[types[1]]}
+    stored = {"FASA_STORE" if types[1] == "q8_0" else ROWS_STORE: n_layer}
+    tokens = enumerate(TEXTS[0][N_PROMPT:], N_PROMPT)
+
+    with on_device(model, simt_devices["SIMT-CUDA"], n_gpu_layers, **params) as ctx:
+
+        def step() -> tuple[dict[str, int], dict[str, int]]:
+            pos, token = next(tokens)
+            with launches() as launched:
+                ctx.step(token, pos)
+            return launched, ctx.reasons()
+
+        with launches() as launched:
+            ctx.read(TEXTS[0][:N_PROMPT])
+        assert launched == {"FASA_STORE": 2 * n_layer}  # of two batches, too many rows for one launch
+        ctx.reasons()
+        for _ in range(3):
+            launched, reasons = step()
+            assert (launched, reasons) == (stored | {SELECT_ATTEND: n_layer}, {"none": N_LAYER})
+        ctx.configure(min_ctx=4096)
+        assert step() == (stored, {"short_context": N_LAYER})
+        ctx.configure(enabled=False)
+        assert step() == (stored, {"disabled": N_LAYER})
 
 
 def test_tips_live_where_k_lives(model: Path, device: int, request: pytest.FixtureRequest) -> None:

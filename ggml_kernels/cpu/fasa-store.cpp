@@ -8,6 +8,14 @@
 #include <algorithm>
 #include <cmath>
 
+static float key_element(const char * k_row, ggml_type type, int32_t i) {
+    switch (type) {
+        case GGML_TYPE_F16:  return GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) k_row)[i]);
+        case GGML_TYPE_BF16: return GGML_BF16_TO_FP32(((const ggml_bf16_t *) k_row)[i]);
+        default:             return ((const float *) k_row)[i];
+    }
+}
+
 // the element as the K cache will hold it
 static float round_to_type(float x, ggml_type type) {
     switch (type) {
@@ -23,11 +31,12 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
     const ggml_tensor * dims = dst->src[2];
     const ggml_tensor * idxs = dst->src[3];
 
-    const ggml_type type_k = (ggml_type) ggml_get_op_params_i32(dst, 0);
+    const ggml_type type_k    = (ggml_type) ggml_get_op_params_i32(dst, 0);
+    const bool      is_cached = ggml_get_op_params_i32(dst, 1) != 0;
 
     const int64_t n_dim     = dims->ne[0];
     const int64_t n_head_kv = dims->ne[1];
-    const int64_t n_tokens  = k->ne[2];
+    const int64_t n_tokens  = idxs->ne[0];
     const int64_t n_cells   = tips->ne[1]*FASA_TIPS_CELLS;
 
     // rows are (token, KV head) pairs: no two of them share a byte of the tips
@@ -42,17 +51,12 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
         const int64_t cell = id % n_cells;
         const int64_t lane = cell % FASA_TIPS_CELLS;
 
-        const char    * k_row    = (const char *) k->data + it*k->nb[2] + ih*k->nb[1];
+        const char    * k_row    = (const char *) k->data + (is_cached ? id : it)*k->nb[2] + ih*k->nb[1];
         const int32_t * dims_row = (const int32_t *) dims->data + ih*n_dim;
 
         char * block = (char *) tips->data + (cell/FASA_TIPS_CELLS)*tips->nb[1] + ih*tips->nb[2] + is*tips->nb[3];
 
-        const auto key = [&](int64_t i) {
-            const float x = k->type == GGML_TYPE_F16
-                ? GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) k_row)[dims_row[i]])
-                : ((const float *) k_row)[dims_row[i]];
-            return round_to_type(x, type_k);
-        };
+        const auto key = [&](int64_t i) { return round_to_type(key_element(k_row, k->type, dims_row[i]), type_k); };
 
         float amax = 0.0f;
         for (int64_t i = 0; i < n_dim; ++i) {

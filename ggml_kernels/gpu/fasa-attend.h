@@ -3,225 +3,332 @@
 //   split    for some cells of a list: the greatest logit of each query head, and sums with the weights relative to it
 //   combine  these sums of a head over all splits
 //
-// Some lanes of a warp read a row of K or V together, 8 elements each, and hold as many of the query or of the sum, for all
-// query heads that share the list: each row is read once for the group. Where rows lie is known to fasa_row_at alone.
+// Some lanes of a warp read a row of K and of V together, 8 elements each, and hold as many of the query and of the sum, for
+// all query heads that share the list: each row is read once for them. Each such set of lanes works on cells of its own and
+// meets the others at the end alone; what is one number for a row and a query head is worked on by one lane of the set. Rows are read by fasa-rows.h.
 
 #pragma once
 
-#include "fasa-common.h"
-
-//
-// rows
-//
-
-FASA_FN FASA_GLOBAL const char * fasa_row_at(FASA_GLOBAL const char * rows, uint64_t nb, int32_t cell) {
-    return rows + cell*nb;
-}
-
-// bytes of eight numbers that begin at an even address
-struct fasa_bytes {
-    uint16_t pairs[4];
-};
-
-FASA_FN fasa_bytes fasa_load_bytes(FASA_GLOBAL const char * p) {
-    FASA_GLOBAL const uint16_t * pairs = (FASA_GLOBAL const uint16_t *) p;
-    return { { pairs[0], pairs[1], pairs[2], pairs[3] } };
-}
-
-FASA_FN int32_t fasa_byte(FASA_THREAD const fasa_bytes & bytes, int32_t i) {
-    return bytes.pairs[i/2] >> 8*(i%2) & 0xFF;
-}
-
-// the i-th eight elements of a row
-template <int TYPE> struct fasa_rows;
-
-template <> struct fasa_rows<FASA_TYPE_F32> {
-    FASA_FN_MEMBER void load(FASA_GLOBAL const char * row, int32_t i, FASA_THREAD float * res) {
-        FASA_GLOBAL const float4 * p = (FASA_GLOBAL const float4 *) row + 2*i;
-        const float4 a = p[0];
-        const float4 b = p[1];
-        res[0] = a.x; res[1] = a.y; res[2] = a.z; res[3] = a.w;
-        res[4] = b.x; res[5] = b.y; res[6] = b.z; res[7] = b.w;
-    }
-};
-
-template <> struct fasa_rows<FASA_TYPE_F16> {
-    FASA_FN_MEMBER void load(FASA_GLOBAL const char * row, int32_t i, FASA_THREAD float * res) {
-        const uint4    x = ((FASA_GLOBAL const uint4 *) row)[i];
-        const uint32_t pairs[4] = { x.x, x.y, x.z, x.w };
-        FASA_UNROLL
-        for (int32_t j = 0; j < 4; ++j) {
-            res[2*j + 0] = fasa_from_f16((uint16_t) (pairs[j] & 0xFFFF));
-            res[2*j + 1] = fasa_from_f16((uint16_t) (pairs[j] >> 16));
-        }
-    }
-};
-
-template <> struct fasa_rows<FASA_TYPE_BF16> {
-    FASA_FN_MEMBER void load(FASA_GLOBAL const char * row, int32_t i, FASA_THREAD float * res) {
-        const uint4    x = ((FASA_GLOBAL const uint4 *) row)[i];
-        const uint32_t pairs[4] = { x.x, x.y, x.z, x.w };
-        FASA_UNROLL
-        for (int32_t j = 0; j < 4; ++j) {
-            res[2*j + 0] = fasa_float(pairs[j] << 16);
-            res[2*j + 1] = fasa_float(pairs[j] & 0xFFFF0000u);
-        }
-    }
-};
-
-// blocks of 32: an f16 scale, then a byte for each element
-template <> struct fasa_rows<FASA_TYPE_Q8_0> {
-    FASA_FN_MEMBER void load(FASA_GLOBAL const char * row, int32_t i, FASA_THREAD float * res) {
-        FASA_GLOBAL const char * block = row + i/4*34;
-        const float      d     = fasa_from_f16(*(FASA_GLOBAL const uint16_t *) block);
-        const fasa_bytes bytes = fasa_load_bytes(block + 2 + i%4*8);
-        FASA_UNROLL
-        for (int32_t j = 0; j < 8; ++j) {
-            res[j] = d*(float) (int8_t) fasa_byte(bytes, j);
-        }
-    }
-};
-
-// blocks of 32: an f16 scale, then 16 bytes, the lower halves of which are the first 16 elements
-template <> struct fasa_rows<FASA_TYPE_Q4_0> {
-    FASA_FN_MEMBER void load(FASA_GLOBAL const char * row, int32_t i, FASA_THREAD float * res) {
-        FASA_GLOBAL const char * block = row + i/4*18;
-        const float      d     = fasa_from_f16(*(FASA_GLOBAL const uint16_t *) block);
-        const fasa_bytes bytes = fasa_load_bytes(block + 2 + i%2*8);
-        const int32_t    shift = i%4/2*4;
-        FASA_UNROLL
-        for (int32_t j = 0; j < 8; ++j) {
-            res[j] = d*(float) ((fasa_byte(bytes, j) >> shift & 0xF) - 8);
-        }
-    }
-};
-
-// what lane i reads of the row of a cell; zeros where there is nothing
-template <int TYPE>
-FASA_FN void fasa_load(FASA_GLOBAL const char * rows, uint64_t nb, int32_t n_embd, int32_t id, int32_t i, FASA_THREAD float * res) {
-    if (id >= 0 && i*FASA_ELEMENTS < n_embd) {
-        fasa_rows<TYPE>::load(fasa_row_at(rows, nb, id), i, res);
-    } else {
-        FASA_UNROLL
-        for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-            res[j] = 0.0f;
-        }
-    }
-}
-
-#define FASA_BY_TYPE(type, call)                              \
-    switch (type) {                                           \
-        case FASA_TYPE_F32:  call<FASA_TYPE_F32,  LANES, N> FASA_ATTEND_ARGUMENTS; break; \
-        case FASA_TYPE_F16:  call<FASA_TYPE_F16,  LANES, N> FASA_ATTEND_ARGUMENTS; break; \
-        case FASA_TYPE_BF16: call<FASA_TYPE_BF16, LANES, N> FASA_ATTEND_ARGUMENTS; break; \
-        case FASA_TYPE_Q8_0: call<FASA_TYPE_Q8_0, LANES, N> FASA_ATTEND_ARGUMENTS; break; \
-        case FASA_TYPE_Q4_0: call<FASA_TYPE_Q4_0, LANES, N> FASA_ATTEND_ARGUMENTS; break; \
-    }
+#include "fasa-rows.h"
 
 //
 // split
 //
 
-// in shared memory; sums of all warps come where the logits have been
-struct fasa_attend_shared {
-    FASA_SHARED float   * logits; // [FASA_STEP, N], then weights
-    FASA_SHARED float   * max;    // [N]
-    FASA_SHARED float   * sum;    // [N]
-    FASA_SHARED float   * factor; // [N] by which sums so far shrink
-    FASA_SHARED int32_t * ids;    // [FASA_STEP]
-    FASA_SHARED float   * out;    // [LANES*FASA_ELEMENTS, FASA_WARPS]
+// The sums, over the lanes that differ in bits FROM to TO of their number, of V numbers that each has. At every step a lane gives
+// half of what it has away, as long as that is two, so that in the end the lanes, in order, have V/lanes each. (Steps are templates:
+// a loop over them would leave the numbers in memory.)
+template <int V, int FROM, int TO, bool IS_STEP = (FROM >= TO)>
+struct fasa_share_sums {
+    FASA_FN_MEMBER void step(FASA_THREAD float * x, int32_t lane) {
+        const bool upper = lane & FROM;
+        if (V > 1) {
+            FASA_UNROLL
+            for (int32_t i = 0; i < V/2; ++i) {
+                const float given = upper ? x[i] : x[i + V/2];
+                x[i] = (upper ? x[i + V/2] : x[i]) + fasa_shuffle_xor(given, FROM);
+            }
+        } else {
+            x[0] += fasa_shuffle_xor(x[0], FROM);
+        }
+        fasa_share_sums<(V > 1 ? V/2 : 1), FROM/2, TO>::step(x, lane);
+    }
 };
 
-// lanes that read a row together, LANES of them; each reads cells at.index/LANES, and so on by FASA_THREADS/LANES
-template <int TYPE, int LANES, int N>
-FASA_FN void fasa_attend_logits(
-        FASA_GLOBAL const char * rows, uint64_t nb, int32_t n_embd,
+template <int V, int FROM, int TO>
+struct fasa_share_sums<V, FROM, TO, false> {
+    FASA_FN_MEMBER void step(FASA_THREAD float *, int32_t) {}
+};
+
+// rows that a set of lanes has on the way at once
+#define FASA_ROWS 2
+
+// logits of a set of lanes: FASA_ROWS for each of N query heads, the rows of a head side by side, shared out to the lanes in order
+#define FASA_LOGITS(N)              (FASA_ROWS*N)
+#define FASA_LOGITS_EACH(LANES, N)  (FASA_LOGITS(N) > LANES ? FASA_LOGITS(N)/LANES : 1) // of a lane
+#define FASA_LOGIT_LANES(LANES, N)  (FASA_LOGITS(N) > LANES ? 1 : LANES/FASA_LOGITS(N)) // that have the same one
+
+// What a set of lanes knows of N query heads. A lane knows the greatest logit of the head whose logits it has, in units of
+// log(2), and a sum of weights relative to it: of its own logits.
+template <int N>
+struct fasa_sums {
+    float max;
+    float sum;
+    float out[N][FASA_ELEMENTS]; // weighted rows of V
+};
+
+FASA_FN float fasa_logit(FASA_THREAD const fasa_attend_args & args, float dot) {
+    float logit = dot*args.scale;
+    if (args.logit_softcap != 0.0f) {
+        logit = args.logit_softcap*fasa_tanh(logit);
+    }
+    return logit*FASA_LOG2_E;
+}
+
+// what the lane that has it tells of logit i
+template <int LANES, int N>
+FASA_FN float fasa_tell(FASA_THREAD const float (& x)[FASA_LOGITS_EACH(LANES, N)], int32_t i, int32_t lane) {
+    const int32_t each = FASA_LOGITS_EACH(LANES, N);
+    return fasa_shuffle(x[i%each], lane/LANES*LANES + i/each*FASA_LOGIT_LANES(LANES, N));
+}
+
+// TYPE: of K and V, or any if it is negative
+template <int TYPE, int LANES, int N, typename CELLS>
+FASA_FN void fasa_attend_rows(
+        FASA_THREAD const fasa_attend_args & args,
+        FASA_GLOBAL const char   * k,
+        FASA_GLOBAL const char   * v,
+        FASA_THREAD const CELLS  & cells,
         FASA_THREAD const float (& q)[N][FASA_ELEMENTS],
-        FASA_THREAD const fasa_attend_shared & shared,
+        FASA_THREAD fasa_sums<N> & sums,
         fasa_at at) {
-    const int32_t lane = at.lane%LANES;
+    const int32_t type_k = TYPE < 0 ? args.type_k : TYPE;
+    const int32_t type_v = TYPE < 0 ? args.type_v : TYPE;
+    const int32_t n_sets = FASA_WARP/LANES;
+    const int32_t n_each = FASA_LOGITS_EACH(LANES, N);
+    const int32_t lane   = at.lane%LANES;
 
-    FASA_UNROLL_ROWS
-    for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
-        const int32_t slot = i + at.index/LANES;
+    const bool has_k = lane*FASA_ELEMENTS < args.n_embd_k;
+    const bool has_v = lane*FASA_ELEMENTS < args.n_embd_v;
 
-        float x[FASA_ELEMENTS];
-        fasa_load<TYPE>(rows, nb, n_embd, shared.ids[slot], lane, x);
+    // a warp has rows that follow each other: where there are few, others have nothing to do
+    FASA_ROLLED
+    for (int32_t i0 = at.warp*FASA_ROWS*n_sets; i0 < cells.n; i0 += FASA_WARPS*FASA_ROWS*n_sets) {
+        fasa_raw raw_k[FASA_ROWS];
+        fasa_raw raw_v[FASA_ROWS];
+        bool     listed[FASA_ROWS];
         FASA_UNROLL
-        for (int32_t n = 0; n < N; ++n) {
-            float sum = 0.0f;
+        for (int32_t ir = 0; ir < FASA_ROWS; ++ir) {
+            const int32_t i  = i0 + ir*n_sets + at.lane/LANES;
+            const int32_t id = i < cells.n ? fasa_cell_at(cells, i) : -1;
+            listed[ir] = id >= 0;
             FASA_UNROLL
             for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-                sum += x[j]*q[n][j];
+                raw_k[ir].x[j] = 0; // zero in all types
+                raw_v[ir].x[j] = 0;
             }
-            sum = fasa_warp_sum(sum, 1, LANES);
-            if (lane == n%LANES) {
-                shared.logits[n*FASA_STEP + slot] = sum;
+            if (listed[ir] && has_k) {
+                fasa_load_raw(type_k, fasa_row_at(k, args.nb_k2, id), lane, raw_k[ir]);
+            }
+            if (listed[ir] && has_v) {
+                fasa_load_raw(type_v, fasa_row_at(v, args.nb_v2, id), lane, raw_v[ir]);
+            }
+        }
+
+        float dots[FASA_LOGITS(N)];
+        FASA_UNROLL
+        for (int32_t ir = 0; ir < FASA_ROWS; ++ir) {
+            float x[FASA_ELEMENTS];
+            fasa_to_floats(type_k, raw_k[ir], lane, x);
+            FASA_UNROLL
+            for (int32_t n = 0; n < N; ++n) {
+                float dot = 0.0f;
+                FASA_UNROLL
+                for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
+                    dot += x[j]*q[n][j];
+                }
+                dots[n*FASA_ROWS + ir] = dot;
+            }
+        }
+        fasa_share_sums<FASA_LOGITS(N), LANES/2, 1>::step(dots, lane);
+
+        // of the logits that a lane has, which are rows of one head
+        float weights[n_each];
+        bool  has_row[n_each];
+        float max = sums.max;
+        FASA_UNROLL
+        for (int32_t i = 0; i < n_each; ++i) {
+            const int32_t ir = (lane/FASA_LOGIT_LANES(LANES, N)*n_each + i)%FASA_ROWS;
+            weights[i] = fasa_logit(args, dots[i]);
+            has_row[i] = ir == 0 ? listed[0] : listed[1];
+            max = has_row[i] ? fasa_greater(weights[i], max) : max;
+        }
+        if (n_each < FASA_ROWS) {
+            max = fasa_greater(fasa_shuffle_xor(max, FASA_LOGIT_LANES(LANES, N)), max);
+        }
+        float factor[n_each];
+        factor[0] = fasa_exp2(sums.max - max);
+        sums.max  = max;
+        sums.sum *= factor[0];
+        FASA_UNROLL
+        for (int32_t i = 0; i < n_each; ++i) {
+            weights[i] = has_row[i] ? fasa_exp2(weights[i] - max) : 0.0f; // NaN stays NaN
+            sums.sum += weights[i];
+            factor[i] = factor[0];
+        }
+
+        float x[FASA_ROWS][FASA_ELEMENTS];
+        fasa_to_floats(type_v, raw_v[0], lane, x[0]);
+        fasa_to_floats(type_v, raw_v[1], lane, x[1]);
+        FASA_UNROLL
+        for (int32_t n = 0; n < N; ++n) {
+            const float shrink = fasa_tell<LANES, N>(factor,  n*FASA_ROWS, at.lane);
+            const float first  = fasa_tell<LANES, N>(weights, n*FASA_ROWS, at.lane);
+            const float second = fasa_tell<LANES, N>(weights, n*FASA_ROWS + 1, at.lane);
+            FASA_UNROLL
+            for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
+                sums.out[n][j] = sums.out[n][j]*shrink + first*x[0][j] + second*x[1][j];
             }
         }
     }
 }
 
-template <int TYPE, int LANES, int N>
-FASA_FN void fasa_attend_sums(
-        FASA_GLOBAL const char * rows, uint64_t nb, int32_t n_embd,
-        FASA_THREAD float (& out)[N][FASA_ELEMENTS],
-        FASA_THREAD const fasa_attend_shared & shared,
+// query heads whose sums of all warps are in shared memory together
+#define FASA_MERGED(LANES, N) (64/LANES < N ? 64/LANES : N)
+
+// floats of shared memory for the sums of all warps
+#define FASA_SUMS_SHARED(LANES, N) (FASA_WARPS*(FASA_MERGED(LANES, N)*(LANES + 1)*FASA_ELEMENTS + 2*N))
+
+// The sums of all lanes of a block: partial [n_embd_v + 2, n_splits, n_heads] gets the n-th split's of n_heads <= N heads.
+template <int LANES, int N>
+FASA_FN void fasa_merge_sums(
+        FASA_THREAD const fasa_attend_args & args,
+        FASA_THREAD fasa_sums<N> & sums,
+        FASA_GLOBAL float        * partial,
+        int32_t split, int32_t n_heads,
+        FASA_SHARED float        * shared,
         fasa_at at) {
-    const int32_t lane = at.lane%LANES;
+    const int32_t n_sets   = FASA_WARP/LANES;
+    const int32_t n_merged = FASA_MERGED(LANES, N);
+    const int32_t n_each   = FASA_LOGITS_EACH(LANES, N);
+    const int32_t n_row    = FASA_ELEMENTS*(LANES + 1); // one more, or lanes would share banks
+    const int32_t lane     = at.lane%LANES;
 
-    FASA_UNROLL_ROWS
-    for (int32_t i = 0; i < FASA_STEP; i += FASA_THREADS/LANES) {
-        const int32_t slot = i + at.index/LANES;
+    // the head whose logits the lane has
+    const int32_t own     = lane/FASA_LOGIT_LANES(LANES, N)*n_each/FASA_ROWS;
+    const bool    is_told = at.lane < LANES && lane%(FASA_LOGIT_LANES(LANES, N)*(n_each < FASA_ROWS ? FASA_ROWS : 1)) == 0;
 
-        float x[FASA_ELEMENTS];
-        fasa_load<TYPE>(rows, nb, n_embd, shared.ids[slot], lane, x);
+    FASA_SHARED float * warp_max = shared; // [N, FASA_WARPS]
+    FASA_SHARED float * warp_sum = warp_max + N*FASA_WARPS;
+    FASA_SHARED float * warp_out = warp_sum + N*FASA_WARPS; // [LANES + 1, FASA_ELEMENTS, n_merged, FASA_WARPS]
+
+    float max = sums.max;
+    FASA_UNROLL
+    for (int32_t mask = LANES; mask < FASA_WARP; mask *= 2) {
+        max = fasa_greater(fasa_shuffle_xor(max, mask), max);
+    }
+    if (is_told) {
+        warp_max[at.warp*N + own] = max;
+    }
+    fasa_sync_block();
+
+    FASA_UNROLL
+    for (int32_t i = 0; i < FASA_WARPS; ++i) {
+        max = fasa_greater(warp_max[i*N + own], max);
+    }
+    float factor[n_each];
+    FASA_UNROLL
+    for (int32_t i = 0; i < n_each; ++i) {
+        factor[i] = fasa_exp2(sums.max - max);
+    }
+    float sum = fasa_warp_sum(sums.sum*factor[0], LANES, FASA_WARP);
+    if (n_each < FASA_ROWS) {
+        sum += fasa_shuffle_xor(sum, FASA_LOGIT_LANES(LANES, N));
+    }
+    if (is_told) {
+        warp_sum[at.warp*N + own] = sum;
+    }
+
+    const int64_t n_partial = args.n_embd_v + 2;
+
+    FASA_UNROLL
+    for (int32_t n0 = 0; n0 < N; n0 += n_merged) {
+        float out[n_merged*FASA_ELEMENTS];
         FASA_UNROLL
-        for (int32_t n = 0; n < N; ++n) {
-            const float weight = shared.logits[n*FASA_STEP + slot];
+        for (int32_t n = 0; n < n_merged; ++n) {
+            const float own_factor = fasa_tell<LANES, N>(factor, (n0 + n)*FASA_ROWS, at.lane);
             FASA_UNROLL
             for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-                out[n][j] += weight*x[j];
+                out[n*FASA_ELEMENTS + j] = sums.out[n0 + n][j]*own_factor;
             }
         }
+        fasa_share_sums<FASA_MERGED(LANES, N)*FASA_ELEMENTS, FASA_WARP/2, LANES>::step(out, at.lane);
+        FASA_UNROLL
+        for (int32_t i = 0; i < n_merged*FASA_ELEMENTS/n_sets; ++i) {
+            const int32_t element = at.lane/LANES*(n_merged*FASA_ELEMENTS/n_sets) + i;
+            warp_out[at.warp*n_merged*n_row + element*(LANES + 1) + lane] = out[i];
+        }
+        fasa_sync_block();
+
+        FASA_ROLLED
+        for (int32_t i = at.index; i < n_merged*LANES*FASA_ELEMENTS; i += FASA_THREADS) {
+            const int32_t n = i/(LANES*FASA_ELEMENTS);
+            const int32_t d = i%(LANES*FASA_ELEMENTS);
+            if (n0 + n < n_heads && d < args.n_embd_v) {
+                FASA_SHARED const float * from = warp_out + n*n_row + d%FASA_ELEMENTS*(LANES + 1) + d/FASA_ELEMENTS;
+                float all = 0.0f;
+                FASA_UNROLL
+                for (int32_t iw = 0; iw < FASA_WARPS; ++iw) {
+                    all += from[iw*n_merged*n_row];
+                }
+                partial[((int64_t) (n0 + n)*args.n_splits + split)*n_partial + d] = all;
+            }
+        }
+        if (n0 + n_merged < N) {
+            fasa_sync_block();
+        }
+    }
+    if (at.index < n_heads) {
+        float greatest = warp_max[at.index];
+        float all      = warp_sum[at.index];
+        FASA_UNROLL
+        for (int32_t i = 1; i < FASA_WARPS; ++i) {
+            greatest = fasa_greater(warp_max[i*N + at.index], greatest);
+            all     += warp_sum[i*N + at.index];
+        }
+        FASA_GLOBAL float * to = partial + ((int64_t) at.index*args.n_splits + split)*n_partial + args.n_embd_v;
+        to[0] = greatest;
+        to[1] = all;
     }
 }
 
-// logits to weights, by one warp for each head
-FASA_FN void fasa_attend_weights(FASA_THREAD const fasa_attend_args & args, FASA_THREAD const fasa_attend_shared & shared, int32_t n, int32_t lane) {
-    FASA_SHARED float * logits = shared.logits + n*FASA_STEP;
+// the query heads of a tile, nothing attended to yet; q: of the first of them
+template <int LANES, int N>
+FASA_FN void fasa_begin_tile(
+        FASA_THREAD const fasa_attend_args & args,
+        FASA_GLOBAL const char   * q,
+        int32_t n_heads,
+        FASA_THREAD float (& q_own)[N][FASA_ELEMENTS],
+        FASA_THREAD fasa_sums<N> & sums,
+        fasa_at at) {
+    const int32_t lane = at.lane%LANES;
 
-    const float before = shared.max[n];
-
-    float max = before;
-    for (int32_t i = lane; i < FASA_STEP; i += FASA_WARP) {
-        float logit = logits[i]*args.scale;
-        if (args.logit_softcap != 0.0f) {
-            logit = args.logit_softcap*fasa_tanh(logit);
+    FASA_UNROLL
+    for (int32_t n = 0; n < N; ++n) {
+        fasa_raw raw = { { 0, 0, 0, 0, 0, 0, 0, 0 } };
+        if (n < n_heads && lane*FASA_ELEMENTS < args.n_embd_k) {
+            fasa_load_raw(FASA_TYPE_F32, q + n*args.nb_q1, lane, raw);
         }
-        logits[i] = logit*FASA_LOG2_E;
-        max = shared.ids[i] >= 0 ? fasa_greater(logits[i], max) : max;
+        fasa_to_floats(FASA_TYPE_F32, raw, lane, q_own[n]);
+        FASA_UNROLL
+        for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
+            sums.out[n][j] = 0.0f;
+        }
     }
-    max = fasa_warp_max(max);
+    sums.max = -FASA_FLT_MAX;
+    sums.sum = 0.0f;
+}
 
-    float sum = 0.0f;
-    for (int32_t i = lane; i < FASA_STEP; i += FASA_WARP) {
-        const float weight = shared.ids[i] >= 0 ? fasa_exp2(logits[i] - max) : 0.0f; // NaN stays NaN
-        logits[i] = weight;
-        sum += weight;
-    }
-    sum = fasa_warp_sum(sum, 1, FASA_WARP);
-
-    if (lane == 0) {
-        const float factor = fasa_exp2(before - max);
-        shared.factor[n] = factor;
-        shared.sum[n]    = shared.sum[n]*factor + sum;
-        shared.max[n]    = max;
+// attention to some cells more
+template <int LANES, int N>
+FASA_FN void fasa_attend_cells(
+        FASA_THREAD const fasa_attend_args & args,
+        FASA_GLOBAL const char   * k,
+        FASA_GLOBAL const char   * v,
+        FASA_THREAD const fasa_cells & cells,
+        FASA_THREAD const float (& q)[N][FASA_ELEMENTS],
+        FASA_THREAD fasa_sums<N> & sums,
+        fasa_at at) {
+    if (args.type_k == FASA_TYPE_F16 && args.type_v == FASA_TYPE_F16) {
+        fasa_attend_rows<FASA_TYPE_F16, LANES, N>(args, k, v, cells, q, sums, at);
+    } else {
+        fasa_attend_rows<-1, LANES, N>(args, k, v, cells, q, sums, at);
     }
 }
 
 // blocks: at.x by split, at.y by tile of query heads, list, token, stream
 // partial: [n_embd_v + 2, n_splits, n_head, n_tokens, n_stream] weighted sum of V, greatest logit in units of log(2), sum of weights
+// shared: [FASA_SUMS_SHARED] floats
 template <int LANES, int N>
 FASA_FN void fasa_attend_split(
         FASA_THREAD const fasa_attend_args & args,
@@ -231,156 +338,95 @@ FASA_FN void fasa_attend_split(
         FASA_GLOBAL const int32_t * idx,
         FASA_GLOBAL const char    * mask,
         FASA_GLOBAL float         * partial,
-        FASA_SHARED char          * memory,
+        FASA_SHARED char          * shared,
         fasa_at at) {
     const int32_t tile   = at.y % args.n_tiles;
     const int32_t list   = at.y / args.n_tiles % args.n_list;
     const int32_t token  = at.y / args.n_tiles / args.n_list % args.n_tokens;
     const int32_t stream = at.y / args.n_tiles / args.n_list / args.n_tokens;
 
-    const int32_t head0   = list*args.n_group + tile*N;
-    const int32_t n_heads = fasa_min(N, args.n_group - tile*N);
+    const int32_t head    = list*args.n_group + tile*N;
     const int32_t head_kv = list/args.n_shared;
+    const int64_t row     = (int64_t) stream*args.n_tokens + token;
 
-    fasa_attend_shared shared;
-    shared.max    = (FASA_SHARED float *) memory;
-    shared.sum    = shared.max + FASA_MAX_TILE;
-    shared.factor = shared.sum + FASA_MAX_TILE;
-    shared.ids    = (FASA_SHARED int32_t *) (shared.factor + FASA_MAX_TILE);
-    shared.logits = (FASA_SHARED float *) (shared.ids + FASA_STEP);
-    shared.out    = shared.logits;
+    fasa_cells cells;
+    cells.list  = args.has_list ? idx + (row*args.n_list + list)*args.n_cells : nullptr;
+    cells.mask  = args.has_list ? nullptr : (FASA_GLOBAL const uint16_t *) (mask + token*args.nb_mask1 + stream*args.nb_mask3);
+    cells.cell0 = at.x*args.n_split;
+    cells.n     = fasa_min(args.n_split, args.n_cells - cells.cell0);
 
-    q += token*args.nb_q2 + stream*args.nb_q3;
-    k += head_kv*args.nb_k1 + stream*args.nb_k3;
-    v += head_kv*args.nb_v1 + stream*args.nb_v3;
-    if (args.has_list) {
-        idx += ((int64_t) (stream*args.n_tokens + token)*args.n_list + list)*args.n_cells;
-    } else {
-        mask += token*args.nb_mask1 + stream*args.nb_mask3;
-    }
+    const int32_t n_heads = fasa_min(N, args.n_group - tile*N);
 
-    const int32_t lane = at.lane%LANES;
-
-    float q_own[N][FASA_ELEMENTS];
-    float out[N][FASA_ELEMENTS];
-    FASA_UNROLL
-    for (int32_t n = 0; n < N; ++n) {
-        const bool is_head = n < n_heads && lane*FASA_ELEMENTS < args.n_embd_k;
-        FASA_GLOBAL const float * q_row = (FASA_GLOBAL const float *) (q + (head0 + (n < n_heads ? n : 0))*args.nb_q1);
-        FASA_UNROLL
-        for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-            q_own[n][j] = is_head ? q_row[lane*FASA_ELEMENTS + j] : 0.0f;
-            out[n][j]   = 0.0f;
-        }
-    }
-    if (at.index < N) {
-        shared.max[at.index] = -FASA_FLT_MAX;
-        shared.sum[at.index] = 0.0f;
-    }
-
-    const int32_t cell0 = at.x*args.n_split;
-    const int32_t cell1 = fasa_min(cell0 + args.n_split, args.n_cells);
-
-    for (int32_t cell = cell0; cell < cell1; cell += FASA_STEP) {
-        if (at.index < FASA_STEP) {
-            const int32_t i = cell + at.index;
-            shared.ids[at.index] = i >= cell1 ? -1 : args.has_list ? idx[i] : ((FASA_GLOBAL const uint16_t *) mask)[i] != FASA_F16_MASKED ? i : -1;
-        }
-        fasa_sync_block();
-
-        // a row of V by warp at a time: they are on their way while K is worked on
-        for (int32_t i = at.warp; i < FASA_STEP; i += FASA_WARPS) {
-            if (shared.ids[i] >= 0 && at.lane*FASA_PREFETCHED < args.n_bytes_v) {
-                fasa_prefetch(fasa_row_at(v, args.nb_v2, shared.ids[i]) + at.lane*FASA_PREFETCHED);
-            }
-        }
-#define FASA_ATTEND_ARGUMENTS (k, args.nb_k2, args.n_embd_k, q_own, shared, at)
-        FASA_BY_TYPE(args.type_k, fasa_attend_logits)
-#undef FASA_ATTEND_ARGUMENTS
-        fasa_sync_block();
-
-        if (at.warp < N) {
-            fasa_attend_weights(args, shared, at.warp, at.lane);
-        }
-        fasa_sync_block();
-
-        FASA_UNROLL
-        for (int32_t n = 0; n < N; ++n) {
-            const float factor = shared.factor[n];
-            FASA_UNROLL
-            for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-                out[n][j] *= factor;
-            }
-        }
-#define FASA_ATTEND_ARGUMENTS (v, args.nb_v2, args.n_embd_v, out, shared, at)
-        FASA_BY_TYPE(args.type_v, fasa_attend_sums)
-#undef FASA_ATTEND_ARGUMENTS
-        fasa_sync_block();
-    }
-
-    const int64_t n_partial = args.n_embd_v + 2;
-
-    FASA_UNROLL
-    for (int32_t n = 0; n < N; ++n) {
-        FASA_UNROLL
-        for (int32_t j = 0; j < FASA_ELEMENTS; ++j) {
-            const float sum = fasa_warp_sum(out[n][j], LANES, FASA_WARP);
-            if (at.lane < LANES) {
-                shared.out[at.warp*LANES*FASA_ELEMENTS + lane*FASA_ELEMENTS + j] = sum;
-            }
-        }
-        fasa_sync_block();
-
-        FASA_GLOBAL float * res = partial +
-            (((int64_t) (stream*args.n_tokens + token)*args.n_head + head0 + n)*args.n_splits + at.x)*n_partial;
-
-        if (n < n_heads && at.index < args.n_embd_v) {
-            float sum = 0.0f;
-            for (int32_t i = 0; i < FASA_WARPS; ++i) {
-                sum += shared.out[i*LANES*FASA_ELEMENTS + at.index];
-            }
-            res[at.index] = sum;
-        }
-        if (n < n_heads && at.index == 0) {
-            res[args.n_embd_v + 0] = shared.max[n];
-            res[args.n_embd_v + 1] = shared.sum[n];
-        }
-        fasa_sync_block();
-    }
+    float        q_own[N][FASA_ELEMENTS];
+    fasa_sums<N> sums;
+    fasa_begin_tile<LANES, N>(args, q + head*args.nb_q1 + token*args.nb_q2 + stream*args.nb_q3, n_heads, q_own, sums, at);
+    fasa_attend_cells<LANES, N>(args, k + head_kv*args.nb_k1 + stream*args.nb_k3, v + head_kv*args.nb_v1 + stream*args.nb_v3, cells, q_own, sums, at);
+    fasa_merge_sums<LANES, N>(args, sums, partial + (row*args.n_head + head)*args.n_splits*(args.n_embd_v + 2), at.x, n_heads, (FASA_SHARED float *) shared, at);
 }
 
 //
 // combine
 //
 
-// blocks: at.x by query head, token, stream; out: [n_embd_v, n_head, n_tokens, n_stream]
+// blocks: at.y by list, token, stream; out: [n_embd_v, n_head, n_tokens, n_stream]; shared: [n_splits, n_group] floats
 FASA_FN void fasa_attend_combine(
         FASA_THREAD const fasa_attend_args & args,
         FASA_GLOBAL const float * partial,
         FASA_GLOBAL const float * sinks,
         FASA_GLOBAL float       * out,
+        FASA_SHARED float       * shared,
         fasa_at at) {
     const int64_t n_partial = args.n_embd_v + 2;
+    const int64_t head0     = (int64_t) at.y*args.n_group; // of all tokens
 
-    partial += at.x*args.n_splits*n_partial;
+    partial += head0*args.n_splits*n_partial;
+    out     += head0*args.n_embd_v;
 
-    const float sink = args.has_sinks ? sinks[at.x%args.n_head]*FASA_LOG2_E : -FASA_FLT_MAX;
+    // what a split's sums count in the end, a head by warp
+    FASA_ROLLED
+    for (int32_t ig = at.warp; ig < args.n_group; ig += FASA_WARPS) {
+        FASA_GLOBAL const float * from    = partial + ig*args.n_splits*n_partial + args.n_embd_v;
+        FASA_SHARED       float * factors = shared + ig*args.n_splits;
 
-    if (at.index >= args.n_embd_v) {
-        return;
+        const float sink = args.has_sinks ? sinks[(head0 + ig)%args.n_head]*FASA_LOG2_E : -FASA_FLT_MAX;
+
+        float max = sink;
+        float sum = args.has_sinks && at.lane == 0 ? 1.0f : 0.0f;
+        FASA_ROLLED
+        for (int32_t i = at.lane; i < args.n_splits; i += FASA_WARP) {
+            const float2 own      = *(FASA_GLOBAL const float2 *) (from + i*n_partial);
+            const float  greatest = fasa_greater(own.x, max);
+            sum = sum*fasa_exp2(max - greatest) + own.y*fasa_exp2(own.x - greatest);
+            max = greatest;
+            factors[i] = own.x;
+        }
+        const float greatest = fasa_warp_max(max);
+        sum = fasa_warp_sum(sum*fasa_exp2(max - greatest), 1, FASA_WARP);
+        const float inverse = sum == 0.0f ? 0.0f : fasa_div(1.0f, sum); // zeros for a head without cells
+        FASA_ROLLED
+        for (int32_t i = at.lane; i < args.n_splits; i += FASA_WARP) {
+            factors[i] = fasa_exp2(factors[i] - greatest)*inverse;
+        }
     }
-    float max = sink;
-    for (int32_t i = 0; i < args.n_splits; ++i) {
-        max = fasa_greater(partial[i*n_partial + args.n_embd_v], max);
-    }
+    fasa_sync_block();
 
-    float sum = args.has_sinks ? fasa_exp2(sink - max) : 0.0f;
-    float res = 0.0f;
-    for (int32_t i = 0; i < args.n_splits; ++i) {
-        FASA_GLOBAL const float * from = partial + i*n_partial;
-        const float factor = fasa_exp2(from[args.n_embd_v] - max);
-        sum += from[args.n_embd_v + 1]*factor;
-        res += from[at.index]*factor;
+    FASA_ROLLED
+    for (int32_t i = at.index; i < args.n_group*args.n_embd_v/2; i += FASA_THREADS) {
+        const int32_t ig = i/(args.n_embd_v/2);
+        const int32_t d  = i%(args.n_embd_v/2);
+
+        FASA_GLOBAL const float2 * from    = (FASA_GLOBAL const float2 *) (partial + ig*args.n_splits*n_partial) + d;
+        FASA_SHARED const float  * factors = shared + ig*args.n_splits;
+
+        float a = 0.0f;
+        float b = 0.0f;
+        #pragma unroll 32
+        for (int32_t is = 0; is < args.n_splits; ++is) {
+            const float2 x = from[is*(n_partial/2)];
+            a += x.x*factors[is];
+            b += x.y*factors[is];
+        }
+        out[2*i + 0] = a;
+        out[2*i + 1] = b;
     }
-    out[(int64_t) at.x*args.n_embd_v + at.index] = sum == 0.0f ? 0.0f : res/sum; // zeros for a head without cells
 }

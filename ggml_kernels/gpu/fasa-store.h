@@ -9,8 +9,9 @@ FASA_FN uint32_t fasa_key_element(FASA_THREAD const fasa_store_args & args, FASA
     if (args.type == FASA_TYPE_F16 && !fasa_is_finite_f16(((FASA_GLOBAL const uint16_t *) key)[i])) {
         return 0x7FC00000u; // NaN
     }
-    const uint32_t bits = args.type == FASA_TYPE_F16
-        ? fasa_bits(fasa_from_f16(((FASA_GLOBAL const uint16_t *) key)[i])) : ((FASA_GLOBAL const uint32_t *) key)[i];
+    const uint32_t bits = args.type == FASA_TYPE_F32 ? ((FASA_GLOBAL const uint32_t *) key)[i]
+        : args.type == FASA_TYPE_BF16 ? (uint32_t) ((FASA_GLOBAL const uint16_t *) key)[i] << 16
+        : fasa_bits(fasa_from_f16(((FASA_GLOBAL const uint16_t *) key)[i]));
     if (!fasa_is_finite(bits)) {
         return bits;
     }
@@ -21,40 +22,66 @@ FASA_FN uint32_t fasa_key_element(FASA_THREAD const fasa_store_args & args, FASA
     return args.type_k == FASA_TYPE_BF16 ? fasa_bits(fasa_from_bf16(fasa_to_bf16(fasa_float(bits)))) : bits;
 }
 
+// a warp's key: what is known of it before it is there
+struct fasa_store_key {
+    int64_t id;                // where it lies and its tip belongs, stream by stream; negative: there is none
+    int32_t token;
+    int32_t head;
+    int32_t dims[FASA_QUAD];   // of the lane's first quad, -1: none
+};
+
 // blocks of threads: FASA_WARPS keys each
-FASA_FN void fasa_store(
+FASA_FN fasa_store_key fasa_store_begin(
         FASA_THREAD const fasa_store_args & args,
-        FASA_GLOBAL char          * tips,
-        FASA_GLOBAL const char    * k,
         FASA_GLOBAL const int32_t * dims,
         FASA_GLOBAL const int64_t * idxs,
         fasa_at at) {
     const int32_t ir = at.x*FASA_WARPS + at.warp;
-    if (ir >= args.n_tokens*args.n_head_kv) {
-        return;
-    }
-    const int32_t it = ir/args.n_head_kv;
-    const int32_t ih = ir%args.n_head_kv;
 
-    const int64_t id = idxs[it];
-    if (id < 0 || id >= (int64_t) args.n_cells*args.n_stream) {
+    fasa_store_key res;
+    res.token = ir/args.n_head_kv;
+    res.head  = ir%args.n_head_kv;
+    res.id    = ir < args.n_tokens*args.n_head_kv ? idxs[res.token] : -1;
+    FASA_UNROLL
+    for (int32_t i = 0; i < FASA_QUAD; ++i) {
+        const int32_t id = at.lane*FASA_QUAD + i;
+        res.dims[i] = id < args.n_dim ? dims[res.head*args.n_dim + id] : -1;
+    }
+    return res;
+}
+
+FASA_FN void fasa_store_end(
+        FASA_THREAD const fasa_store_args & args,
+        FASA_THREAD const fasa_store_key  & key,
+        FASA_GLOBAL char          * tips,
+        FASA_GLOBAL const char    * k,
+        FASA_GLOBAL const int32_t * dims,
+        fasa_at at) {
+    if (key.id < 0 || key.id >= (int64_t) args.n_cells*args.n_stream) {
         return;
     }
-    const int32_t is   = (int32_t) (id/args.n_cells);
-    const int32_t cell = (int32_t) (id%args.n_cells);
+    const int32_t is   = (int32_t) (key.id/args.n_cells);
+    const int32_t cell = (int32_t) (key.id%args.n_cells);
     const int32_t slot = cell%FASA_BLOCK_CELLS;
 
-    FASA_GLOBAL char       * block = tips + cell/FASA_BLOCK_CELLS*args.nb_tips1 + ih*args.nb_tips2 + is*args.nb_tips3;
-    FASA_GLOBAL const char * key   = k + ih*args.nb_k1 + it*args.nb_k2;
+    FASA_GLOBAL char       * block = tips + cell/FASA_BLOCK_CELLS*args.nb_tips1 + key.head*args.nb_tips2 + is*args.nb_tips3;
+    FASA_GLOBAL const char * row   = k + key.head*args.nb_k1 + (args.cached ? key.id : key.token)*args.nb_k2;
 
-    dims += ih*args.n_dim;
+    dims += key.head*args.n_dim;
 
+    float first[FASA_QUAD] = { 0.0f, 0.0f, 0.0f, 0.0f }; // most keys have one quad for each lane at most
     float amax   = 0.0f;
     bool  finite = true;
-    for (int32_t i = at.lane; i < args.n_dim; i += FASA_WARP) {
-        const uint32_t bits = fasa_key_element(args, key, dims[i]);
-        finite = finite && fasa_is_finite(bits);
-        amax   = finite ? fasa_greater(fasa_abs(fasa_float(bits)), amax) : 0.0f;
+    FASA_ROLLED
+    for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
+        FASA_UNROLL
+        for (int32_t i = 0; i < FASA_QUAD; ++i) {
+            const int32_t  id   = iq*FASA_QUAD + i;
+            const uint32_t bits = id < args.n_dim ? fasa_key_element(args, row, iq == at.lane ? key.dims[i] : dims[id]) : 0;
+            finite   = finite && fasa_is_finite(bits);
+            amax     = finite ? fasa_greater(fasa_abs(fasa_float(bits)), amax) : 0.0f;
+            first[i] = iq == at.lane ? fasa_float(bits) : first[i];
+        }
     }
     amax   = fasa_warp_max(amax);
     finite = fasa_ballot(!finite) == 0;
@@ -69,12 +96,15 @@ FASA_FN void fasa_store(
     }
 
     FASA_GLOBAL uint32_t * quads = (FASA_GLOBAL uint32_t *) (block + FASA_BLOCK_CELLS*sizeof(uint16_t));
+    FASA_ROLLED
     for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
         uint32_t values = 0;
+        FASA_UNROLL
         for (int32_t i = 0; i < FASA_QUAD; ++i) {
             const int32_t id = iq*FASA_QUAD + i;
-            const float   x  = id < args.n_dim && inverse > 0.0f ? fasa_float(fasa_key_element(args, key, dims[id]))*inverse : 0.0f;
-            values |= (uint32_t) (fasa_max(-127, fasa_min(127, fasa_round(x))) & 0xFF) << 8*i;
+            const float   x  = iq == at.lane ? first[i] : id < args.n_dim ? fasa_float(fasa_key_element(args, row, dims[id])) : 0.0f;
+            const int32_t v  = inverse > 0.0f && id < args.n_dim ? fasa_max(-127, fasa_min(127, fasa_round(x*inverse))) : 0;
+            values |= (uint32_t) (v & 0xFF) << 8*i;
         }
         quads[iq*FASA_BLOCK_CELLS + slot] = values;
     }

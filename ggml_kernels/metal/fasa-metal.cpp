@@ -73,16 +73,16 @@ static void fasa_encode_store(fasa_metal_encoder & e) {
 static void fasa_encode_select(fasa_metal_encoder & e) {
     fasa_select_plan plan(e.op);
     do {
-        const int n_chunks = plan.args.n_chunks;
-        const int n_rows   = plan.args.n_rows;
+        const int n_parts = plan.args.n_parts;
+        const int n_rows  = plan.args.n_rows;
         if (plan.args.row0 > 0) {
             e.barrier();
         }
-        e.dispatch("kernel_fasa_stats", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra() }, n_chunks, n_rows, plan.shared_stats);
+        e.dispatch("kernel_fasa_stats", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra() }, n_parts, n_rows, plan.shared_stats);
         e.barrier();
-        e.dispatch("kernel_fasa_keys", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra(), e.src(4) }, n_chunks, n_rows, plan.shared_keys);
+        e.dispatch("kernel_fasa_keys", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra(), e.src(4) }, n_parts, n_rows, plan.shared_keys);
         e.barrier();
-        e.dispatch("kernel_fasa_mark", plan.args, { e.extra() }, n_chunks, n_rows, plan.shared_mark);
+        e.dispatch("kernel_fasa_mark", plan.args, { e.extra() }, n_parts, n_rows, plan.shared_mark);
         e.barrier();
         e.dispatch("kernel_fasa_list", plan.args, { e.extra(), e.dst() }, 1, n_rows, plan.shared_mark);
     } while (plan.next());
@@ -94,9 +94,9 @@ static void fasa_encode_attend(fasa_metal_encoder & e) {
     char name[64];
     snprintf(name, sizeof(name), "kernel_fasa_split_%d_%d", plan.n_lanes, plan.args.n_tile);
 
-    e.dispatch(name, plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.src(4), e.extra() }, plan.args.n_splits, plan.n_units, plan.shared);
+    e.dispatch(name, plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.src(4), e.extra() }, plan.args.n_splits, plan.n_units, plan.shared_split);
     e.barrier();
-    e.dispatch("kernel_fasa_combine", plan.args, { e.extra(), e.src(5), e.dst() }, plan.n_rows, 1, 0);
+    e.dispatch("kernel_fasa_combine", plan.args, { e.extra(), e.src(5), e.dst() }, 1, plan.n_lists, plan.shared_combine);
 }
 
 void ggml_metal_fasa_encode(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {

@@ -15,8 +15,8 @@ using namespace metal;
 #define FASA_SHARED threadgroup
 #define FASA_THREAD thread
 
-#define FASA_UNROLL       _Pragma("clang loop unroll(full)")
-#define FASA_UNROLL_ROWS _Pragma("clang loop unroll_count(2)") // of whole rows: all of it is compiled whenever a program starts
+#define FASA_UNROLL _Pragma("clang loop unroll(full)")
+#define FASA_ROLLED _Pragma("clang loop unroll(disable)") // run once or twice
 
 // an emulator, to which threadgroup is no word, has another
 #ifndef FASA_SHARED_ARGUMENT
@@ -31,7 +31,9 @@ FASA_FN void     fasa_sync_block()                       { threadgroup_barrier(m
 FASA_FN void     fasa_sync_block_and_memory()            { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 FASA_FN uint32_t fasa_ballot(bool x)                     { return (uint32_t) (simd_vote::vote_t) simd_ballot(x); }
 FASA_FN float    fasa_shuffle_xor(float x, int32_t mask) { return simd_shuffle_xor(x, (ushort) mask); }
+FASA_FN uint32_t fasa_shuffle_xor(uint32_t x, int32_t mask) { return simd_shuffle_xor(x, (ushort) mask); }
 FASA_FN uint32_t fasa_shuffle_up(uint32_t x, int32_t n)  { return simd_shuffle_up(x, (ushort) n); }
+FASA_FN float    fasa_shuffle(float x, int32_t lane)     { return simd_shuffle(x, (ushort) lane); }
 FASA_FN uint32_t fasa_shuffle(uint32_t x, int32_t lane)  { return simd_shuffle(x, (ushort) lane); }
 
 FASA_FN uint32_t fasa_atomic_add_shared(FASA_SHARED uint32_t * p, uint32_t x) {
@@ -58,6 +60,9 @@ FASA_FN uint32_t fasa_load_shared_by_blocks(FASA_GLOBAL const uint32_t * p) {
     return atomic_load_explicit((FASA_GLOBAL const atomic_uint *) p, memory_order_relaxed);
 }
 
+// there are no atomics of 64 bits: of another dispatch only
+FASA_FN uint64_t fasa_load_shared_by_blocks(FASA_GLOBAL const uint64_t * p) { return *p; }
+
 //
 // numbers
 //
@@ -73,6 +78,7 @@ FASA_FN int32_t  fasa_first(uint32_t x)    { return (int32_t) ctz(x); } // lowes
 FASA_FN float    fasa_exp2(float x)        { return metal::exp2(x); }
 FASA_FN float    fasa_log2(float x)        { return metal::log2(x); }
 FASA_FN float    fasa_div(float x, float y) { return precise::divide(x, y); }
+FASA_FN float    fasa_mul(float x, float y) { return x*y; }
 FASA_FN int32_t  fasa_clz(uint32_t x)      { return (int32_t) clz(x); }
 FASA_FN int32_t  fasa_round(float x)       { return (int32_t) metal::rint(x); }
 FASA_FN uint32_t fasa_bits(float x)        { return as_type<uint32_t>(x); }

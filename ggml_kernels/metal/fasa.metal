@@ -27,7 +27,7 @@ kernel void kernel_fasa_store(
     (void) shared;
     const fasa_at at = FASA_HERE;
     const fasa_store_args own = args;
-    fasa_store(own, tips, k, dims, idxs, at);
+    fasa_store_end(own, fasa_store_begin(own, dims, idxs, at), tips, k, dims, at);
 }
 
 [[max_total_threads_per_threadgroup(FASA_THREADS)]]
@@ -119,7 +119,6 @@ kernel void kernel_fasa_combine(
         device       float * out         [[buffer(3)]],
         FASA_PLACE) {
     const fasa_at at = FASA_HERE;
-    (void) shared;
     const fasa_attend_args own = args;
-    fasa_attend_combine(own, partial, sinks, out, at);
+    fasa_attend_combine(own, partial, sinks, out, (threadgroup float *) shared, at);
 }

@@ -4,6 +4,7 @@
 #include "simt-ops.h"
 #include "simt.h"
 
+#include "ggml-fasa/gpu/fasa-fuse.h"
 #include "ggml-fasa/gpu/fasa-plan.h"
 #include "ggml-fasa/metal/fasa-metal.h"
 
@@ -12,8 +13,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace {
@@ -23,11 +26,12 @@ struct language {
     const char * description;
     void   (* compute)(const ggml_tensor * op);
     size_t (* extra)  (const ggml_tensor * op); // bytes behind the op's own
+    bool   (* compute_both)(const ggml_tensor * first, const ggml_tensor * second); // in one launch; may be none
 };
 
 const language languages[] = {
-    { "SIMT-CUDA",  "the CUDA kernels, emulated on the CPU",  simt_cuda_compute,  [](const ggml_tensor *) -> size_t { return 0; } },
-    { "SIMT-METAL", "the Metal kernels, emulated on the CPU", simt_metal_compute, ggml_metal_fasa_extra },
+    { "SIMT-CUDA",  "the CUDA kernels, emulated on the CPU",  simt_cuda_compute,  [](const ggml_tensor *) -> size_t { return 0; }, simt_cuda_compute_both },
+    { "SIMT-METAL", "the Metal kernels, emulated on the CPU", simt_metal_compute, ggml_metal_fasa_extra, nullptr },
 };
 constexpr size_t n_languages = sizeof(languages)/sizeof(languages[0]);
 
@@ -70,53 +74,110 @@ const ggml_backend_buffer_type_i buffer_type_iface = {
 // graphs
 //
 
-// The op again, its tensors in memory with guards around: the sources read-only, but for what the op writes to.
-void compute_guarded(const language & language, ggml_tensor * op) {
-    ggml_tensor * written = op->op == GGML_OP_FASA_STORE ? op->src[0] : op;
+// Ops again, their tensors in memory with guards around: what none of them writes to is read-only.
+class guarded_ops {
+public:
+    explicit guarded_ops(const language & gpu) : gpu(gpu) {}
 
-    std::map<const ggml_tensor *, std::unique_ptr<simt::guarded>> memory;
-    const auto move = [&](const ggml_tensor * t) {
-        auto & to = memory[t];
-        to.reset(new simt::guarded(ggml_nbytes(t) + (t == op ? language.extra(op) : 0), (size_t) t->data));
-        memcpy(to->data(), t->data, ggml_nbytes(t));
-        if (t != written) {
-            to->make_read_only();
+    // a copy of an op that is computed with these
+    ggml_tensor * add(const ggml_tensor * op) {
+        const ggml_tensor * written = written_by(op);
+        if (!memory.count(written->data)) {
+            move(written, written == op ? gpu.extra(op) : 0);
         }
-        ggml_tensor res = *t;
-        res.data = to->data();
-        return res;
-    };
+        results.push_back(written);
 
-    ggml_tensor copy = *op;
-    ggml_tensor sources[GGML_MAX_SRC];
-    for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        if (op->src[i]) {
-            sources[i]  = move(op->src[i]);
-            copy.src[i] = &sources[i];
+        copies.push_back(*op);
+        ggml_tensor & copy = copies.back();
+        copy.data = memory.at(written->data)->data();
+        for (int i = 0; i < GGML_MAX_SRC; ++i) {
+            if (op->src[i]) {
+                if (!memory.count(op->src[i]->data)) {
+                    move(op->src[i], 0)->make_read_only();
+                }
+                copies.push_back(*op->src[i]);
+                copies.back().data = memory.at(op->src[i]->data)->data();
+                copy.src[i] = &copies.back();
+            }
+        }
+        return &copy;
+    }
+
+    void finish() {
+        for (const ggml_tensor * t : results) {
+            memcpy(t->data, memory.at(t->data)->data(), ggml_nbytes(t));
         }
     }
-    copy.data = written == op ? move(op).data : copy.src[0]->data;
 
-    language.compute(&copy);
+private:
+    static const ggml_tensor * written_by(const ggml_tensor * op) {
+        return op->op == GGML_OP_FASA_STORE ? op->src[0] : op;
+    }
 
-    memcpy(written->data, memory[written]->data(), ggml_nbytes(written));
+    simt::guarded * move(const ggml_tensor * t, size_t extra) {
+        auto & to = memory[t->data];
+        to.reset(new simt::guarded(ggml_nbytes(t) + extra, (size_t) t->data));
+        memcpy(to->data(), t->data, ggml_nbytes(t));
+        return to.get();
+    }
+
+    const language & gpu;
+
+    std::map<const void *, std::unique_ptr<simt::guarded>> memory;
+    std::vector<const ggml_tensor *> results;
+    std::list<ggml_tensor> copies;
+};
+
+// what was computed so far, pairs in one launch by both names: "FASA_SELECT+FASA_ATTEND"
+std::map<std::string, int> n_launches;
+
+// the node that one launch computes together with node i, as in ggml-cuda; -1: none
+int other_node(const language & gpu, const ggml_cgraph * graph, int i) {
+    const int store = fasa_fused_store(graph, i);
+    return !gpu.compute_both ? -1 : store > i ? store : fasa_fused_attend(graph, i);
+}
+
+bool compute_both(const language & gpu, const ggml_cgraph * graph, int i, int other) {
+    guarded_ops ops(gpu);
+    // the later one first: it may write to what the other reads
+    const ggml_tensor * second = ops.add(graph->nodes[other]);
+    const ggml_tensor * first  = ops.add(graph->nodes[i]);
+    if (!gpu.compute_both(first, second)) {
+        return false;
+    }
+    ops.finish();
+    n_launches[std::string(ggml_op_name(first->op)) + "+" + ggml_op_name(second->op)]++;
+    return true;
+}
+
+void compute_one(const language & gpu, const ggml_tensor * op) {
+    guarded_ops ops(gpu);
+    gpu.compute(ops.add(op));
+    ops.finish();
+    n_launches[ggml_op_name(op->op)]++;
 }
 
 ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
-    auto * on_cpu = (ggml_backend_t) backend->context;
+    auto *           on_cpu = (ggml_backend_t) backend->context;
+    const language & gpu    = language_of(backend->device);
 
     for (int i = 0; i < graph->n_nodes;) {
+        const int other = other_node(gpu, graph, i);
+        if (other > i && compute_both(gpu, graph, i, other)) {
+            i = other + 1;
+            continue;
+        }
         if (is_ours(graph->nodes[i])) {
-            compute_guarded(language_of(backend->device), graph->nodes[i++]);
+            compute_one(gpu, graph->nodes[i++]);
             continue;
         }
         ggml_cgraph others = *graph;
         others.nodes   = graph->nodes + i;
         others.n_nodes = 0;
-        while (i < graph->n_nodes && !is_ours(graph->nodes[i])) {
+        do {
             others.n_nodes++;
             i++;
-        }
+        } while (i < graph->n_nodes && !is_ours(graph->nodes[i]) && other_node(gpu, graph, i) < 0);
         const auto status = ggml_backend_graph_compute(on_cpu, &others);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
@@ -199,6 +260,9 @@ const ggml_backend_reg_i reg_iface = {
 ggml_backend_reg reg = { GGML_BACKEND_API_VERSION, reg_iface, nullptr };
 
 } // namespace
+
+// how many times the devices have computed a FASA op, or two ops in one launch, for tests
+extern "C" int simt_launches(const char * name) { return n_launches[name]; }
 
 extern "C" { GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void); }
 

@@ -31,8 +31,6 @@ static constexpr size_t MAX_THREADGROUP_MEMORY = 32*1024;
 
 namespace {
 
-alignas(16) char threadgroup_memory[simt::MAX_SHARED + simt::CANARY];
-
 struct dispatch {
     const char *       name = nullptr;
     const struct entry * run = nullptr;
@@ -54,7 +52,7 @@ entry make_entry(void (* function)(A &, P...), std::index_sequence<I...>) {
     return { [function](const dispatch & d) {
         const unsigned i = simt::thread_index.x;
         GGML_ASSERT(d.bytes.size() == sizeof(A));
-        const auto pointer = [&](int index) { return index < (int) sizeof...(I) ? d.buffers.at(index) : threadgroup_memory; };
+        const auto pointer = [&](int index) { return index < (int) sizeof...(I) ? d.buffers.at(index) : (char *) simt::shared_memory(); };
         A args;
         memcpy(&args, d.bytes.data(), sizeof(A));
         function(args, (std::tuple_element_t<I, types>) pointer(I + 1)...,
@@ -84,7 +82,7 @@ const std::map<std::string, entry> entries = {
 };
 
 void run(const dispatch & d) {
-    simt::launch(d.name, d.n_groups, d.n_threads, threadgroup_memory, d.n_shared, [&] { d.run->call(d); });
+    simt::launch(d.name, d.n_groups, d.n_threads, d.n_shared, [&] { d.run->call(d); });
 }
 
 } // namespace

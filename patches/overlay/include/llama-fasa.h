@@ -48,7 +48,7 @@ extern "C" {
         uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to
-        uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget
+        uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget, on a GPU from where it is faster on
         uint32_t max_batch;      // a batch with more tokens of one sequence is a prompt and runs dense
         uint32_t n_tip;          // chunks scored per KV head (N_tip)                  fixed when the model is loaded
         uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded
@@ -123,6 +123,9 @@ extern "C" {
     LLAMA_API void   llama_fasa_get_stats  (const struct llama_context * ctx, struct llama_fasa_stats * stats);
     LLAMA_API void   llama_fasa_reset_stats(struct llama_context * ctx);
     LLAMA_API size_t llama_fasa_tips_size  (const struct llama_context * ctx); // bytes
+
+    // cells from which on the first layers run sparse, with the settings as they are; 0: no layer ever does
+    LLAMA_API uint32_t llama_fasa_min_ctx(const struct llama_context * ctx);
 
     //
     // calibration and evaluation

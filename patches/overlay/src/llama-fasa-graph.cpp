@@ -67,8 +67,6 @@ bool llama_fasa_attn::is_flash_attn(const ggml_tensor * v) const {
 llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
     const auto & params = fasa->params;
 
-    const uint32_t min_ctx = params.min_ctx > 0 ? params.min_ctx : 2*params.budget;
-
     if (graph.hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW; // its cache is another one
     }
@@ -96,7 +94,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (fasa_is_prompt(params, graph.ubatch)) {
         return LLAMA_FASA_REASON_PROMPT;
     }
-    if (mctx.get_n_kv() < min_ctx) {
+    if (mctx.get_n_kv() < mctx.get_fasa_tips()->get_min_ctx(il, params)) {
         return LLAMA_FASA_REASON_SHORT_CONTEXT;
     }
     return LLAMA_FASA_REASON_NONE;
@@ -153,7 +151,10 @@ ggml_tensor * llama_fasa_attn::build(
     if (tips && tips->get_layer(il).tips) {
         const auto & layer = tips->get_layer(il);
 
-        ggml_tensor * stored = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
+        ggml_tensor * stored = tips->build_store_cached(ctx0, il, k_idxs, q != q_cur);
+        if (!stored) {
+            stored = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
+        }
         graph.cb(stored, "fasa_store", il);
         ggml_build_forward_expand(gf, stored);
     }

@@ -12,6 +12,10 @@
 #include <numeric>
 #include <stdexcept>
 
+static bool fasa_can_store_cached(ggml_type type_k) {
+    return type_k == GGML_TYPE_F32 || type_k == GGML_TYPE_F16 || type_k == GGML_TYPE_BF16;
+}
+
 // whether the device that holds K can run the three ops on this layer
 static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int64_t n_dim, int64_t n_head, int64_t n_head_kv) {
     const auto buft = ggml_backend_buffer_get_type(k->buffer);
@@ -54,6 +58,8 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
 
     return
         ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&
+        (!fasa_can_store_cached(k->type) ||
+            ggml_backend_dev_supports_op(dev, ggml_fasa_store_cached(ctx.get(), tips, k_heads, dims, idxs))) &&
         ggml_backend_dev_supports_op(dev, idx) &&
         ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, nullptr, 1.0f, 0.0f));
 }
@@ -122,6 +128,10 @@ llama_fasa_tips::llama_fasa_tips(
         layer.tips = ggml_fasa_new_tips(ctx.get(), k->ne[1], n_dim, n_head_kv, k->ne[2]);
         layer.dims = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
 
+        layer.row_bytes = k->nb[1] + v->nb[1];
+        layer.tip_bytes = ggml_row_size(layer.tips->type, layer.tips->ne[0])*n_head_kv/ggml_fasa_cells_per_block();
+        layer.bandwidth = ggml_fasa_bandwidth(ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k->buffer)));
+
         ggml_format_name(layer.tips, "cache_fasa_tips_l%d", il);
         ggml_format_name(layer.dims, "fasa_dims_l%d", il);
     }
@@ -168,11 +178,35 @@ void llama_fasa_tips::clear() {
 }
 
 const llama_fasa_tips::layer & llama_fasa_tips::get_layer(int32_t il) const {
-    static const layer none = { nullptr, nullptr, nullptr, LLAMA_FASA_REASON_NO_CHUNKS };
+    static const layer none = { nullptr, nullptr, nullptr, LLAMA_FASA_REASON_NO_CHUNKS, 0, 0, 0.0f };
 
     const auto it = layers.find(il);
 
     return it == layers.end() ? none : it->second;
+}
+
+uint32_t llama_fasa_tips::get_min_ctx(int32_t il, const llama_fasa_params & params) const {
+    if (params.min_ctx > 0) {
+        return params.min_ctx;
+    }
+    const auto & layer = layers.at(il);
+
+    const int64_t n_head_kv = model.hparams.n_head_kv(il);
+    const int64_t n_lists   = params.select == LLAMA_FASA_SELECT_HEAD ? model.hparams.n_head(il)/n_head_kv : 1;
+    const int64_t n_faster  = ggml_fasa_min_cells(layer.bandwidth, layer.row_bytes, layer.tip_bytes, params.budget*n_lists);
+
+    return std::max<int64_t>(2*(int64_t) params.budget, n_faster);
+}
+
+uint32_t llama_fasa_tips::get_min_ctx(const llama_fasa_params & params) const {
+    uint32_t res = 0;
+    for (const auto & [il, layer] : layers) {
+        if (layer.tips) {
+            const uint32_t min_ctx = get_min_ctx(il, params);
+            res = res == 0 ? min_ctx : std::min(res, min_ctx);
+        }
+    }
+    return res;
 }
 
 ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const {
@@ -181,6 +215,21 @@ ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, uint32_t
     return ggml_view_4d(ctx, tips,
             tips->ne[0], n_kv/ggml_fasa_cells_per_block(), tips->ne[2], s1 - s0 + 1,
             tips->nb[1], tips->nb[2], tips->nb[3], s0*tips->nb[3]);
+}
+
+ggml_tensor * llama_fasa_tips::build_store_cached(ggml_context * ctx, int32_t il, ggml_tensor * idxs, bool is_rotated) const {
+    const auto & layer = layers.at(il);
+
+    const auto * k = layer.k;
+
+    if (is_rotated || !fasa_can_store_cached(k->type)) {
+        return nullptr;
+    }
+    const int64_t n_head_kv = layer.dims->ne[1];
+
+    ggml_tensor * k_heads = ggml_reshape_3d(ctx, layer.k, k->ne[0]/n_head_kv, n_head_kv, k->ne[1]*k->ne[2]);
+
+    return ggml_fasa_store_cached(ctx, layer.tips, k_heads, layer.dims, idxs);
 }
 
 const std::set<std::pair<llama_pos, uint32_t>> & llama_fasa_tips::get_cells(llama_seq_id seq_id) const {
@@ -227,15 +276,17 @@ public:
     void set_input(const llama_ubatch * /*ubatch*/) override {
         const std::vector<int32_t> rows(cells.begin(), cells.end());
 
-        ggml_backend_tensor_set(k_idxs, rows.data(),  0, ggml_nbytes(k_idxs));
-        ggml_backend_tensor_set(idxs,   cells.data(), 0, ggml_nbytes(idxs));
+        ggml_backend_tensor_set(idxs, cells.data(), 0, ggml_nbytes(idxs));
 
+        if (k_idxs->buffer) {
+            ggml_backend_tensor_set(k_idxs, rows.data(), 0, ggml_nbytes(k_idxs));
+        }
         if (k_rot && k_rot->buffer) {
             kv.set_input_k_rot(k_rot);
         }
     }
 
-    ggml_tensor * k_idxs = nullptr; // I32 [n_cells]
+    ggml_tensor * k_idxs = nullptr; // I32 [n_cells], of no use where keys are read from the cache itself
     ggml_tensor * idxs   = nullptr; // I64 [n_cells]
     ggml_tensor * k_rot  = nullptr; // F32 [n_rot, n_rot], nullptr: K is not rotated
 
@@ -266,6 +317,11 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
             continue;
         }
 
+        if (auto * stored = build_store_cached(ctx, il, inp->idxs, inp->k_rot != nullptr)) {
+            ggml_build_forward_expand(gf, stored);
+            continue;
+        }
+
         const int64_t n_head_kv = layer.dims->ne[1];
 
         ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.k->ne[0], layer.k->ne[1]*layer.k->ne[2]);
@@ -286,7 +342,7 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
 }
 
 bool llama_fasa_tips::rebuild(llama_context * lctx) {
-    // the rows of K are copied as f32, some at a time
+    // what is quantized or rotated is copied as f32, some rows at a time
     static constexpr size_t n_cells_max = 8192;
 
     const bool has_tips = std::any_of(layers.begin(), layers.end(), [](const auto & it) { return it.second.tips != nullptr; });

@@ -8,6 +8,7 @@
 #include <set>
 #include <vector>
 
+struct llama_fasa_params;
 struct llama_fasa_profile;
 
 // The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
@@ -22,6 +23,10 @@ public:
         ggml_tensor * k    = nullptr; // the K cache of the layer [n_embd_k_gqa, kv_size, n_stream]
 
         llama_fasa_reason reason = LLAMA_FASA_REASON_NONE; // why there are no tips
+
+        size_t row_bytes = 0;    // K and V of a cell
+        size_t tip_bytes = 0;
+        float  bandwidth = 0.0f; // of the memory that holds them, if when sparse attention pays is known there
     };
 
     // layers_kv: model layer -> its K and V cache in kv, which owns the tips
@@ -34,8 +39,18 @@ public:
 
     const layer & get_layer(int32_t il) const;
 
+    // cells from which on a layer runs sparse: as set, or else from twice the budget on, on a GPU from where it is faster on
+    uint32_t get_min_ctx(int32_t il, const llama_fasa_params & params) const;
+
+    // the least of all layers, 0: none has tips
+    uint32_t get_min_ctx(const llama_fasa_params & params) const;
+
     // the tips of the streams and cells that the current batch attends to
     ggml_tensor * get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
+
+    // writes the tips of these cells, whose keys are in the cache by then, so that RoPE's result has no reader but the
+    // write of K and the two can be fused; nullptr: K is quantized or rotated, the keys themselves are needed
+    ggml_tensor * build_store_cached(ggml_context * ctx, int32_t il, ggml_tensor * idxs, bool is_rotated) const;
 
     // (position, cell) of a sequence, ascending
     const std::set<std::pair<llama_pos, uint32_t>> & get_cells(llama_seq_id seq_id) const;

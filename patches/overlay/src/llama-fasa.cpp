@@ -109,7 +109,7 @@ static const struct {
     /* NONE           */ { "none",           "runs sparse" },
     /* DISABLED       */ { "disabled",       "FASA is switched off (fasa.enabled)" },
     /* PROMPT         */ { "prompt",         "a batch with more than fasa.max_batch tokens of one sequence is a prompt" },
-    /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget)" },
+    /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget, or where it pays on this GPU)" },
     /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
     /* NO_CHUNKS      */ { "no_chunks",      "no chunks for the layer, or it reads the cache of another layer or context" },
     /* NO_KV_HEADS    */ { "no_kv_heads",    "the layer keeps no keys: it is recurrent, a convolution, or without attention" },
@@ -141,7 +141,8 @@ void llama_fasa_reset_stats(llama_context * ctx) {
     ctx->get_fasa().stats = {};
 }
 
-size_t llama_fasa_tips_size(const llama_context * ctx) {
+// nullptr: no layer has tips
+static const llama_fasa_tips * fasa_get_tips(const llama_context * ctx) {
     auto * memory = ctx->get_memory();
 
     if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
@@ -154,10 +155,21 @@ size_t llama_fasa_tips_size(const llama_context * ctx) {
         memory = iswa->get_base();
     }
 
-    const auto * kv   = dynamic_cast<llama_kv_cache *>(memory);
-    const auto * tips = kv ? kv->get_fasa_tips() : nullptr;
+    const auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+
+    return kv ? kv->get_fasa_tips() : nullptr;
+}
+
+size_t llama_fasa_tips_size(const llama_context * ctx) {
+    const auto * tips = fasa_get_tips(ctx);
 
     return tips ? tips->size() : 0;
+}
+
+uint32_t llama_fasa_min_ctx(const llama_context * ctx) {
+    const auto * tips = fasa_get_tips(ctx);
+
+    return tips ? tips->get_min_ctx(ctx->get_fasa().params) : 0;
 }
 
 //

@@ -79,12 +79,16 @@ struct test_fasa : public test_case {
         for (float & x : data) {
             x = max*fasa_random(rng, -4096, 4096)/4096;
         }
-        if (t->type == GGML_TYPE_F32) {
-            set(t, data);
+        std::vector<uint8_t> rounded(ggml_nbytes(t));
+        round_to_type(t->type, data.data(), data.size(), rounded.data());
+        set(t, rounded);
+    }
+
+    static void round_to_type(ggml_type type, const float * x, int64_t n, uint8_t * res) {
+        if (type == GGML_TYPE_F32) {
+            memcpy(res, x, n*sizeof(float));
         } else {
-            std::vector<uint8_t> rounded(ggml_nbytes(t));
-            ggml_get_type_traits(t->type)->from_float_ref(data.data(), rounded.data(), data.size());
-            set(t, rounded);
+            ggml_get_type_traits(type)->from_float_ref(x, res, n);
         }
     }
 
@@ -115,11 +119,13 @@ struct test_fasa_select : public test_fasa {
     const int64_t hidden;              // percentage of masked cells
     const ggml_type type_k;            // of the K cache
     const bool by_head;                // each query head has a choice of its own
+    const bool cached;                 // keys are read from the K cache
 
     ggml_tensor * q      = nullptr;
     ggml_tensor * store  = nullptr;
     ggml_tensor * idxs   = nullptr;
     ggml_tensor * k      = nullptr;
+    ggml_tensor * k_kv   = nullptr; // the K cache
     ggml_tensor * dims   = nullptr;
     ggml_tensor * sel    = nullptr; // F32 [hsk, nh] 1: one of dims
     ggml_tensor * mask   = nullptr;
@@ -129,14 +135,14 @@ struct test_fasa_select : public test_fasa {
     std::vector<float>   mask_values;
 
     std::string vars() override {
-        return VARS_TO_STR12(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k, by_head);
+        return VARS_TO_STR13(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k, by_head, cached);
     }
 
     test_fasa_select(int64_t hsk, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb, int64_t n_dim,
                      int64_t n_fac, int64_t n_forced = 0, int64_t n_store = 0, int64_t hidden = 10,
-                     ggml_type type_k = GGML_TYPE_F16, bool by_head = false)
+                     ggml_type type_k = GGML_TYPE_F16, bool by_head = false, bool cached = false)
         : hsk(hsk), nh(nh), nr23(nr23), kv(kv), nb(nb), n_dim(n_dim), n_fac(n_fac), n_forced(n_forced),
-          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k), by_head(by_head) {}
+          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k), by_head(by_head), cached(cached) {}
 
     int64_t n_sharing()  const { return by_head ? 1 : nr23[0]; } // query heads
     int64_t n_head_sel() const { return nh*nr23[0]/n_sharing(); }
@@ -155,7 +161,12 @@ struct test_fasa_select : public test_fasa {
         mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb + 1, 1, nr23[1]);
         forced = n_forced ? ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_forced, nb, nr23[1]) : nullptr;
 
-        store = ggml_fasa_store(ctx, tips, k, dims, idxs, type_k);
+        if (cached) {
+            k_kv  = ggml_new_tensor_3d(ctx, type_k, hsk, nh, n_cells()*nr23[1]);
+            store = ggml_fasa_store_cached(ctx, tips, k_kv, dims, idxs);
+        } else {
+            store = ggml_fasa_store(ctx, tips, k, dims, idxs, type_k);
+        }
 
         ggml_tensor * tips_kv = view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block());
         ggml_tensor * select  = ggml_fasa_select(ctx, q, tips_kv, dims, mask, forced, n_head_sel(), n_fac, scale);
@@ -247,6 +258,16 @@ struct test_fasa_select : public test_fasa {
         }
         set(k, keys);
 
+        if (k_kv) {
+            // as SET_ROWS leaves them, among rows that nobody should read: NaN
+            const size_t row = ggml_row_size(type_k, hsk*nh);
+            std::vector<uint8_t> data(ggml_nbytes(k_kv), 0xFF);
+            for (int64_t i = 0; i < n_store; ++i) {
+                round_to_type(type_k, keys.data() + i*hsk*nh, hsk*nh, data.data() + cells[i]*row);
+            }
+            set(k_kv, data);
+        }
+
         for (int64_t i = 0; i < n_forced*nb*nr23[1]; ++i) {
             forced_ids.push_back(random(-1, kv - 1));
         }
@@ -319,7 +340,7 @@ struct test_fasa_store : public test_fasa_select {
 
     size_t op_size(ggml_tensor * t) override {
         GGML_UNUSED(t);
-        return ggml_nbytes(k) + ggml_nbytes(idxs) + n_store*nh*(n_dim + sizeof(ggml_fp16_t));
+        return n_store*nh*ggml_row_size(cached ? type_k : k->type, hsk) + ggml_nbytes(idxs) + n_store*nh*(n_dim + sizeof(ggml_fp16_t));
     }
 };
 
@@ -473,6 +494,137 @@ struct test_fasa_attend : public test_fasa {
     }
 };
 
+// FASA_SELECT and FASA_ATTEND as a decode step has them, one right behind the other, which a backend may compute in one launch
+// twin: the same with a list that is wanted, so the ops stay two, each of which has its own twin above
+struct test_fasa_decode : public test_fasa {
+    const int64_t hsk;                 // K and V head size
+    const int64_t nh;                  // num KV heads
+    const std::array<int64_t, 2> nr23; // query heads of a group, streams
+    const int64_t kv;                  // cells in view
+    const int64_t nb;                  // batch size
+    const int64_t n_dim;
+    const int64_t n_fac;
+    const int64_t n_forced;
+    const bool sinks;
+    const float logit_softcap;
+    const ggml_type type_K;
+    const ggml_type type_V;
+    const int64_t hidden;              // percentage of masked cells
+    const bool by_head;                // each query head has a list of its own
+    const bool ties;                   // many cells have the same key
+
+    ggml_tensor * q      = nullptr;
+    ggml_tensor * keys   = nullptr;
+    ggml_tensor * idxs   = nullptr;
+    ggml_tensor * k      = nullptr;
+    ggml_tensor * v      = nullptr;
+    ggml_tensor * dims   = nullptr;
+    ggml_tensor * mask   = nullptr;
+    ggml_tensor * forced = nullptr;
+    ggml_tensor * s      = nullptr;
+
+    std::string vars() override {
+        return VARS_TO_STR15(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, sinks, logit_softcap, type_K, type_V, hidden, by_head, ties);
+    }
+
+    test_fasa_decode(int64_t hsk, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb, int64_t n_dim, int64_t n_fac,
+                     int64_t n_forced = 0, bool sinks = false, float logit_softcap = 0.0f, ggml_type type_K = GGML_TYPE_F16,
+                     ggml_type type_V = GGML_TYPE_F16, int64_t hidden = 10, bool by_head = false, bool ties = false)
+        : hsk(hsk), nh(nh), nr23(nr23), kv(kv), nb(nb), n_dim(n_dim), n_fac(n_fac), n_forced(n_forced), sinks(sinks),
+          logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head), ties(ties) {}
+
+    double max_err(ggml_backend_t backend) override {
+        return ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU ? 1e-6 : 5e-4;
+    }
+
+    // nmse, also where there is nothing to normalize by
+    double err_twin(const std::vector<float> & twin, const float * res, size_t n) override {
+        double mse_diff = 0.0;
+        double mse_twin = 0.0;
+        for (size_t i = 0; i < n; ++i) {
+            mse_diff += (twin[i] - res[i])*(twin[i] - res[i]);
+            mse_twin += twin[i]*twin[i];
+        }
+        return mse_diff > 0.0 ? mse_diff/mse_twin : 0.0;
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        const float   scale      = 1.0f/sqrtf(hsk);
+        const int64_t n_head_sel = by_head ? nh*nr23[0] : nh;
+
+        ggml_tensor * tips = ggml_fasa_new_tips(ctx, kv, n_dim, nh, nr23[1]);
+
+        q      = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsk, nh*nr23[0], nb, nr23[1]);
+        keys   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh, kv*nr23[1]);
+        idxs   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, kv*nr23[1]);
+        k      = view_cells(ctx, ggml_new_tensor_4d(ctx, type_K, hsk, nh, kv + 7, nr23[1]), 2, kv);
+        v      = view_cells(ctx, ggml_new_tensor_4d(ctx, type_V, hsk, nh, kv + 7, nr23[1]), 2, kv);
+        dims   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_dim, nh);
+        mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb, 1, nr23[1]);
+        forced = n_forced ? ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_forced, nb, nr23[1]) : nullptr;
+        s      = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh*nr23[0]) : nullptr;
+
+        const auto build = [&](bool is_apart) {
+            ggml_tensor * store  = ggml_fasa_store(ctx, tips, keys, dims, idxs, GGML_TYPE_F32);
+            ggml_tensor * select = ggml_fasa_select(ctx, q, view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block()), dims, mask, forced, n_head_sel, n_fac, scale);
+            if (is_apart) {
+                ggml_set_output(select); // somebody wants the list: no backend may leave it out
+            }
+            return ggml_fasa_attend(ctx, q, k, v, select, nullptr, s, scale, logit_softcap);
+        };
+        ggml_tensor * out = build(false);
+        if (is_compared()) {
+            compare(out, ggml_cont(ctx, build(true)));
+        }
+        return out;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        std::mt19937 rng;
+
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->type == GGML_TYPE_I8) {
+                set(t, std::vector<uint8_t>(ggml_nbytes(t)));
+            }
+        }
+        set_sentinels();
+        set_uniform(q, 10.0f, rng);
+        set_uniform(keys, 1.0f, rng);
+        set_uniform(k->view_src, 1.0f, rng);
+        set_uniform(v->view_src, 1.0f, rng);
+        if (s) {
+            set_uniform(s, 10.0f, rng);
+        }
+        if (ties) {
+            std::vector<float> data(ggml_nelements(keys));
+            for (size_t i = 0; i < data.size(); ++i) {
+                data[i] = (float) (i % hsk % 5) - (i/(hsk*nh) % 3 == 0);
+            }
+            set(keys, data);
+        }
+        std::vector<int64_t> cells(kv*nr23[1]);
+        std::iota(cells.begin(), cells.end(), 0);
+        set(idxs, cells);
+
+        std::vector<int32_t> ids;
+        for (int64_t ih = 0; ih < nh; ++ih) {
+            std::vector<int32_t> all(hsk);
+            std::iota(all.begin(), all.end(), 0);
+            std::shuffle(all.begin(), all.end(), rng);
+            ids.insert(ids.end(), all.begin(), all.begin() + n_dim);
+        }
+        set(dims, ids);
+        set_mask(mask, nb, hidden, rng);
+        if (forced) {
+            std::vector<int32_t> data(ggml_nelements(forced));
+            for (int32_t & id : data) {
+                id = fasa_random(rng, -1, kv - 1);
+            }
+            set(forced, data);
+        }
+    }
+};
+
 // shapes that nobody thought of
 static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & test_cases) {
     static const ggml_type types_KV[] = {
@@ -502,7 +654,8 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
         const int64_t n_hidden = hidden();
         const ggml_type type_k = types_KV[random(0, 2)];
         const bool by_head = random(0, 3) == 0;
-        test_cases.emplace_back(new test_fasa_select(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, n_hidden, type_k, by_head));
+        const bool cached  = random(0, 1);
+        test_cases.emplace_back(new test_fasa_select(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, n_hidden, type_k, by_head, cached));
     }
 
     for (int i = 0; i < 300; ++i) {
@@ -523,6 +676,32 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
     }
 }
 
+static void add_test_cases_fasa_decode(std::vector<std::unique_ptr<test_case>> & test_cases) {
+    for (int64_t nb : { 1, 3 }) {
+        for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 1 }, { 7, 2 }, { 12, 1 } }) {
+            for (bool by_head : { false, true }) {
+                test_cases.emplace_back(new test_fasa_decode( 64, 2, nr23,  512, nb, 24,  100, 12, false, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, 10, by_head));
+                test_cases.emplace_back(new test_fasa_decode(128, 1, nr23, 1056, nb, 32,  256, 0, true,  5.0f, GGML_TYPE_F16, GGML_TYPE_F16, 10, by_head));
+            }
+            test_cases.emplace_back(new test_fasa_decode(256, 1, nr23, 256, nb, 48, 256, 1));
+            test_cases.emplace_back(new test_fasa_decode( 80, 1, nr23, 512, nb, 26,  64, 5));
+            test_cases.emplace_back(new test_fasa_decode( 64, 1, nr23, 512, nb, 24,  64, 5, false, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, 10, false, true));
+        }
+    }
+    for (ggml_type type_K : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (ggml_type type_V : { GGML_TYPE_F16, GGML_TYPE_Q8_0, type_K }) {
+            test_cases.emplace_back(new test_fasa_decode(64, 2, { 4, 1 }, 512, 1, 24, 100, 12, false, 0.0f, type_K, type_V));
+        }
+    }
+    for (int64_t hidden : { 0, 97, 100 }) {
+        test_cases.emplace_back(new test_fasa_decode(64, 2, { 4, 1 }, 512, 2, 24, 100, 12, true, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, hidden));
+    }
+    // scores that no shared memory holds; more candidates than threads
+    test_cases.emplace_back(new test_fasa_decode(64, 2, { 4, 1 }, 66080, 1, 24, 700, 36));
+    test_cases.emplace_back(new test_fasa_decode(64, 1, { 4, 1 },  8192, 1, 24, 1000, 36, false, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, 10, false, true));
+    test_cases.emplace_back(new test_fasa_decode(64, 1, { 1, 1 },  8192, 1, 24, 5000, 36));
+}
+
 static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & test_cases) {
     for (int64_t nb : { 1, 4 }) {
         for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 1 }, { 8, 2 } }) {
@@ -536,6 +715,11 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
                 test_cases.emplace_back(new test_fasa_store( 64, 3, nr23, 256, nb, 24,  64, 0, n_store));
                 test_cases.emplace_back(new test_fasa_store(128, 2, nr23, 512, nb, 32, 200, 0, n_store));
             }
+        }
+    }
+    for (ggml_type type_k : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
+        for (int64_t n_store : { 0, 1, 100 }) {
+            test_cases.emplace_back(new test_fasa_store( 80, 3, { 3, 2 }, 256, 2, 26, 64, 0, n_store, 10, type_k, false, true));
         }
     }
 
@@ -568,6 +752,7 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
     test_cases.emplace_back(new test_fasa_select( 64, 1, { 4, 1 }, 66080, 1, 24, 700, 12));
     test_cases.emplace_back(new test_fasa_select( 64, 1, { 1, 1 }, 66080, 2, 24, 700, 12, 3000));
 
+    add_test_cases_fasa_decode(test_cases);
     add_test_cases_fasa_fuzz(test_cases);
 }
 
@@ -576,6 +761,7 @@ static void add_test_cases_fasa_perf(std::vector<std::unique_ptr<test_case>> & t
     for (int64_t kv : { 4096, 32768 }) {
         test_cases.emplace_back(new test_fasa_store ( 64, 3, { 3, 1 }, kv, 1, 24, 512, 0, 1));
         test_cases.emplace_back(new test_fasa_store (128, 8, { 4, 1 }, kv, 1, 32, 512, 0, 1));
+        test_cases.emplace_back(new test_fasa_store (128, 8, { 4, 1 }, kv, 1, 32, 512, 0, 1, 10, GGML_TYPE_F16, false, true));
         test_cases.emplace_back(new test_fasa_select( 64, 3, { 3, 1 }, kv, 1, 24, 512));
         test_cases.emplace_back(new test_fasa_select(128, 8, { 4, 1 }, kv, 1, 32, 512));
         test_cases.emplace_back(new test_fasa_attend( 64,  64, 3, { 3, 1 }, kv, 1, 512));
