@@ -43,8 +43,8 @@ class Params(ctypes.Structure):
 
     @property
     def select(self) -> str:
-        """One of :data:`SELECTS`."""
-        return SELECTS[self._select]
+        """One of :data:`SELECTS`; the number of another, which the library refuses."""
+        return _enumerator(SELECTS, self._select)
 
     @select.setter
     def select(self, name: str) -> None:
@@ -52,8 +52,8 @@ class Params(ctypes.Structure):
 
     @property
     def policy(self) -> str:
-        """One of :data:`POLICIES`."""
-        return POLICIES[self._policy]
+        """One of :data:`POLICIES`; the number of another, which the library refuses."""
+        return _enumerator(POLICIES, self._policy)
 
     @policy.setter
     def policy(self, name: str) -> None:
@@ -62,6 +62,10 @@ class Params(ctypes.Structure):
     def as_dict(self) -> dict[str, int | bool | str]:
         """The fields by name."""
         return {(name := field.removeprefix("_")): getattr(self, name) for field, _ in self._fields_}
+
+
+def _enumerator(names: tuple[str, ...], i: int) -> str:
+    return names[i] if 0 <= i < len(names) else str(i)
 
 
 class _Layer(ctypes.Structure):
@@ -83,31 +87,44 @@ def _function(name: str, restype, *argtypes, lib: ctypes.CDLL = _lib):
 
 
 _ptr = ctypes.c_void_p
-_model_has_profile = _function("llama_fasa_model_has_profile", ctypes.c_bool, _ptr)
-_model_load_profile = _function(
+
+
+def _method(name: str, restype, *argtypes):
+    """A function of a model or context, which it reads unchecked: ``llama_cpp.Llama`` has None once it is closed."""
+    function = _function(name, restype, _ptr, *argtypes)
+
+    def checked(handle: int | None, *args):
+        if not handle:
+            raise FasaError("the model is closed: load it again")
+        return function(handle, *args)
+
+    return checked
+
+
+_model_has_profile = _method("llama_fasa_model_has_profile", ctypes.c_bool)
+_model_load_profile = _method(
     "llama_fasa_model_load_profile",
     ctypes.c_bool,
-    _ptr,
     ctypes.c_char_p,
     ctypes.POINTER(llama_cpp.llama_model_kv_override),
 )
-_model_override_report = _function("llama_fasa_model_override_report", ctypes.c_char_p, _ptr)
-_get_params = _function("llama_fasa_get_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
-_set_params = _function("llama_fasa_set_params", ctypes.c_bool, _ptr, ctypes.POINTER(Params))
+_model_override_report = _method("llama_fasa_model_override_report", ctypes.c_char_p)
+_get_params = _method("llama_fasa_get_params", ctypes.c_bool, ctypes.POINTER(Params))
+_set_params = _method("llama_fasa_set_params", ctypes.c_bool, ctypes.POINTER(Params))
 _reason_name = _function("llama_fasa_reason_name", ctypes.c_char_p, ctypes.c_int)
 _reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p, ctypes.c_int)
 _policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int)
 _select_name = _function("llama_fasa_select_name", ctypes.c_char_p, ctypes.c_int)
-_tips_size = _function("llama_fasa_tips_size", ctypes.c_size_t, _ptr)
-_min_ctx = _function("llama_fasa_min_ctx", ctypes.c_uint32, _ptr)
-_get_layer = _function("llama_fasa_get_layer", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.POINTER(_Layer))
+_tips_size = _method("llama_fasa_tips_size", ctypes.c_size_t)
+_min_ctx = _method("llama_fasa_min_ctx", ctypes.c_uint32)
+_get_layer = _method("llama_fasa_get_layer", ctypes.c_bool, ctypes.c_int32, ctypes.POINTER(_Layer))
 _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
 )
-_fingerprint = _function("llama_fasa_fingerprint", ctypes.c_char_p, _ptr)
-_set_capture = _function("llama_fasa_set_capture", None, _ptr, ctypes.c_uint32)
-_get_capture = _function(
-    "llama_fasa_get_capture", ctypes.c_bool, _ptr, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
+_fingerprint = _method("llama_fasa_fingerprint", ctypes.c_char_p)
+_set_capture = _method("llama_fasa_set_capture", None, ctypes.c_uint32)
+_get_capture = _method(
+    "llama_fasa_get_capture", ctypes.c_bool, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
 )
 
 _type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int, lib=_ggml)
@@ -160,8 +177,8 @@ class Stats(ctypes.Structure):
     ]
 
 
-_get_stats = _function("llama_fasa_get_stats", None, _ptr, ctypes.POINTER(Stats))
-_reset_stats = _function("llama_fasa_reset_stats", None, _ptr)
+_get_stats = _method("llama_fasa_get_stats", None, ctypes.POINTER(Stats))
+_reset_stats = _method("llama_fasa_reset_stats", None)
 
 
 class Capture(IntEnum):

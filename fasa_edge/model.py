@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
@@ -68,7 +68,10 @@ class FasaStats:
 
 
 class Fasa:
-    """The FASA side of one loaded model: settings that can change between steps, and counters."""
+    """The FASA side of one loaded model: settings that can change between steps, and counters.
+
+    Every member raises :class:`FasaError` once the model is closed.
+    """
 
     def __init__(self, llm: Llama) -> None:
         self._llm = llm
@@ -135,6 +138,16 @@ class Fasa:
     def reset_stats(self) -> None:
         """Set the counters to zero."""
         _capi.reset_stats(self._llm.ctx)
+
+
+class _Closed:
+    """In place of the model and the context of a ``Llama`` that is closed."""
+
+    def __init__(self, model_path: str) -> None:
+        self._model_path = model_path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise FasaError(f"{self._model_path} is closed: load it again")
 
 
 class Llama(llama_cpp.Llama):
@@ -231,7 +244,6 @@ class Llama(llama_cpp.Llama):
             except (ValueError, RuntimeError) as error:
                 reason = "; ".join([str(error), *dict.fromkeys(errors)])
                 raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
-        self.fasa = Fasa(self)
 
         alone = ("fasa.exact",) if isinstance(overrides.get("fasa.exact"), bool) else ()  # needs no profile
         ignored = [key for key in overrides if key.startswith("fasa.") and key not in alone]
@@ -239,6 +251,22 @@ class Llama(llama_cpp.Llama):
             warnings.warn(f"{model_path} has no FASA profile, so {', '.join(ignored)} has no effect", stacklevel=2)
         for line in _capi.override_report(self.model) if self.fasa.available else ():
             warnings.warn(f"override without effect: {line}", stacklevel=2)
+
+    @property
+    def fasa(self) -> Fasa:
+        """Settings and counters."""
+        return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
+
+    def close(self) -> None:
+        """Free the model; what needs it raises :class:`FasaError` from then on."""
+        super().close()
+        if "_ctx" not in vars(self):  # construction ended before
+            return
+        # The parent would go on to give the library null pointers and a vocabulary that is freed.
+        closed = _Closed(self.model_path)
+        if getattr(self.tokenizer_, "_model", None) is self._model:
+            self.tokenizer_._model = closed
+        vars(self).update(_model=closed, _ctx=closed)  # not through the setter, which loads the profile
 
     @property
     def _model(self) -> llama_cpp._internals.LlamaModel:

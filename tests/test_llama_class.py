@@ -6,15 +6,25 @@ Saved states, prompt caches and drafts that are partly rejected: test_state.py. 
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
+import pickle
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import fasa_edge
+from fasa_edge import bench
 from fasa_edge._lib import lib_dir, llama_cpp
-from fasa_edge.errors import AdapterError
+from fasa_edge.chat import Chat
+from fasa_edge.errors import AdapterError, FasaError
+from fasa_edge.eval.answers import encode
+from fasa_edge.eval.methods import DENSE
+from fasa_edge.eval.prompt import Prompt
+from fasa_edge.eval.runner import Runner
 
 import gguf
 import numpy as np
@@ -274,3 +284,89 @@ def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pyt
     assert load(model, n_ctx=0, logits_all=True).n_ctx() == 1024
     assert load(model, n_ctx=0, draft_model=LlamaPromptLookupDecoding()).n_ctx() == 1024
     assert load(model, n_ctx=0).n_ctx() == 2048
+
+
+# The end
+
+_NEED_FASA = {
+    "available": lambda fasa: fasa.available,
+    "settings": lambda fasa: fasa.settings,
+    "configure": lambda fasa: fasa.configure(budget=100),
+    "stats": lambda fasa: fasa.stats(),
+    "reset_stats": lambda fasa: fasa.reset_stats(),
+}
+_NEED_MODEL = {
+    "n_ctx": lambda llm: llm.n_ctx(),
+    "n_vocab": lambda llm: llm.n_vocab(),
+    "tokenize": lambda llm: llm.tokenize(b"a"),
+    "detokenize": lambda llm: llm.detokenize([70]),
+    "tokenizer": lambda llm: llm.tokenizer().encode("a"),
+    "eval": lambda llm: llm.eval([70]),
+    "completion": lambda llm: llm("a", max_tokens=1),
+    "tokens": lambda llm: llm([70], max_tokens=1),
+    "generate": lambda llm: next(llm.generate([70])),
+    "sample": lambda llm: llm.sample(),
+    "embed": lambda llm: llm.embed("a"),
+    "save_state": lambda llm: llm.save_state(),
+    "ctx": lambda llm: llm.ctx,
+    "model": lambda llm: llm.model,
+    "chat": lambda llm: list(Chat(llm).ask("a", max_tokens=1, temperature=0, seed=0)),
+    "is_full": lambda llm: Chat(llm).is_full,
+    "bench": lambda llm: list(bench.run(llm, [0], 1, 1)),
+    "encode": lambda llm: encode("task", Prompt("a", "b", "", ()), llm),
+}
+
+
+@pytest.fixture
+def closed(model: Path) -> fasa_edge.Llama:
+    llm = load(model)
+    llm.eval(TOKENS[:4])
+    llm.close()
+    return llm
+
+
+@pytest.mark.parametrize("call", _NEED_FASA.values(), ids=_NEED_FASA)
+def test_a_closed_model_says_so(closed: fasa_edge.Llama, model: Path, call: Callable) -> None:
+    with pytest.raises(FasaError, match="annotated.gguf is closed"):
+        call(closed.fasa)
+    stock = load(model, llama_cpp.Llama)
+    fasa = fasa_edge.Fasa(stock)
+    stock.close()
+    with pytest.raises(FasaError, match="the model is closed"):
+        call(fasa)
+
+
+@pytest.mark.parametrize("call", _NEED_MODEL.values(), ids=_NEED_MODEL)
+def test_what_needs_a_closed_model_says_so(closed: fasa_edge.Llama, call: Callable) -> None:
+    with pytest.raises(FasaError, match="annotated.gguf is closed"):
+        call(closed)
+
+
+def test_a_closed_model_can_be_closed_and_pickled(closed: fasa_edge.Llama) -> None:
+    closed.close()
+    assert pickle.loads(pickle.dumps(closed)).fasa.settings["budget"] == TINY_BUDGET
+
+
+def test_a_closed_runner_says_so(model: Path) -> None:
+    with Runner(str(model), 512) as runner:
+        pass
+    for call in (lambda: runner.check([DENSE]), lambda: runner.prefill([70]), lambda: runner.decode([70], DENSE)):
+        with pytest.raises(FasaError, match="is closed"):
+            call()
+
+
+@pytest.mark.parametrize("cls", [llama_cpp.Llama, fasa_edge.Llama])
+def test_a_model_goes_with_its_last_reference(model: Path, cls: type[llama_cpp.Llama]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        llm = load(model, cls)
+        llm.create_completion(TOKENS[:4], max_tokens=1)
+        fasa_edge.Fasa(llm).stats()
+        if cls is fasa_edge.Llama:
+            llm.fasa.stats()
+        gone = weakref.ref(llm)
+        del llm
+        assert gone() is None
+    finally:
+        gc.enable()
