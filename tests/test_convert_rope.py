@@ -7,6 +7,8 @@ positions is the rotation: chunk ``i`` of the key at position ``p`` must be chun
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fasa_edge import _capi
 from fasa_edge._capi import Capture
 from fasa_edge._lib import llama_cpp
@@ -150,6 +152,13 @@ def test_chunks_of_a_small_head():
 def test_other_rope_types_are_refused(rope_type, message):
     with pytest.raises(ConvertError, match=f"RoPE type {rope_type} cannot be converted.*{message}"):
         chunk_dims(64, 64, rope_type)
+
+
+@pytest.mark.parametrize("rope_type", [ROPE_NORM, ROPE_NEOX, ROPE_MROPE, ROPE_IMROPE])
+@pytest.mark.parametrize("n_rot", [66, 128, 63, -2])
+def test_the_runtime_pairs_no_dims_where_n_rot_does_not_fit(n_rot, rope_type):
+    layer = _capi.LayerGeometry(4, 2, 64, n_rot, rope_type, False)
+    assert not len(_capi.chunk_dims(layer)) and len(_capi.chunk_dims(replace(layer, n_rot=62))) == 32
 
 
 @pytest.mark.parametrize(("n_embd_head", "n_rot"), [(63, 62), (0, 0), (64, 66), (64, 63), (64, -2)])

@@ -45,7 +45,10 @@ bool llama_fasa_chunk_dims(const llama_fasa_layer * layer, int32_t chunk, int32_
     if (!is_neox && layer->rope_type != LLAMA_ROPE_TYPE_NORM) {
         return false;
     }
-    if (chunk < 0 || chunk >= layer->n_embd_head/2 || layer->n_rot % 2 != 0) {
+    if (layer->n_rot < 0 || layer->n_rot > layer->n_embd_head || layer->n_rot % 2 != 0) {
+        return false;
+    }
+    if (chunk < 0 || chunk >= layer->n_embd_head/2) {
         return false;
     }
 
