@@ -306,6 +306,27 @@ def test_policy_and_select_are_settings(model: Path) -> None:
     llm.close()
 
 
+@pytest.mark.parametrize("number", [-1, 2, 8, 99, -(1 << 31), (1 << 31) - 1])
+def test_numbers_without_a_name_are_refused(number: int, model: Path) -> None:
+    llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False)
+    llm.eval(TEXTS[0][:8])
+    settings = llm.fasa.settings
+    for name, names in (("select", _capi.SELECTS), ("policy", _capi.POLICIES)):
+        if 0 <= number < len(names):
+            continue
+        params = _capi.get_params(llm.ctx)
+        setattr(params, f"_{name}", number)
+        with pytest.raises(fasa_edge.FasaError, match=f"refused the settings .*'{name}': '{number}'"):
+            _capi.set_params(llm.ctx, params)
+    _capi.set_capture(llm.ctx, *Capture)
+    llm.eval(TEXTS[0][8:9])
+    assert _capi.captured(llm.ctx, 0, Capture.Q) is not None
+    if number not in list(Capture):
+        assert _capi.captured(llm.ctx, 0, number) is None
+    assert llm.fasa.settings == settings
+    llm.close()
+
+
 @pytest.mark.parametrize("policy", ["snapkv", "h2o"])
 def test_what_was_observed_of_another_prompt_is_not_used(policy: str, model: Path) -> None:
     with Context(model) as ctx:

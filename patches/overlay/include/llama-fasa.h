@@ -7,6 +7,14 @@
 
 #include "llama.h"
 
+// C++ may assume that an enum holds one of its enumerators, unless its underlying type is given: then any number that
+// comes through this API can be looked at, and refused
+#ifdef __cplusplus
+#    define LLAMA_FASA_ENUM(name) enum name : int
+#else
+#    define LLAMA_FASA_ENUM(name) enum name
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -16,7 +24,7 @@ extern "C" {
     //
 
     // which cells a head attends to: FASA, or what it is compared with, for evaluation on the CPU
-    enum llama_fasa_policy_type {
+    LLAMA_FASA_ENUM(llama_fasa_policy_type) {
         LLAMA_FASA_POLICY_FASA,
         LLAMA_FASA_POLICY_FASA_SUM,  // a group's score is the sum of its heads' softmax, not the greatest
         LLAMA_FASA_POLICY_ORACLE,    // all chunks
@@ -32,7 +40,7 @@ extern "C" {
     LLAMA_API const char * llama_fasa_policy_name(enum llama_fasa_policy_type policy);
 
     // who chooses
-    enum llama_fasa_select_type {
+    LLAMA_FASA_ENUM(llama_fasa_select_type) {
         LLAMA_FASA_SELECT_GROUP, // each KV head, for all query heads that read it
         LLAMA_FASA_SELECT_HEAD,  // each query head
         LLAMA_FASA_SELECT_COUNT,
@@ -83,7 +91,7 @@ extern "C" {
     //
 
     // why a layer did not run sparse
-    enum llama_fasa_reason {
+    LLAMA_FASA_ENUM(llama_fasa_reason) {
         LLAMA_FASA_REASON_NONE, // it ran sparse
         LLAMA_FASA_REASON_DISABLED,
         LLAMA_FASA_REASON_PROMPT,
@@ -145,14 +153,14 @@ extern "C" {
     LLAMA_API bool llama_fasa_get_layer(const struct llama_model * model, int32_t il, struct llama_fasa_layer * layer);
 
     // the two dims that chunk i of a head turns, RoPE planes first, then pairs of the dims that it leaves alone
-    // false: no such chunk, or a RoPE type whose planes FASA does not know
+    // false: no such chunk, a RoPE type whose planes FASA does not know, or an n_rot that does not fit the head
     LLAMA_API bool llama_fasa_chunk_dims(const struct llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]);
 
     // architecture and head geometry in one line: a profile belongs to the models that share it
     LLAMA_API const char * llama_fasa_fingerprint(const struct llama_model * model);
 
     // what can be kept of the last micro-batch
-    enum llama_fasa_capture {
+    LLAMA_FASA_ENUM(llama_fasa_capture) {
         LLAMA_FASA_CAPTURE_Q     = 1, // F32 [n_embd_head, n_head,    n_tokens] as it enters the attention: after RoPE,
         LLAMA_FASA_CAPTURE_K     = 2, // F32 [n_embd_head, n_head_kv, n_tokens] before any Hadamard rotation
         LLAMA_FASA_CAPTURE_CELLS = 4, // I32 [n_list, n_head_kv or n_head, n_tokens] chosen cells, -1: none; sparse layers
