@@ -344,6 +344,23 @@ struct test_fasa_store : public test_fasa_select {
     }
 };
 
+// the contract of the CPU; others as for FLASH_ATTN_EXT
+static double attention_max_err(ggml_backend_t backend) {
+    return ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU ? 1e-6 : 5e-4;
+}
+
+// nmse, also where there is nothing to normalize by: without a cell, the twin is 0/0 and the result zero
+static double nmse_of_twin(const std::vector<float> & twin, const float * res, size_t n) {
+    double mse_diff = 0.0;
+    double mse_twin = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+        const double t = std::isnan(twin[i]) ? 0.0 : twin[i];
+        mse_diff += (t - res[i])*(t - res[i]);
+        mse_twin += t*t;
+    }
+    return mse_diff > 0.0 ? mse_diff/mse_twin : 0.0;
+}
+
 // GGML_OP_FASA_ATTEND
 // twin: dense attention with all cells masked that are not listed
 // n_fac = 0: no list, a mask for all cells
@@ -383,22 +400,9 @@ struct test_fasa_attend : public test_fasa {
     int64_t n_sharing() const { return by_head ? 1 : nr23[0]; } // query heads
     int64_t n_lists()   const { return nh*nr23[0]/n_sharing(); } // of a token
 
-    // the contract of the CPU; others as for FLASH_ATTN_EXT
-    double max_err(ggml_backend_t backend) override {
-        return ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU ? 1e-6 : 5e-4;
-    }
+    double max_err(ggml_backend_t backend) override { return attention_max_err(backend); }
 
-    // nmse, also where there is nothing to normalize by: without a cell, the twin is 0/0 and the result zero
-    double err_twin(const std::vector<float> & twin, const float * res, size_t n) override {
-        double mse_diff = 0.0;
-        double mse_twin = 0.0;
-        for (size_t i = 0; i < n; ++i) {
-            const double t = std::isnan(twin[i]) ? 0.0 : twin[i];
-            mse_diff += (t - res[i])*(t - res[i]);
-            mse_twin += t*t;
-        }
-        return mse_diff > 0.0 ? mse_diff/mse_twin : 0.0;
-    }
+    double err_twin(const std::vector<float> & twin, const float * res, size_t n) override { return nmse_of_twin(twin, res, n); }
 
     // the rows that are read
     size_t op_size(ggml_tensor * t) override {
@@ -533,20 +537,9 @@ struct test_fasa_decode : public test_fasa {
         : hsk(hsk), nh(nh), nr23(nr23), kv(kv), nb(nb), n_dim(n_dim), n_fac(n_fac), n_forced(n_forced), sinks(sinks),
           logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head), ties(ties) {}
 
-    double max_err(ggml_backend_t backend) override {
-        return ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU ? 1e-6 : 5e-4;
-    }
+    double max_err(ggml_backend_t backend) override { return attention_max_err(backend); }
 
-    // nmse, also where there is nothing to normalize by
-    double err_twin(const std::vector<float> & twin, const float * res, size_t n) override {
-        double mse_diff = 0.0;
-        double mse_twin = 0.0;
-        for (size_t i = 0; i < n; ++i) {
-            mse_diff += (twin[i] - res[i])*(twin[i] - res[i]);
-            mse_twin += twin[i]*twin[i];
-        }
-        return mse_diff > 0.0 ? mse_diff/mse_twin : 0.0;
-    }
+    double err_twin(const std::vector<float> & twin, const float * res, size_t n) override { return nmse_of_twin(twin, res, n); }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         const float   scale      = 1.0f/sqrtf(hsk);
