@@ -14,7 +14,7 @@ FIGURES = json.loads((Path(__file__).parent / "gpu_figures.json").read_text())["
 ERROR = 0.3
 """How far an estimate may be from a figure: one model for all GPUs, fitted to a few."""
 
-CLEARLY = 1.1
+CLEARLY = 1.05
 """A ratio that is no longer noise: here the model has to take the right side."""
 
 
