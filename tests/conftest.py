@@ -83,3 +83,11 @@ def fasa_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     from unchecked import convert
 
     return convert(model_path, tmp_path_factory.mktemp("models") / "annotated.gguf", tokens=2048).path
+
+
+@pytest.fixture(params=["CPU", "SIMT-CUDA", "SIMT-METAL"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the ops run: GPUs are emulated."""
+    if request.param != "CPU":
+        request.getfixturevalue("gpu")(request.param)
+    return request.param
