@@ -40,6 +40,8 @@ BACKEND     ?= CPU
 # One device for each language in which there are GPU kernels.
 SIMT        := SIMT-CUDA SIMT-METAL
 SIMT_LIB    := $(VENV)/build/bin/fasa-simt.so
+# Programs under a sanitizer, which tests/test_threads.py runs.
+SANITIZED   := $(VENV)/build/bin/fasa-threads-thread $(VENV)/build/bin/fasa-threads-address
 
 PATCHES_TREE ?= $(VENV)/patches-tree
 
@@ -68,7 +70,7 @@ stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same f
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 
-test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) ## run all tests
+test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests
 	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
 	$(MAKE) --no-print-directory test-bindings
 	$(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)'

@@ -124,7 +124,7 @@ _chunk_dims = _function(
 _fingerprint = _method("llama_fasa_fingerprint", ctypes.c_char_p)
 _set_capture = _method("llama_fasa_set_capture", None, ctypes.c_uint32)
 _get_capture = _method(
-    "llama_fasa_get_capture", ctypes.c_bool, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
+    "llama_fasa_get_capture", ctypes.c_int32, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
 )
 
 _type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int, lib=_ggml)
@@ -304,10 +304,20 @@ def captured(ctx: int, il: int, what: Capture) -> np.ndarray | None:
 
     Returns:
         As :class:`Capture` says, or ``None`` if the layer was not captured.
+
+    Raises:
+        FasaError: another thread is decoding with the context, or has done so meanwhile.
     """
     ne = (ctypes.c_int64 * 3)()
-    if not _get_capture(ctx, il, what, ne, None):
+    if not _is_captured(_get_capture(ctx, il, what, ne, None)):
         return None
     res = np.empty(tuple(reversed(ne)), dtype=np.int32 if what == Capture.CELLS else np.float32)
-    _get_capture(ctx, il, what, ne, res.ctypes.data)
+    if not _is_captured(_get_capture(ctx, il, what, ne, res.ctypes.data)):
+        return None
     return res[..., 0] if what == Capture.MASS else res
+
+
+def _is_captured(status: int) -> bool:
+    if status < 0:
+        raise FasaError("another thread decodes with this context: ask for what was captured when it has returned")
+    return status == 1

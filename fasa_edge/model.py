@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from threading import Lock
 from typing import Any, NoReturn
 
 from fasa_edge import _capi
@@ -22,6 +23,7 @@ _TYPES = {"enabled": bool, "exact": bool, "select": str, "policy": str}
 _TYPES |= dict.fromkeys(("budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip"), int)
 _TYPE_NAMES = {bool: "True or False", str: "a name", int: "a whole number"}
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
+_CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
 _N_CTX_UNKNOWN = 512
 
@@ -70,7 +72,7 @@ class FasaStats:
 class Fasa:
     """The FASA side of one loaded model: settings that can change between steps, and counters.
 
-    Every member raises :class:`FasaError` once the model is closed.
+    Any thread may use it while another one generates. Every member raises :class:`FasaError` once the model is closed.
     """
 
     def __init__(self, llm: Llama) -> None:
@@ -83,7 +85,7 @@ class Fasa:
 
     @property
     def settings(self) -> dict[str, int | bool | str]:
-        """Settings in force, by name; empty without a profile or ``fasa_exact=True`` at load."""
+        """Settings in force from the next step on, by name; empty without a profile or ``fasa_exact=True`` at load."""
         params = _capi.get_params(self._llm.ctx)
         return params.as_dict() if params else {}
 
@@ -100,21 +102,22 @@ class Fasa:
                 unknown or fixed.
             SchemaError: a value is out of range.
         """
-        params = _capi.get_params(self._llm.ctx)
-        alone = settings.keys() == {"exact"}
-        if params is None or not (self.available or alone):
-            remedy = "load it with fasa_exact=True" if alone else "make one with `fasa-edge convert`"
-            raise FasaError(f"{self._llm.model_path} has no FASA profile: {remedy}")
-        for name in settings:
-            if name in _FIXED_AT_LOAD:
-                raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
-            if name not in _TYPES:
-                raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_TYPES)}")
-        wanted = {**params.as_dict(), **settings}
-        FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
-        if wanted["policy"] not in _capi.POLICIES:
-            raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(_capi.POLICIES)}")
-        _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
+        with _CONFIGURING:
+            params = _capi.get_params(self._llm.ctx)
+            alone = settings.keys() == {"exact"}
+            if params is None or not (self.available or alone):
+                remedy = "load it with fasa_exact=True" if alone else "make one with `fasa-edge convert`"
+                raise FasaError(f"{self._llm.model_path} has no FASA profile: {remedy}")
+            for name in settings:
+                if name in _FIXED_AT_LOAD:
+                    raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
+                if name not in _TYPES:
+                    raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_TYPES)}")
+            wanted = {**params.as_dict(), **settings}
+            FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
+            if wanted["policy"] not in _capi.POLICIES:
+                raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(_capi.POLICIES)}")
+            _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
 
     def stats(self) -> FasaStats:
         """Counters and effective settings."""

@@ -30,9 +30,10 @@ def stock_lib() -> Path:
 
 
 def _built(name: str) -> Path:
+    """What `make test` builds besides what is installed."""
     path = VENV / "build/bin" / name
     if not path.is_file():
-        pytest.fail(f"{path}: no such library; run `make {path.relative_to(VENV.parent)}`", pytrace=False)
+        pytest.fail(f"{path}: no such file; run `make {path.relative_to(VENV.parent)}`", pytrace=False)
     return path
 
 

@@ -20,6 +20,15 @@ extern "C" {
 #endif
 
     //
+    // threads
+    //
+
+    // Settings, counters and captures may be asked for, set and reset from any thread at any time, also while another one
+    // is in llama_decode or llama_encode, as long as the context lives. What is set waits for the next of these; of what is
+    // captured, nothing is given meanwhile. Another profile may be given to a model while contexts of it decode, but not
+    // while one is made. All else is as in llama.h, where a context is of one thread at a time.
+
+    //
     // settings
     //
 
@@ -82,7 +91,7 @@ extern "C" {
     // false: the model has no profile, and was not loaded with the override fasa.exact = true either
     LLAMA_API bool llama_fasa_get_params(const struct llama_context * ctx, struct llama_fasa_params * params);
 
-    // takes effect with the next llama_decode
+    // takes effect with the next llama_decode; llama_fasa_get_params gives it at once
     // false: no settings, a value out of range, or a field that is fixed when the model is loaded (the log says which)
     LLAMA_API bool llama_fasa_set_params(struct llama_context * ctx, const struct llama_fasa_params * params);
 
@@ -168,11 +177,14 @@ extern "C" {
                                       //     on the CPU and slowly
     };
 
-    // what: LLAMA_FASA_CAPTURE_*, or'ed; 0: nothing
+    // what: LLAMA_FASA_CAPTURE_*, or'ed; 0: nothing; from the next llama_decode on
     LLAMA_API void llama_fasa_set_capture(struct llama_context * ctx, uint32_t what);
 
-    // of one layer, with its shape; dst may be NULL; false: not captured
-    LLAMA_API bool llama_fasa_get_capture(struct llama_context * ctx, int32_t il, enum llama_fasa_capture which, int64_t ne[3], void * dst);
+    // of one layer; dst NULL: gives its shape, else takes the shape for which dst has room, and copies
+    //  1: it is there
+    //  0: it was not captured
+    // -1: refused, since llama_decode or llama_encode is running, or the shape has become another one (the log says which)
+    LLAMA_API int32_t llama_fasa_get_capture(struct llama_context * ctx, int32_t il, enum llama_fasa_capture which, int64_t ne[3], void * dst);
 
     //
     // build

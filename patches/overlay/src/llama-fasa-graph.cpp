@@ -1,6 +1,7 @@
 #include "llama-fasa-graph.h"
 
 #include "llama-cparams.h"
+#include "llama-fasa-context.h"
 #include "llama-fasa-profile.h"
 #include "llama-fasa-tips.h"
 #include "llama-fasa-weights.h"
@@ -14,8 +15,7 @@
 #include <limits>
 #include <map>
 
-// more tokens of one sequence than a decode step has
-static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
+bool llama_fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
     std::map<llama_seq_id, uint32_t> n_tokens;
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -24,21 +24,6 @@ static bool fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch 
         }
     }
     return false;
-}
-
-llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile) : profile(std::move(profile)) {
-    if (this->profile) {
-        set_params(this->profile->params);
-    }
-}
-
-void llama_fasa_context::set_params(const llama_fasa_params & params) {
-    this->params = params;
-    this->policy = llama_fasa_policy_make(params, *profile, observed);
-}
-
-bool llama_fasa_context::observes(const llama_ubatch & ubatch) const {
-    return policy && policy->needs_prompt() && (!params.enabled || fasa_is_prompt(params, ubatch));
 }
 
 //
@@ -91,7 +76,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!graph.cparams.causal_attn) {
         return LLAMA_FASA_REASON_NON_CAUSAL;
     }
-    if (fasa_is_prompt(params, graph.ubatch)) {
+    if (llama_fasa_is_prompt(params, graph.ubatch)) {
         return LLAMA_FASA_REASON_PROMPT;
     }
     if (mctx.get_n_kv() < mctx.get_fasa_tips()->get_min_ctx(il, params)) {
@@ -104,7 +89,7 @@ bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, con
     ggml_backend_buffer_t buffer = k->view_src ? k->view_src->buffer : nullptr; // of the KV cache
 
     return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) &&
-        is_flash_attn(v) && !fasa_is_prompt(fasa->params, graph.ubatch);
+        is_flash_attn(v) && !llama_fasa_is_prompt(fasa->params, graph.ubatch);
 }
 
 void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const {
@@ -112,7 +97,7 @@ void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture w
         cur = ggml_cont(graph.ctx0, cur);
         ggml_set_output(cur);
         ggml_build_forward_expand(graph.gf, cur);
-        inp.captured[{ il, which }] = cur;
+        inp.add_captured(il, which, cur);
     }
 }
 
@@ -205,7 +190,7 @@ ggml_tensor * llama_fasa_attn::build(
 
     if (!is_sparse && !is_exact(k, v, kq_b)) {
         inp->add_layer(reason, row_bytes, 0);
-        if (fasa->params.exact && !fasa_is_prompt(fasa->params, graph.ubatch) && !fasa->logged_exact) {
+        if (fasa->params.exact && !llama_fasa_is_prompt(fasa->params, graph.ubatch) && !fasa->logged_exact) {
             LLAMA_LOG_WARN("fasa: fasa.exact has no effect on layer %d: it takes flash attention, K in host memory, and no bias on the logits\n", il);
             fasa->logged_exact = true;
         }
@@ -277,7 +262,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt),
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(llama_fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt),
     is_observed(fasa.observed.is_of(ubatch)) {
 }
 
@@ -285,6 +270,12 @@ llama_fasa_graph_input::~llama_fasa_graph_input() {
     if (fasa.last_run == this) {
         fasa.last_run = nullptr;
     }
+}
+
+const ggml_tensor * llama_fasa_graph_input::get_captured(int32_t il, llama_fasa_capture which) const {
+    const auto it = captured.find({ il, which });
+
+    return it == captured.end() ? nullptr : it->second;
 }
 
 void llama_fasa_graph_input::add_layer(llama_fasa_reason reason, size_t row_bytes, size_t tip_bytes, size_t n_lists) {
@@ -313,7 +304,7 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
-    if (is_prompt != fasa_is_prompt(fasa.params, params.ubatch)) {
+    if (is_prompt != llama_fasa_is_prompt(fasa.params, params.ubatch)) {
         return false;
     }
     return !fasa.policy || !fasa.policy->needs_prompt() || (prompt == fasa.observed.prompt && is_observed == fasa.observed.is_of(params.ubatch));
@@ -355,14 +346,14 @@ void llama_fasa_graph_input::set_forced(const llama_ubatch * ubatch) const {
 }
 
 void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
-    auto & stats = fasa.stats;
+    llama_fasa_stats step = {};
 
-    stats.n_layers_exact += n_layers_exact;
+    step.n_layers_exact = n_layers_exact;
 
     for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
         const auto reason = (llama_fasa_reason) i;
 
-        stats.n_layers[i] += n_layers[i];
+        step.n_layers[i] = n_layers[i];
 
         if (n_layers[i] > 0 && reason != LLAMA_FASA_REASON_NONE && fasa.profile->has_chunks && !fasa.logged[i]) {
             LLAMA_LOG_INFO("fasa: %u layers run dense: %s\n", n_layers[i], llama_fasa_reason_description(reason));
@@ -370,17 +361,17 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
         }
     }
 
-    if (fasa_is_prompt(fasa.params, *ubatch)) {
-        stats.n_steps_prompt++;
-        return;
+    if (llama_fasa_is_prompt(fasa.params, *ubatch)) {
+        step.n_steps_prompt = 1;
+    } else {
+        step.n_steps_decode = 1;
+        count_bytes(ubatch, step);
     }
-    stats.n_steps_decode++;
+    fasa.count(step);
+}
 
-    if (!tips) {
-        return;
-    }
-
-    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+void llama_fasa_graph_input::count_bytes(const llama_ubatch * ubatch, llama_fasa_stats & step) const {
+    for (uint32_t i = 0; tips && i < ubatch->n_tokens; ++i) {
         // cells of the sequence up to the token; only a batch of several tokens has later ones
         const auto & cells = tips->get_cells(ubatch->seq_id[i][0]);
 
@@ -391,8 +382,8 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
 
         const size_t n_kept = row_bytes_sparse > 0 ? fasa.policy->n_kept(n_visible, n_fac) : 0;
 
-        stats.bytes_kv       += n_visible*row_bytes_dense + n_kept*row_bytes_listed;
-        stats.bytes_tips     += n_kv*tip_bytes;
-        stats.bytes_kv_dense += n_visible*(row_bytes_dense + row_bytes_sparse);
+        step.bytes_kv       += n_visible*row_bytes_dense + n_kept*row_bytes_listed;
+        step.bytes_tips     += n_kv*tip_bytes;
+        step.bytes_kv_dense += n_visible*(row_bytes_dense + row_bytes_sparse);
     }
 }

@@ -1,42 +1,19 @@
 #pragma once
 
 #include "llama-fasa.h"
-#include "llama-fasa-observed.h"
-#include "llama-fasa-policy.h"
 #include "llama-graph.h"
 
 #include <map>
-#include <memory>
 #include <set>
+
+struct llama_fasa_context;
 
 class  llama_kv_cache_context;
 class  llama_fasa_graph_input;
 class  llama_fasa_tips;
 
-// what a llama_context knows of FASA; the graph reaches it through cparams
-struct llama_fasa_context {
-    explicit llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile);
-
-    const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one; may have no chunks
-
-    void set_params(const llama_fasa_params & params);
-
-    llama_fasa_params params  = {};
-    uint32_t          capture = 0; // enum llama_fasa_capture
-    llama_fasa_stats  stats   = {};
-
-    llama_fasa_observed                observed;
-    std::unique_ptr<llama_fasa_policy> policy; // of the params; nullptr: no profile
-
-    // whether the policy wants to see this micro-batch
-    bool observes(const llama_ubatch & ubatch) const;
-
-    bool logged[LLAMA_FASA_REASON_COUNT] = {};
-    bool logged_exact = false;
-
-    // of the graph that ran last
-    const llama_fasa_graph_input * last_run = nullptr;
-};
+// more tokens of one sequence than a decode step has
+bool llama_fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch);
 
 // one attention layer of a graph under construction
 class llama_fasa_attn {
@@ -97,7 +74,9 @@ public:
     // cells that every token attends to: I32 [n_forced, n_tokens/n_stream, n_stream], nullptr: none
     ggml_tensor * build_forced(ggml_context * ctx, int64_t n_tokens, int64_t n_stream);
 
-    std::map<std::pair<int32_t, llama_fasa_capture>, ggml_tensor *> captured; // by layer
+    void add_captured(int32_t il, llama_fasa_capture which, ggml_tensor * cur) { captured[{ il, which }] = cur; }
+
+    const ggml_tensor * get_captured(int32_t il, llama_fasa_capture which) const; // nullptr: it was not
 
     int64_t n_fac = 0; // cells attended to in sparse layers
 
@@ -109,7 +88,11 @@ private:
     void set_forced(const llama_ubatch * ubatch) const;
     void count     (const llama_ubatch * ubatch) const;
 
+    void count_bytes(const llama_ubatch * ubatch, llama_fasa_stats & step) const;
+
     llama_fasa_context & fasa;
+
+    std::map<std::pair<int32_t, llama_fasa_capture>, ggml_tensor *> captured; // by layer
 
     const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
     const uint32_t          n_kv;

@@ -367,6 +367,10 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     return res;
 }
 
+std::shared_ptr<const llama_fasa_profile> llama_fasa_profile_of(const llama_model & model) {
+    return std::atomic_load(&model.fasa);
+}
+
 bool llama_fasa_model_load_profile(llama_model * model, const char * path, const llama_model_kv_override * overrides) {
     try {
         const gguf_context_ptr metadata(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
@@ -384,7 +388,7 @@ bool llama_fasa_model_load_profile(llama_model * model, const char * path, const
         if (!profile || !profile->has_chunks) {
             throw std::runtime_error("holds no FASA profile: make one with `fasa-edge convert --profile`");
         }
-        model->fasa = std::move(profile);
+        std::atomic_store(&model->fasa, std::shared_ptr<const llama_fasa_profile>(std::move(profile)));
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s: %s\n", __func__, path, err.what());
         return false;

@@ -32,6 +32,9 @@ struct llama_fasa_profile {
     static std::shared_ptr<const llama_fasa_profile> load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model);
 };
 
+// of a model, which another thread may give another one meanwhile; nullptr: none
+std::shared_ptr<const llama_fasa_profile> llama_fasa_profile_of(const llama_model & model);
+
 llama_fasa_layer llama_fasa_model_layer(const llama_model & model, int32_t il);
 
 std::string llama_fasa_model_fingerprint(const llama_model & model);

@@ -65,8 +65,7 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
 }
 
 static llama_fasa_reason fasa_reason_no_tips(
-        const llama_model & model, int32_t il, const ggml_tensor * k, const ggml_tensor * v, bool v_trans) {
-    const auto & profile = *model.fasa;
+        const llama_model & model, const llama_fasa_profile & profile, int32_t il, const ggml_tensor * k, const ggml_tensor * v, bool v_trans) {
     const auto & hparams = model.hparams;
 
     if (hparams.is_swa(il)) {
@@ -93,10 +92,11 @@ static llama_fasa_reason fasa_reason_no_tips(
 
 llama_fasa_tips::llama_fasa_tips(
         const llama_model    & model,
+        std::shared_ptr<const llama_fasa_profile> profile_of_model,
         const llama_kv_cache & kv,
         const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
         bool v_trans,
-        bool no_alloc) : model(model), kv(kv), profile(model.fasa) {
+        bool no_alloc) : model(model), profile(std::move(profile_of_model)), kv(kv) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (const auto & [il, kv_tensors] : layers_kv) {
@@ -105,7 +105,7 @@ llama_fasa_tips::llama_fasa_tips(
         auto & layer = layers[il];
 
         layer.k      = k;
-        layer.reason = fasa_reason_no_tips(model, il, k, v, v_trans);
+        layer.reason = fasa_reason_no_tips(model, *profile, il, k, v, v_trans);
 
         if (layer.reason != LLAMA_FASA_REASON_NONE) {
             continue;

@@ -32,6 +32,7 @@ public:
     // layers_kv: model layer -> its K and V cache in kv, which owns the tips
     llama_fasa_tips(
             const llama_model    & model,
+            std::shared_ptr<const llama_fasa_profile> profile_of_model,
             const llama_kv_cache & kv,
             const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
             bool v_trans,
@@ -70,10 +71,11 @@ public:
 private:
     ggml_cgraph * build_graph_rebuild(llm_graph_result * res, std::vector<int64_t> cells) const;
 
-    const llama_model    & model;
-    const llama_kv_cache & kv;
+    const llama_model & model;
 
     const std::shared_ptr<const llama_fasa_profile> profile; // of the model when the tips were made
+
+    const llama_kv_cache & kv;
 
     std::map<int32_t, layer> layers;
 

@@ -1,7 +1,7 @@
 #include "llama-fasa.h"
 
 #include "llama-context.h"
-#include "llama-fasa-graph.h"
+#include "llama-fasa-context.h"
 #include "llama-fasa-profile.h"
 #include "llama-fasa-tips.h"
 #include "llama-impl.h"
@@ -50,23 +50,26 @@ const char * llama_fasa_select_name(llama_fasa_select_type select) {
 }
 
 bool llama_fasa_model_has_profile(const llama_model * model) {
-    return model->fasa && model->fasa->has_chunks;
+    const auto profile = llama_fasa_profile_of(*model);
+
+    return profile && profile->has_chunks;
 }
 
 const char * llama_fasa_model_override_report(const llama_model * model) {
-    return model->fasa ? model->fasa->override_report.c_str() : "";
-}
+    // a C string has to outlive the call, and the profile, should another thread load one
+    static thread_local std::string res;
+    const auto profile = llama_fasa_profile_of(*model);
+    res = profile ? profile->override_report : "";
 
-void llama_context::fasa_changed() {
-    // without a profile and without capture the graph must not know of FASA at all
-    cparams.fasa = fasa->profile || fasa->capture != 0 ? fasa.get() : nullptr;
-    cparams.fasa_epoch++;
+    return res.c_str();
 }
 
 bool llama_fasa_get_params(const llama_context * ctx, llama_fasa_params * params) {
-    *params = ctx->get_fasa().params;
+    const auto & fasa = ctx->get_fasa();
 
-    return ctx->get_fasa().profile != nullptr;
+    *params = fasa.get_params();
+
+    return fasa.profile != nullptr;
 }
 
 bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params) {
@@ -80,9 +83,10 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
         LLAMA_LOG_ERROR("%s: enabled: the model has no FASA profile, it can only attend exactly\n", __func__);
         return false;
     }
-    if (params->n_tip != fasa.params.n_tip || params->n_dense_layers != fasa.params.n_dense_layers) {
+    const auto & fixed = fasa.profile->params;
+    if (params->n_tip != fixed.n_tip || params->n_dense_layers != fixed.n_dense_layers) {
         LLAMA_LOG_ERROR("%s: n_tip = %u and n_dense_layers = %u are fixed when the model is loaded, they cannot become %u and %u\n", __func__,
-                fasa.params.n_tip, fasa.params.n_dense_layers, params->n_tip, params->n_dense_layers);
+                fixed.n_tip, fixed.n_dense_layers, params->n_tip, params->n_dense_layers);
         return false;
     }
     try {
@@ -93,7 +97,6 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
     }
 
     fasa.set_params(*params);
-    ctx->fasa_changed();
 
     return true;
 }
@@ -134,11 +137,11 @@ const char * llama_fasa_reason_description(llama_fasa_reason reason) {
 }
 
 void llama_fasa_get_stats(const llama_context * ctx, llama_fasa_stats * stats) {
-    *stats = ctx->get_fasa().stats;
+    *stats = ctx->get_fasa().get_stats();
 }
 
 void llama_fasa_reset_stats(llama_context * ctx) {
-    ctx->get_fasa().stats = {};
+    ctx->get_fasa().reset_stats();
 }
 
 // nullptr: no layer has tips
@@ -169,7 +172,7 @@ size_t llama_fasa_tips_size(const llama_context * ctx) {
 uint32_t llama_fasa_min_ctx(const llama_context * ctx) {
     const auto * tips = fasa_get_tips(ctx);
 
-    return tips ? tips->get_min_ctx(ctx->get_fasa().params) : 0;
+    return tips ? tips->get_min_ctx(ctx->get_fasa().get_params()) : 0;
 }
 
 //
@@ -194,28 +197,23 @@ const char * llama_fasa_fingerprint(const llama_model * model) {
 }
 
 void llama_fasa_set_capture(llama_context * ctx, uint32_t what) {
-    ctx->get_fasa().capture = what;
-    ctx->fasa_changed();
+    ctx->get_fasa().set_capture(what);
 }
 
-bool llama_fasa_get_capture(llama_context * ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) {
-    const auto * run = ctx->get_fasa().last_run;
-    if (!run) {
-        return false;
+int32_t llama_fasa_get_capture(llama_context * ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) {
+    switch (ctx->get_fasa().get_capture(*ctx, il, which, ne, dst)) {
+        case llama_fasa_context::IS_CAPTURED:
+            return 1;
+        case llama_fasa_context::NOT_CAPTURED:
+            return 0;
+        case llama_fasa_context::IS_RUNNING:
+            LLAMA_LOG_ERROR("%s: llama_decode or llama_encode is running: ask when it has returned\n", __func__);
+            return -1;
+        case llama_fasa_context::HAS_CHANGED:
+            LLAMA_LOG_ERROR("%s: the shape of layer %d is another by now: ask for it again\n", __func__, il);
+            return -1;
     }
-
-    const auto it = run->captured.find({ il, which });
-    if (it == run->captured.end()) {
-        return false;
-    }
-
-    std::copy_n(it->second->ne, 3, ne);
-
-    if (dst) {
-        ctx->synchronize();
-        ggml_backend_tensor_get(it->second, dst, 0, ggml_nbytes(it->second));
-    }
-    return true;
+    return 0;
 }
 
 //

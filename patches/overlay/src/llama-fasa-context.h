@@ -1,0 +1,87 @@
+#pragma once
+
+#include "llama-fasa.h"
+#include "llama-fasa-observed.h"
+#include "llama-fasa-policy.h"
+
+#include <memory>
+#include <mutex>
+#include <optional>
+
+struct llama_context;
+struct llama_ubatch;
+
+class llama_fasa_graph_input;
+
+// What a llama_context knows of FASA; the graph reaches it through cparams.
+//
+// A run is what llama_decode or llama_encode does with graphs. Nothing that these look at changes meanwhile: other
+// threads leave what they want for the next run, and see what was counted, under a lock.
+struct llama_fasa_context {
+    explicit llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile);
+
+    const std::shared_ptr<const llama_fasa_profile> profile; // nullptr: calibration of a model without one; may have no chunks
+
+    //
+    // of the thread that runs
+    //
+
+    llama_fasa_params params  = {};
+    uint32_t          capture = 0; // enum llama_fasa_capture
+
+    llama_fasa_observed                observed;
+    std::unique_ptr<llama_fasa_policy> policy; // of the params; nullptr: no profile
+
+    // whether the policy wants to see this micro-batch
+    bool observes(const llama_ubatch & ubatch) const;
+
+    bool logged[LLAMA_FASA_REASON_COUNT] = {};
+    bool logged_exact = false;
+
+    // of the graph that ran last in this run, or in the one before
+    const llama_fasa_graph_input * last_run = nullptr;
+
+    // true: the settings are others than in the run before
+    bool begin_run();
+    void end_run();
+
+    void count(const llama_fasa_stats & step);
+
+    //
+    // of any thread
+    //
+
+    llama_fasa_params get_params() const; // those of the next run
+    void set_params(const llama_fasa_params & params);
+    void set_capture(uint32_t what);
+
+    llama_fasa_stats get_stats() const;
+    void reset_stats();
+
+    // as llama_fasa_get_capture
+    enum capture_status { IS_CAPTURED, NOT_CAPTURED, IS_RUNNING, HAS_CHANGED };
+    capture_status get_capture(const llama_context & ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) const;
+
+private:
+    mutable std::mutex mutex; // of all that follows, and of the transition from one run to the next
+
+    bool is_running = false;
+
+    std::optional<llama_fasa_params> next_params;
+    std::optional<uint32_t>          next_capture;
+
+    llama_fasa_stats stats = {};
+};
+
+// a run, as long as it lives
+class llama_fasa_run {
+public:
+    explicit llama_fasa_run(llama_fasa_context & fasa) : fasa(fasa) {}
+    ~llama_fasa_run() { fasa.end_run(); }
+
+    llama_fasa_run(const llama_fasa_run &) = delete;
+    llama_fasa_run & operator=(const llama_fasa_run &) = delete;
+
+private:
+    llama_fasa_context & fasa;
+};
