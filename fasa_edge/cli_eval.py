@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from fasa_edge._cli import List, json_option, load_arguments, load_options, print_json, progress_bars
 from fasa_edge._figure import new_figure, to_png
 from fasa_edge._lib import llama_cpp
+from fasa_edge._log import quiet_log
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert.output import check_output, write_bytes
 from fasa_edge.convert.text import read_text
@@ -256,7 +257,7 @@ def _split(names: Sequence[str], prompts: str | None) -> tuple[list[str], list[s
 def _vocabulary(model: str) -> llama_cpp.Llama:
     """The model without its weights, to count tokens before anything takes time."""
     try:
-        with llama_cpp._utils.suppress_stdout_stderr(disable=False):
+        with quiet_log():
             return llama_cpp.Llama(model, vocab_only=True, kv_overrides={"fasa.version": 0}, verbose=False)
     except ValueError as error:
         raise ModelError(f"{error}: is it a GGUF model?") from error

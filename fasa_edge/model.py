@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log
+from fasa_edge._log import error_log, quiet_log
 from fasa_edge.config import FasaConfig
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 
@@ -281,7 +281,7 @@ class Llama(llama_cpp.Llama):
         self.__dict__["_model"] = model
         if self._fasa_profile is None:
             return
-        with llama_cpp._utils.suppress_stdout_stderr(disable=self.verbose):
+        with contextlib.nullcontext() if self.verbose else quiet_log():
             loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
         if not loaded:
             raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
@@ -323,7 +323,7 @@ def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
     overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
     overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     params.kv_overrides = overrides
-    with llama_cpp._utils.suppress_stdout_stderr(disable=False):
+    with quiet_log():
         model = llama_cpp.llama_model_load_from_file(os.fsencode(model_path), params)
     try:
         yield model
