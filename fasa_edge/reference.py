@@ -10,6 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 MASKED = -np.inf
+F32_MAX = float(np.finfo(np.float32).max)
+
+# of a query in 8 bits, times the scale of the logits: a greater one counts as this, and no float32 score is infinite
+MAX_STEP = 1e24 * np.log(2)
 
 
 def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> np.ndarray:
@@ -37,9 +41,9 @@ def score(
 ) -> np.ndarray:
     """Token importance of every cell for each head that chooses (TIP, arXiv 2602.03152 section 4.2).
 
-    A query head's scores are its logits on the dominant chunks alone, with the query rounded to 8 bits. The heads of a
-    group are made comparable by log-softmax over the visible cells, and the greatest counts; one head alone keeps its
-    raw scores, the paper's rule.
+    A query head's scores are its logits on the dominant chunks alone, with the query rounded to 8 bits, and scaled down
+    where they might overflow. The heads of a group are made comparable by log-softmax over the visible cells, and the
+    greatest counts; one head alone keeps its raw scores, the paper's rule.
 
     Args:
         q: float32 [n_tokens, n_head, n_embd_head].
@@ -57,7 +61,7 @@ def score(
     grouped = q.reshape(n_tokens, n_head_kv, n_head // n_head_kv, n_embd_head)
     dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
     with np.errstate(invalid="ignore"):
-        heads = scale * np.einsum("thgd,chd->thgc", _round_to_8_bits(dom), tips.astype(np.float64))
+        heads = np.einsum("thgd,chd->thgc", _round_to_8_bits(dom, scale), tips.astype(np.float64))
     heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
     if by_head:
         heads = heads.reshape(n_tokens, n_head, 1, -1)
@@ -67,12 +71,13 @@ def score(
     return np.where(np.isnan(heads), MASKED, heads).max(axis=2)
 
 
-def _round_to_8_bits(x: np.ndarray) -> np.ndarray:
-    """Rows of float32 as multiples of a 127th of their greatest magnitude; a row that is not finite becomes NaN."""
+def _round_to_8_bits(x: np.ndarray, scale: float) -> np.ndarray:
+    """Rows of float32, scaled, as multiples of a 127th of their greatest magnitude; NaN where a row is not finite."""
     top = np.abs(x).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
-        return np.where(np.isfinite(top), np.rint(x * inverse) * (top.astype(np.float64) / 127), np.nan)
+        step = np.clip(scale * top.astype(np.float64) / 127, -MAX_STEP, MAX_STEP)
+        return np.where(np.isfinite(top), np.rint(x * inverse) * step, np.nan)
 
 
 def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> np.ndarray:
@@ -110,6 +115,8 @@ def attend(
 ) -> np.ndarray:
     """Exact softmax attention over the listed cells (FAC, arXiv 2602.03152 section 4.3).
 
+    A cell whose logit is -inf has no weight, as if it was not listed; a logit that is inf or NaN makes the head NaN.
+
     Args:
         q: float32 [n_tokens, n_head, n_embd_head_k].
         k: [n_kv, n_head_kv, n_embd_head_k] as cached.
@@ -117,10 +124,10 @@ def attend(
         idx: int32 [n_tokens, n_head_kv or n_head, n_fac] from :func:`select`.
         scale: of the logits.
         logit_softcap: ``c`` of ``c * tanh(logit / c)``; 0: none.
-        sinks: float [n_head], logits that take a share of the softmax and give nothing.
+        sinks: float [n_head], logits that take a share of the softmax and give nothing; -inf: none.
 
     Returns:
-        float64 [n_tokens, n_head, n_embd_head_v]; zeros where no cell is listed.
+        float64 [n_tokens, n_head, n_embd_head_v]; zeros where no cell has a weight.
     """
     n_tokens, n_head, _ = q.shape
     n_group = n_head // k.shape[1]
@@ -130,11 +137,15 @@ def attend(
         cells = cells[cells >= 0]
         if len(cells) == 0:
             continue
-        logits = scale * (k[cells, ih // n_group].astype(np.float64) @ q[it, ih].astype(np.float64))
-        if logit_softcap:
-            logits = logit_softcap * np.tanh(logits / logit_softcap)
-        top = logits.max() if sinks is None else max(logits.max(), sinks[ih])
-        weights = np.exp(logits - top)
-        total = weights.sum() + (0.0 if sinks is None else np.exp(sinks[ih] - top))
-        res[it, ih] = (weights / total) @ v[cells, ih // n_group].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            logits = scale * (k[cells, ih // n_group].astype(np.float64) @ q[it, ih].astype(np.float64))
+            logits[np.abs(logits) > F32_MAX] *= np.inf
+            if logit_softcap:
+                logits = logit_softcap * np.tanh(logits / logit_softcap)
+            sink = MASKED if sinks is None else sinks[ih]
+            top = np.max([-F32_MAX, sink, logits.max()])
+            weights = np.exp(logits - top)
+            total = weights.sum() + np.exp(sink - top)
+            if total != 0:
+                res[it, ih] = (weights / total) @ v[cells, ih // n_group].astype(np.float64)
     return res

@@ -97,7 +97,7 @@ extern "C" {
     //   sinks: F32 [n_head] or NULL, as in ggml_flash_attn_ext_add_sinks
     //   scale, logit_softcap: as in ggml_flash_attn_ext
     //
-    //   res:   F32 [n_embd_head_v, n_head, n_tokens, n_stream] a head with no cell gets zeros
+    //   res:   F32 [n_embd_head_v, n_head, n_tokens, n_stream] a head with no cell, or none but of logit -INFINITY, gets zeros
     GGML_API struct ggml_tensor * ggml_fasa_attend(
             struct ggml_context * ctx,
             struct ggml_tensor  * q,

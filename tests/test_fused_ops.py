@@ -109,6 +109,7 @@ class Both:
     softcap: float = 0.0
     with_sinks: bool = False
     all_masked: bool = False
+    n_infinite: int = 0  # cells from the first on whose logit is -inf
     fits: bool = True  # on the emulated device, all blocks at once
 
 
@@ -130,6 +131,8 @@ BOTH = [
     Both(Shape(n_kv=1024), n_fac=1),
     Both(Shape(n_kv=1024), all_masked=True, n_forced=12),
     Both(Shape(n_kv=1024, n_hidden=1000)),
+    Both(Shape(n_kv=1024), n_infinite=700),
+    Both(Shape(n_kv=1024), n_infinite=700, by_head=True, with_sinks=True),
 ]
 
 
@@ -154,6 +157,8 @@ def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
         g.run(g.ggml_fasa_store(tips, g.tensor(np.concatenate([case.k for case in cases])), dims, cells, F32))
 
         cases = [replace(case, v=case.v.astype(np.float32), mask=case.mask[None]) for case in cases]
+        for case in cases if both.n_infinite else ():  # tips are there already
+            case.q[..., 0], case.k[: both.n_infinite, :, 0] = 1, -np.inf
         q, mask = stack("q"), stack("mask")
         k, v = (g.ggml_cast(stack(name), CACHE_TYPES[type_]) for name, type_ in zip("kv", both.types, strict=True))
         sinks = g.tensor(np.linspace(-2, 3, shape.n_head, dtype=np.float32)) if both.with_sinks else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fasa_edge import _ggml, reference
 
 import numpy as np
@@ -153,6 +155,31 @@ def test_select_minds_no_masked_cell_whatever_it_holds(n_head_kv: int) -> None:
     wanted = run_select(case, 16)
     case.k[3] = 1e6  # beyond f16, so its tips are infinite
     assert (run_select(case, 16) == wanted).all() and (wanted >= 0).all()
+
+
+# Twice the greatest query element of float32 would be infinite; heads of a group are as far apart as their queries.
+@pytest.mark.parametrize("exponents", [(126, 126, 126), (126, 100, 3), (80, 0, 90)])
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("scale", [0.125, -0.125, 1e30])
+def test_select_lists_n_fac_cells_of_the_greatest_queries(scale: float, by_head: bool, exponents: tuple[int]) -> None:
+    case = make_case(Shape(n_kv=1056, n_hidden=100))
+    case.scale = scale
+    case.q = np.ldexp(np.clip(case.q, -3.9, 3.9), np.tile(exponents, 3)[:, None] - 1)
+    for n_fac in (1, 400, 1000):
+        idx = run_select(case, n_fac, by_head=by_head)
+        assert ((idx >= 0).sum(axis=2) == min(n_fac, np.isfinite(case.mask).sum())).all()
+        tips = reference.store(case.k, case.dims)
+        scores = reference.score(case.q, tips, case.dims, case.mask, case.scale, by_head)
+        assert np.isfinite(scores[case.mask[:, None].repeat(scores.shape[1], 1) == 0]).all()
+        tolerance = 1e-5 * np.abs(scores[scores > -np.inf]).max()
+        assert_same_cells(idx, reference.select(scores, n_fac), scores, tolerance)
+
+
+def test_select_orders_the_cells_of_one_head_the_same_at_any_size() -> None:
+    case = make_case(Shape(n_kv=1056))
+    wanted = run_select(case, 200, by_head=True)
+    for exponent in (-60, 60, 120):
+        assert (run_select(replace(case, q=np.ldexp(case.q, exponent)), 200, by_head=True) == wanted).all()
 
 
 def test_select_without_a_visible_cell_lists_none() -> None:
@@ -398,13 +425,64 @@ def test_attend_matches_its_composed_twin(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("n_kv", [64, 4992])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("where", ["q", "all k", "some k"])
-def test_attend_does_not_hide_what_is_not_a_number(n_kv: int, where: str) -> None:
+def test_attend_does_not_hide_what_is_not_a_number(n_kv: int, softcap: float, where: str) -> None:
     case = make_case(Shape(n_kv=n_kv))
     k = case.k.astype(np.float16)
     (case.q if where == "q" else k if where == "all k" else k[:40])[:] = np.nan
     listed = np.tile(np.arange(50, dtype=np.int32), (1, 3, 1))
-    assert all(np.isnan(run_attend(case, cells, k)).all() for cells in (None, listed))
+    assert all(np.isnan(run_attend(case, cells, k, softcap)).all() for cells in (None, listed))
+
+
+@pytest.mark.parametrize("n_kv", [64, 1500])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("sink", [None, 1.0, -np.inf])
+@pytest.mark.parametrize("infinite", ["first", "last", "first but one", "all", "greatest"])
+def test_attend_to_logits_that_are_infinite(n_kv: int, softcap: float, sink: float | None, infinite: str) -> None:
+    """Cells of logit -inf have no weight, though a thread has no others; one of inf is not hidden."""
+    case = make_case(Shape(n_kv=n_kv, n_head=14, n_head_kv=2))
+    case.q[..., 0] = 1
+    k = case.k.astype(np.float16)
+    half = n_kv // 2
+    where = {"first": slice(half), "last": slice(half, None), "first but one": slice(1, None), "all": slice(None)}
+    k[where.get(infinite, slice(0)), :, 0] = -np.inf
+    if infinite == "greatest":
+        k[half, :, 0] = np.inf
+    sinks = None if sink is None else np.full(14, sink, np.float32)
+    visible = np.where(np.isfinite(case.mask), np.arange(n_kv, dtype=np.int32), -1)[:, None].repeat(2, axis=1)
+    truth = reference.attend(case.q, k, case.v, visible, case.scale, softcap, sinks)
+    assert np.isfinite(truth).all() == (infinite != "greatest" or softcap > 0)
+    assert truth.any() == (infinite != "all" or softcap > 0)
+    for out in (run_attend(case, None, k, softcap, sinks), run_attend(case, visible, k, softcap, sinks)):
+        assert (np.isnan(out) == np.isnan(truth)).all()
+        assert np.nansum((out - truth) ** 2) <= NMSE_REFERENCE * np.nansum(truth**2)
+
+
+def test_attend_gives_no_weight_to_logits_that_overflow() -> None:
+    case = make_case(Shape(n_kv=600))
+    case.q[:] = 1e20
+    k = -1e20 * np.abs(case.k)
+    k[500:, :, :] *= 1e-30
+    visible = np.where(np.isfinite(case.mask), np.arange(600, dtype=np.int32), -1)[:, None].repeat(3, axis=1)
+    truth = reference.attend(case.q, k, case.v, visible, case.scale)
+    assert truth.any()
+    for cells in (None, visible):
+        assert nmse(run_attend(case, cells, k), truth) <= NMSE_REFERENCE
+    k[500:] = k[0]
+    assert all((run_attend(case, cells, k) == 0).all() for cells in (None, visible))
+
+
+def test_attend_minds_no_row_whose_weight_is_too_small_for_f32() -> None:
+    case = make_case(Shape())
+    case.q[:] = 30
+    case.k[:] = 1
+    case.k[7] = -1
+    case.v = case.v.astype(np.float32)
+    case.v[7] = 1e38
+    every = np.arange(256, dtype=np.int32)[None, None].repeat(3, axis=1)
+    out = run_attend(case, every, case.k)
+    assert nmse(out, reference.attend(case.q, case.k, case.v, every, case.scale)) <= NMSE_REFERENCE
 
 
 def test_a_key_that_is_not_finite_is_not_chosen() -> None:

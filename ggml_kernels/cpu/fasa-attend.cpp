@@ -310,7 +310,7 @@ static void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums
     const float before = sums[n_v];
     const float after  = std::max(before, v_greatest(max));
 
-    if (before > -INFINITY && after > before) {
+    if (after > before) {
         const vec scale = v_set1(std::exp(before - after));
         for (int64_t i = 0; i < n_v; i += FASA_LANES) {
             v_store(sums + i, v_mul(v_load(sums + i), scale));
@@ -320,7 +320,8 @@ static void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums
 
     vec sum = v_set1(0.0f);
     for (int64_t i = 0; i < n; i += FASA_LANES) {
-        const vec weight = v_exp2(v_mul(v_sub(v_load(logits + i), v_set1(after)), v_set1(FASA_LOG2_E)));
+        const vec x      = v_mul(v_sub(v_load(logits + i), v_set1(after)), v_set1(FASA_LOG2_E));
+        const vec weight = v_select_gt(v_set1(FASA_EXP2_LEAST), x, v_set1(0.0f), v_exp2(x));
         v_store(logits + i, weight);
         sum = v_add(sum, weight);
     }
@@ -377,7 +378,7 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
 
         float * sums = partial + op.sums_offset(u, ig);
         std::fill(sums, sums + op.n_sums, 0.0f);
-        sums[op.n_v] = -INFINITY;
+        sums[op.n_v] = -FLT_MAX; // finite: a logit of -INFINITY has no weight beside it
     }
 
     const int64_t end = std::min((u.chunk + 1)*op.n_chunk, op.n_list);

@@ -10,6 +10,7 @@
 
 static constexpr float   FASA_MASKED = -INFINITY;
 static constexpr float   FASA_LEAST  =  1e-30f; // a query of smaller elements is zero: their inverse is not finite
+static constexpr float   FASA_MOST   =  1e24f;  // step of a query at most, in units of the scores: none of these is infinite
 static constexpr int64_t FASA_CHUNK  = 1024; // cells
 static constexpr int64_t FASA_PIECE  = 128;  // cells
 static constexpr int64_t FASA_AHEAD  = 8;    // blocks of tips that are asked for before they are needed
@@ -150,7 +151,8 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
             sum += values[i];
         }
         query.start[ig] = -FASA_DOT_BIAS*sum;
-        query.scale[ig] = finite ? FASA_LOG2_E*scale*amax/127.0f : NAN; // a head that is not finite has no say
+        // a head that is not finite has no say
+        query.scale[ig] = finite ? std::clamp(FASA_LOG2_E*scale*amax/127.0f, -FASA_MOST, FASA_MOST) : NAN;
     }
 }
 

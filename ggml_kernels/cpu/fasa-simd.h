@@ -295,9 +295,11 @@ static inline vec v_sums(const vec x[FASA_LANES]) {
 
 static constexpr float FASA_LOG2_E = 1.44269504f;
 
+static constexpr float FASA_EXP2_LEAST = -126.0f;
+
 // 2^x for x <= 0 within 2 ulp; beneath -126, where an f32 sum that holds a 1 does not notice, 2^-126; NaN stays NaN
 static inline vec v_exp2(vec x) {
-    x = v_max(v_set1(-126.0f), x);
+    x = v_max(v_set1(FASA_EXP2_LEAST), x);
 
     const vec magic = v_set1(0x1.8p23f); // adding it rounds, and leaves the integer in the lower bits
     const vec z     = v_add(x, magic);

@@ -76,6 +76,7 @@ struct fasa_select_args {
     int32_t n_parts;    // of a row, a block of threads for each: its blocks of cells are dealt out to them in turn
     int32_t n_own;      // blocks of cells of a part, at most
     float   scale;      // of the logits, times log2(e)
+    float   max_query;  // greatest element of a query head, as far as its scores go: more would make them infinite
     uint64_t nb_q1;     // head
     uint64_t nb_q2;     // token
     uint64_t nb_q3;     // stream

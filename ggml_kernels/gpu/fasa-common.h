@@ -41,7 +41,7 @@ FASA_FN float fasa_abs(float x)              { return x < 0.0f ? -x : x; }
 // as exact as exp2, where a language's own is not
 FASA_FN float fasa_tanh(float x) {
     const float exponent = 2.0f*FASA_LOG2_E*x;
-    return 1.0f - fasa_div(2.0f, fasa_exp2(exponent < 126.0f ? exponent : 126.0f) + 1.0f);
+    return 1.0f - fasa_div(2.0f, fasa_exp2(exponent > 126.0f ? 126.0f : exponent) + 1.0f); // NaN stays NaN
 }
 
 FASA_FN float fasa_from_bf16(uint16_t x) { return fasa_float((uint32_t) x << 16); }

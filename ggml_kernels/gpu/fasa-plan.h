@@ -9,6 +9,8 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 
 static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_QUAD == FASA_TIPS_QUAD, "another layout of tips");
 
@@ -24,6 +26,7 @@ static constexpr int64_t FASA_MAX_ROWS = 65535;
 static constexpr int64_t FASA_MAX_EMBD   = 256;
 static constexpr size_t  FASA_MAX_MEMORY = 64 << 20; // bytes for select: rows that need more come in several launches
 static constexpr size_t  FASA_MAX_SHARED = 32*1024; // bytes of shared memory, as many as Metal has
+static constexpr float   FASA_MOST       = 1e24f; // step of a query, see ../cpu/fasa-score.h
 static constexpr int64_t FASA_MAX_PARTS  = 128; // of a row in select
 static constexpr int64_t FASA_MIN_PART   = 512; // cells
 static constexpr int64_t FASA_MAX_SPLITS = 64;  // of a list in attend
@@ -112,7 +115,8 @@ struct fasa_select_plan {
         args.n_fac      = op->ne[0];
         args.n_forced   = forced ? forced->ne[0] : 0;
         set_parts(std::min((args.n_kv + FASA_MIN_PART - 1)/FASA_MIN_PART, FASA_MAX_PARTS));
-        args.scale      = fasa_op_param(op, 0)*1.44269504088896f;
+        args.scale      = std::max(-FLT_MAX, std::min(fasa_op_param(op, 0)*1.44269504088896f, FLT_MAX));
+        args.max_query  = std::min(127.0f*FASA_MOST/std::abs(args.scale), FLT_MAX);
         args.nb_q1      = q->nb[1];
         args.nb_q2      = q->nb[2];
         args.nb_q3      = q->nb[3];

@@ -143,7 +143,7 @@ FASA_FN fasa_query fasa_round_query(
             quads[iq*FASA_TILE] = (int32_t) values;
         }
         if (at.lane == 0) {
-            res.scale[ig]   = fasa_div(args.scale*amax, 127.0f);
+            res.scale[ig]   = fasa_div(args.scale*(amax < args.max_query ? amax : args.max_query), 127.0f);
             res.has_say[ig] = finite && ig < args.n_group;
         }
     }

@@ -120,6 +120,7 @@ struct test_fasa_select : public test_fasa {
     const ggml_type type_k;            // of the K cache
     const bool by_head;                // each query head has a choice of its own
     const bool cached;                 // keys are read from the K cache
+    const float q_scale;               // of the queries, which changes no choice that a head makes alone
 
     ggml_tensor * q      = nullptr;
     ggml_tensor * store  = nullptr;
@@ -135,14 +136,14 @@ struct test_fasa_select : public test_fasa {
     std::vector<float>   mask_values;
 
     std::string vars() override {
-        return VARS_TO_STR13(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k, by_head, cached);
+        return VARS_TO_STR14(hsk, nh, nr23, kv, nb, n_dim, n_fac, n_forced, n_store, hidden, type_k, by_head, cached, q_scale);
     }
 
     test_fasa_select(int64_t hsk, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb, int64_t n_dim,
                      int64_t n_fac, int64_t n_forced = 0, int64_t n_store = 0, int64_t hidden = 10,
-                     ggml_type type_k = GGML_TYPE_F16, bool by_head = false, bool cached = false)
+                     ggml_type type_k = GGML_TYPE_F16, bool by_head = false, bool cached = false, float q_scale = 1.0f)
         : hsk(hsk), nh(nh), nr23(nr23), kv(kv), nb(nb), n_dim(n_dim), n_fac(n_fac), n_forced(n_forced),
-          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k), by_head(by_head), cached(cached) {}
+          n_store(n_store ? n_store : kv*nr23[1]), hidden(hidden), type_k(type_k), by_head(by_head), cached(cached), q_scale(q_scale) {}
 
     int64_t n_sharing()  const { return by_head ? 1 : nr23[0]; } // query heads
     int64_t n_head_sel() const { return nh*nr23[0]/n_sharing(); }
@@ -181,7 +182,8 @@ struct test_fasa_select : public test_fasa {
             keys = view_cells(ctx, ggml_reshape_4d(ctx, keys, hsk, nh, n_cells(), nr23[1]), 2, kv);
             keys = ggml_permute(ctx, ggml_mul(ctx, keys, sel), 0, 2, 1, 3);
 
-            ggml_tensor * kq    = ggml_mul_mat(ctx, keys, ggml_permute(ctx, q, 0, 2, 1, 3));
+            ggml_tensor * q_one = q_scale == 1.0f ? q : ggml_scale(ctx, q, 1.0f/q_scale);
+            ggml_tensor * kq    = ggml_mul_mat(ctx, keys, ggml_permute(ctx, q_one, 0, 2, 1, 3));
             ggml_tensor * probs = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
             ggml_tensor * heads = ggml_cont(ctx, ggml_permute(ctx, probs, 1, 2, 0, 3));
 
@@ -246,7 +248,7 @@ struct test_fasa_select : public test_fasa {
 
         std::vector<float> queries(ggml_nelements(q));
         for (int64_t i = 0; i < ggml_nrows(q); ++i) {
-            fill(queries.data() + i*hsk, i % q->ne[1] / nr23[0], random(0, 15) ? ldexpf(1.0f, random(-7, -4)) : 0.0f);
+            fill(queries.data() + i*hsk, i % q->ne[1] / nr23[0], random(0, 15) ? q_scale*ldexpf(1.0f, random(-7, -4)) : 0.0f);
         }
         set(q, queries);
 
@@ -378,6 +380,7 @@ struct test_fasa_attend : public test_fasa {
     const ggml_type type_V;
     const int64_t hidden;              // percentage of masked cells, of empty lists
     const bool by_head;                // each query head has a list of its own
+    const int64_t n_inf;               // cells from the first on whose logit is -INFINITY
 
     ggml_tensor * q    = nullptr;
     ggml_tensor * k    = nullptr;
@@ -388,14 +391,14 @@ struct test_fasa_attend : public test_fasa {
     ggml_tensor * s    = nullptr;
 
     std::string vars() override {
-        return VARS_TO_STR13(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, hidden, by_head);
+        return VARS_TO_STR14(hsk, hsv, nh, nr23, kv, nb, n_fac, sinks, logit_softcap, type_K, type_V, hidden, by_head, n_inf);
     }
 
     test_fasa_attend(int64_t hsk, int64_t hsv, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb,
                      int64_t n_fac, bool sinks = false, float logit_softcap = 0.0f, ggml_type type_K = GGML_TYPE_F16,
-                     ggml_type type_V = GGML_TYPE_F16, int64_t hidden = 10, bool by_head = false)
+                     ggml_type type_V = GGML_TYPE_F16, int64_t hidden = 10, bool by_head = false, int64_t n_inf = 0)
         : hsk(hsk), hsv(hsv), nh(nh), nr23(nr23), kv(kv), nb(nb), n_fac(n_fac), sinks(sinks),
-          logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head) {}
+          logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head), n_inf(n_inf) {}
 
     int64_t n_sharing() const { return by_head ? 1 : nr23[0]; } // query heads
     int64_t n_lists()   const { return nh*nr23[0]/n_sharing(); } // of a token
@@ -449,6 +452,22 @@ struct test_fasa_attend : public test_fasa {
         return out;
     }
 
+    void set_infinite() {
+        const float   one = 1.0f;
+        const float   infinite = -INFINITY;
+        uint8_t       element[sizeof(float)];
+        round_to_type(type_K, &infinite, 1, element);
+
+        for (int64_t i = 0; i < ggml_nrows(q); ++i) {
+            ggml_backend_tensor_set(q, &one, i*q->nb[1], sizeof(one));
+        }
+        for (int64_t is = 0; is < nr23[1]; ++is) {
+            for (int64_t i = 0; i < n_inf*nh; ++i) {
+                ggml_backend_tensor_set(k->view_src, element, is*k->nb[3] + i*k->nb[1], ggml_type_size(type_K));
+            }
+        }
+    }
+
     void initialize_tensors(ggml_context * ctx) override {
         GGML_UNUSED(ctx);
         std::mt19937 rng;
@@ -457,6 +476,9 @@ struct test_fasa_attend : public test_fasa {
         set_uniform(q, 10.0f, rng);
         set_uniform(k->view_src, 1.0f, rng);
         set_uniform(v->view_src, 1.0f, rng);
+        if (n_inf) {
+            set_infinite();
+        }
         if (s) {
             set_uniform(s, 10.0f, rng);
         }
@@ -744,6 +766,21 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
     // so long that what works on a part of the cells has to take several turns
     test_cases.emplace_back(new test_fasa_select( 64, 1, { 4, 1 }, 66080, 1, 24, 700, 12));
     test_cases.emplace_back(new test_fasa_select( 64, 1, { 1, 1 }, 66080, 2, 24, 700, 12, 3000));
+
+    // logits of -INFINITY, of all cells of a thread or of all; scores that f32 would not hold
+    for (ggml_type type_K : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 }) {
+        for (int64_t n_fac : { 0, 400 }) {
+            for (int64_t n_inf : { 300, 600 }) {
+                for (bool sinks : { false, true }) {
+                    test_cases.emplace_back(new test_fasa_attend(64, 64, 2, { 4, 2 }, 600, 2, n_fac, sinks, 0.0f, type_K, GGML_TYPE_F16, 10, false, n_inf));
+                }
+            }
+        }
+    }
+    for (int exponent : { -60, 60, 120 }) {
+        test_cases.emplace_back(new test_fasa_select(64, 2, { 4, 2 }, 1024, 2, 24, 200, 12, 0, 10, GGML_TYPE_F16, true, false, ldexpf(1.0f, exponent)));
+        test_cases.emplace_back(new test_fasa_select(64, 2, { 1, 1 }, 1024, 1, 24, 950,  0, 0, 10, GGML_TYPE_F16, false, false, ldexpf(1.0f, exponent)));
+    }
 
     add_test_cases_fasa_decode(test_cases);
     add_test_cases_fasa_fuzz(test_cases);
