@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test cuda-check gpu gpu-pack metal-check \
+.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
         demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -94,6 +94,18 @@ test-simt: $(SIMT_LIB) ## run the tests of our ops on the GPU kernels, emulated 
 	    GGML_BACKEND_PATH=$(CURDIR)/$(SIMT_LIB) $(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)' BACKEND=$$device || exit 1; \
 	done
 
+# Seeds are printed, and how to repeat what fails. Our own code is what has the sanitizers. ASan wraps exceptions where it finds
+# them as it is loaded: libstdc++ has to be there by then.
+fuzz soak: UNDER_SANITIZERS = ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" FASA_LIB_PATH=$(CURDIR)/$(VENV)/build-sanitized/bin
+
+fuzz: $(VENV)/build-sanitized/.built ## hostile inputs under ASan and UBSan, SECONDS=60 each of KINDS='profiles headers states settings ops'
+	$(UNDER_SANITIZERS) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),60) $(SEED:%=--seed %) $(KINDS)
+
+soak: $(VENV)/build-sanitized/.built ## two sequences live long in one context, SECONDS=600 with and without the sanitizers
+	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
+	$(UNDER_SANITIZERS) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
+
 # Other architectures than this machine's are cross-compiled and run under qemu-user; what is not installed is named.
 test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x86-64 and ARM; VARIANTS='haswell zen4' ARCH=aarch64
 	@$(BIN)/python tests/variants.py $(if $(ARCH),--arch $(ARCH)) $(VARIANTS)
@@ -173,7 +185,7 @@ $(VENV)/.tools: pyproject.toml
 
 # CMake never forgets an option that is no longer given: with other CMAKE_ARGS, start from nothing.
 $(VENV)/.cmake-args: FORCE | $(VENV)/.tools
-	@printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || { rm -rf $(VENV)/build $(VENV)/build-stock $(VENV)/build-wheel; printf '%s\n' '$(CMAKE_ARGS)' >$@; }
+	@printf '%s\n' '$(CMAKE_ARGS)' | cmp -s - $@ || { rm -rf $(VENV)/build $(VENV)/build-stock $(VENV)/build-wheel $(VENV)/build-sanitized; printf '%s\n' '$(CMAKE_ARGS)' >$@; }
 
 # The bindings first and without a library of their own: pure Python, seconds. As a mere dependency they would compile
 # a second llama.cpp. Past pip's cache, so that no other environment is ever served this wheel without libraries.
@@ -194,6 +206,12 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.
 $(VENV)/build/bin/%: $(VENV)/.installed
 	$(BIN)/cmake --build $(VENV)/build --target $(basename $*)
+	@touch $@
+
+# The installed libraries again, with sanitizers in our part.
+$(VENV)/build-sanitized/.built: $(SOURCES) $(VENV)/.installed
+	$(BIN)/cmake -S . -B $(@D) -G Ninja -DFASA_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CMAKE_ARGS) >$(VENV)/sanitized.log
+	$(BIN)/cmake --build $(@D) --target llama ggml mtmd >>$(VENV)/sanitized.log
 	@touch $@
 
 # Only what they need, beside nothing else of the bindings' sources, which Python would import instead of the installed.
