@@ -7,6 +7,8 @@ so that a damaged or hostile file ends in a :class:`ConvertError`. Layout and li
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ import numpy as np
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # the same layout; version 1 had 32-bit lengths
 DEFAULT_ALIGNMENT = 32
-MAX_METADATA = 2**30  # bytes before the tensor data; the largest vocabularies take some 20 MB
+MAX_METADATA = 2**28  # bytes before the tensor data; the largest vocabularies take some 20 MB
+MAX_KEYS = 2**16  # of which each takes some 500 bytes of memory; models have some 50
 MAX_DIMS = 4
 
 # id: (elements per block, bytes per block), ggml_blck_size() and ggml_type_size() of ggml.c at the pinned commit
@@ -138,12 +141,15 @@ class GgufHeader:
         return default if value is None else int(value)
 
     def _get(self, key: str, kind: type, expected: str) -> object:
-        value = self.entries[key].value() if key in self.entries else None
-        if value is not None and not isinstance(value, kind):
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        held = f"an array of {entry.count}" if entry.count is not None else entry.value()  # it may be long
+        if entry.count is not None or not isinstance(held, kind):
             raise ConvertError(
-                f"{self.path} is damaged: {key} = {str(value)[:60]} is not {expected}; download it again"
+                f"{self.path} is damaged: {key} = {str(held)[:60]} is not {expected}; download it again"
             )
-        return value
+        return held
 
 
 def read_header(path: str | Path) -> GgufHeader:
@@ -154,7 +160,10 @@ def read_header(path: str | Path) -> GgufHeader:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        # a pipe that nobody writes to would block
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConvertError(f"{path} cannot be read: it is a pipe, a device or the like; give a file")
             return _parse(path, _Reader(path, file))
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror}") from error
@@ -206,6 +215,8 @@ def _parse(path: Path, reader: _Reader) -> GgufHeader:
     _, n_kv = reader.unpack("<Q", "key count")
     reader.check(n_kv, 8 + 1 + 4 + 1, f"a header of {n_kv} keys")
     reader.check(n_tensors, 8 + 4 + 4 + 8, f"a header of {n_tensors} tensors")
+    if n_kv > MAX_KEYS:
+        raise reader.error(f"a header of {n_kv} keys, at most {MAX_KEYS} are possible,")
 
     entries: dict[str, Entry] = {}
     for _ in range(n_kv):
@@ -215,21 +226,24 @@ def _parse(path: Path, reader: _Reader) -> GgufHeader:
         entries[entry.key] = entry
     alignment = _alignment(reader, entries)
 
-    infos = [_read_tensor_info(reader, alignment) for _ in range(n_tensors)]
+    infos, (end, last) = bytearray(), (0, "")  # of hostile ones there may be millions
+    for _ in range(n_tensors):
+        name, raw, offset, size = _read_tensor_info(reader, alignment)
+        infos += raw
+        end, last = max((end, last), (offset + size, name))
     data_offset = reader.offset + (-reader.offset % alignment if n_tensors else 0)
-    for name, _, offset, size in infos:
-        if data_offset + offset + size > reader.size:
-            raise ConvertError(
-                f"{path} is truncated: tensor {name!r} ends at byte {data_offset + offset + size} "
-                f"of a file of {reader.size}; download it again"
-            )
+    if n_tensors and data_offset + end > reader.size:
+        raise ConvertError(
+            f"{path} is truncated: tensor {last!r} ends at byte {data_offset + end} "
+            f"of a file of {reader.size}; download it again"
+        )
     return GgufHeader(
         path=path,
         file_size=reader.size,
         version=version,
         entries=entries,
         n_tensors=n_tensors,
-        tensor_infos=b"".join(raw for _, raw, _, _ in infos),
+        tensor_infos=bytes(infos),
         alignment=alignment,
         data_offset=data_offset,
     )
@@ -265,12 +279,14 @@ def _read_entry(reader: _Reader) -> Entry:
     n, what = 1 if count is None else count, f"the value of key {key!r}"
     if type_ == GGUFValueType.STRING:
         reader.check(n, 8, what)
-        body = b"".join(_read_string(reader, what) for _ in range(n))
+        body = bytearray()  # an object for each would take ten times as much
+        for _ in range(n):
+            body += _read_string(reader, what)
     else:
         size = NUMPY_TYPES[type_].itemsize
         reader.check(n, size, what)
         body = reader.take(n * size, what)
-    return Entry(key=key, raw=head + body, type=type_, count=count, value_offset=len(head))
+    return Entry(key=key, raw=b"".join((head, body)), type=type_, count=count, value_offset=len(head))
 
 
 def _alignment(reader: _Reader, entries: dict[str, Entry]) -> int:
