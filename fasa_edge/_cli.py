@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import fasa_edge
 from fasa_edge import _capi
+from fasa_edge._trial import try_model
 from fasa_edge.errors import FasaError
 
 import click
@@ -16,6 +19,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _stderr = Console(stderr=True)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""All control characters but tab and newline, and those that turn the direction of a text."""
+
+
+def printable(text: str) -> str:
+    """A text, as of a file's metadata, without what a terminal would obey: escape sequences are spelled out."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """A line for people, on standard output or error."""
+    click.echo(printable(text), err=err)
 
 
 @contextlib.contextmanager
@@ -26,6 +42,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], Non
         tasks: dict[str, Any] = {}
 
         def update(stage: str, done: int, total: int) -> None:
+            stage = printable(stage)
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -51,7 +68,34 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 """Of every command that has a result."""
 
 _cache_type = click.Choice(_capi.CACHE_TYPES)
-_gguf = click.Path(exists=True, dir_okay=False)
+
+
+class _File(click.Path):
+    """A file that exists and can be read from anywhere: no pipe, on which llama.cpp would wait for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Its path."""
+        path = super().convert(value, param, ctx)
+        if not os.path.isfile(path):
+            self.fail(f"{path} is a pipe, a device or the like: give a file", param, ctx)
+        return path
+
+
+class _Model(_File):
+    """A model that does not crash llama.cpp."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Its path."""
+        path = super().convert(value, param, ctx)
+        try_model(path)
+        return path
+
+
+model_file = _Model()
+"""MODEL of every command that runs one."""
 
 
 def _with(command: Callable, *options: Callable) -> Callable:
@@ -70,7 +114,7 @@ def load_options(command: Callable) -> Callable:
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
-        click.option("--profile", type=_gguf, help="In place of the model's own."),
+        click.option("--profile", type=_File(), help="In place of the model's own."),
         click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
@@ -81,7 +125,7 @@ def model_options(command: Callable) -> Callable:
     """What every command that runs a model understands."""
     return _with(
         command,
-        click.argument("model", type=_gguf),
+        click.argument("model", type=model_file),
         click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
         load_options,
     )

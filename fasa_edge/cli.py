@@ -14,7 +14,17 @@ from typing import Any
 
 import fasa_edge
 from fasa_edge import _ggml, _lib, convert
-from fasa_edge._cli import json_option, load_model, model_options, print_json, progress_bars, size_text
+from fasa_edge._cli import (
+    echo,
+    json_option,
+    load_model,
+    model_options,
+    print_json,
+    printable,
+    progress_bars,
+    size_text,
+)
+from fasa_edge._signals import unwound_by_signals
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
 from fasa_edge.cli_eval import evaluate
@@ -30,18 +40,22 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with unwound_by_signals():
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # RuntimeErrors by which click ends a command
             raise
         except (FasaError, RuntimeError) as error:  # the bindings raise RuntimeError when llama_decode fails
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(fasa_edge.__version__, prog_name="fasa-edge")
 def main() -> None:
     """Sparse attention for llama.cpp: decode faster from long contexts."""
-    warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":  # a character that the terminal's encoding lacks is spelled out
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: echo(f"warning: {message}", err=True)
 
 
 main.add_command(bench)
@@ -122,20 +136,20 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
             unchecked = (
                 f"n_tip auto could not be decided: {result.unchecked}; {profile.n_tip}, the default, was written"
             )
-        click.echo(f"warning: {unchecked}", err=True)
+        echo(f"warning: {unchecked}", err=True)
     if check and check.warning:
-        click.echo(f"warning: {check.warning}", err=True)
+        echo(f"warning: {check.warning}", err=True)
     if as_json:
         return print_json(report)
     calibration = profile.calibration
     written = " and ".join(str(path) for path in (result.path, result.profile_path) if path)
-    click.echo(
+    echo(
         f"{written}: {size_text(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
         f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
     )
     if check:
         instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
-        click.echo(
+        echo(
             f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
             f"KL to dense {check.kl:.4f} +/- {check.kl_error:.4f} nats (dense token by token: {check.noise:.4f}); "
             f"budget {check.budget}{instead}, "
@@ -153,19 +167,19 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     report = convert.inspect(file)
     if plot is not None:
         convert.write_plot(report, plot, force=force)
-        click.echo(f"drawn: {plot}", err=True)
+        echo(f"drawn: {plot}", err=True)
     if as_json:
         return print_json(report.to_dict())
     profile = report.profile
     files = f" in {report.n_files} files" if report.n_files > 1 else ""
     content = "a profile alone" if profile and not report.n_tensors else f"{report.n_tensors} tensors{files}"
-    click.echo(
+    echo(
         f"{report.path}: {report.architecture}, {report.name or 'no name'}, {content}, {size_text(report.n_bytes)}"
     )
     if profile is None:
-        return click.echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
+        return echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
     settings = asdict(profile.config) | {"n_tip": profile.n_tip}
-    click.echo(
+    echo(
         tabulate([*settings.items(), *asdict(profile.calibration).items(), ("fingerprint", profile.fingerprint)])
     )
     rows = [
@@ -173,7 +187,7 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
         for il, layer in enumerate(profile.chunks)
         for ih, (chunks, agreement) in enumerate(zip(layer, profile.agreement[il], strict=True))
     ]
-    click.echo(
+    echo(
         tabulate(rows, headers=("layer", "KV head", "chunks, best first", f"sum of {profile.calibration.objective}"))
     )
 
@@ -187,15 +201,16 @@ def _generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) 
     text: list[str] = []
     first = start = time.perf_counter()
     n_prompt = 0
+    to_terminal = sys.stdout is not None and sys.stdout.isatty()
     for piece in pieces:
         if not text:  # the prompt and the first token
             first, n_prompt = time.perf_counter(), llm.n_tokens
             llm.fasa.reset_stats()
         text.append(piece)
         if not quiet:
-            click.echo(piece, nl=False)
+            click.echo(printable(piece) if to_terminal else piece, nl=False)
     if not quiet:
-        click.echo()
+        echo()
     n_prompt = n_prompt or llm.n_tokens
     n_tokens, seconds = llm.n_tokens - n_prompt, time.perf_counter() - first
     stats = llm.fasa.stats()
@@ -227,6 +242,27 @@ def _attention(report: dict[str, Any], model: str) -> str:
     )
 
 
+class _TextFile(click.File):
+    """A text in UTF-8, with or without a byte order mark; ``-`` is standard input."""
+
+    def __init__(self) -> None:
+        super().__init__(encoding="utf-8-sig")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The open file."""
+        if value == "-" and sys.stdin is None:
+            self.fail("standard input is closed: give a file, or open it", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _utf8(text: str, option: str) -> bytes:
+    """An argument; Python keeps bytes that are not in the locale's encoding as lone surrogates."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise FasaError(f"{option} is not UTF-8 at character {error.start}: recode it") from error
+
+
 def _read_text(file: Any) -> str:
     try:
         return file.read()
@@ -238,7 +274,10 @@ def _read_text(file: Any) -> str:
 @model_options
 @click.option("-p", "--prompt", help="The prompt.")
 @click.option(
-    "-f", "--file", "prompt_file", type=click.File(encoding="utf-8"), help="File with the prompt; - for standard input."
+    "-f", "--file", "prompt_file", type=_TextFile(), help="File with the prompt; - for standard input."
+)
+@click.option(
+    "--parse-special/--no-parse-special", default=True, help="Special tokens in the prompt count as such."
 )
 @click.option("-n", "--n-predict", type=click.IntRange(1), default=128, help="Tokens to generate.")
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.0, help="Temperature; 0: greedy.")
@@ -248,6 +287,7 @@ def _read_text(file: Any) -> str:
 def run(
     prompt: str | None,
     prompt_file: Any,
+    parse_special: bool,
     n_predict: int,
     temperature: float,
     seed: int,
@@ -258,8 +298,9 @@ def run(
     """Generate text after a prompt with MODEL."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
+    content = _utf8(prompt, "-p") if prompt is not None else _read_text(prompt_file).encode()
     llm = load_model(**model, fasa_enabled=False if dense else None)
-    tokens = llm.tokenize((prompt if prompt is not None else _read_text(prompt_file)).encode())
+    tokens = llm.tokenize(content, special=parse_special)
     if not tokens:
         raise FasaError("the prompt is empty, and the model begins no text by itself: give some text with -p or -f")
     if len(tokens) + n_predict > llm.n_ctx():
@@ -271,19 +312,19 @@ def run(
     report = _generate(llm, (chunk["choices"][0]["text"] for chunk in chunks), quiet=as_json)
     if as_json:
         return print_json(report)
-    click.echo(
+    echo(
         f"\nprompt {report['prompt_tokens']} tokens in {report['prompt_seconds']:.1f} s, "
         f"then {report['n_tokens']} tokens at {report['tokens_per_second']:.1f} tokens/s",
         err=True,
     )
-    click.echo(_attention(report, model["model"]), err=True)
+    echo(_attention(report, model["model"]), err=True)
 
 
 @main.command()
 @model_options
 @click.option("--system", help="System message.")
 @click.option(
-    "-f", "--file", "document_file", type=click.File(encoding="utf-8"), help="Text put before the first question."
+    "-f", "--file", "document_file", type=_TextFile(), help="Text put before the first question."
 )
 @click.option("-n", "--n-predict", type=click.IntRange(1), default=512, help="Tokens of an answer at most.")
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
@@ -303,6 +344,9 @@ def chat(
     /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off. The
     exit status is 1 if a question found no room in the context.
     """
+    if sys.stdin is None:
+        raise FasaError("standard input is closed, from where the questions come: open it")
+    _utf8(system or "", "--system")
     document = _read_text(document_file) if document_file else None
     llm = load_model(**model, fasa_enabled=False if dense else None)
     conversation = Chat(llm, system=system, document=document)
@@ -316,40 +360,55 @@ def chat(
             report = _generate(llm, pieces)
         except KeyboardInterrupt:
             pieces.close()
-            click.echo()
+            echo()
             continue
         except ChatError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {error}", err=True)
             status = 1
             continue
-        click.echo(
+        echo(
             f"[{report['prompt_tokens']} tokens, {report['prompt_seconds']:.1f} s to the first word, "
             f"then {report['n_tokens']} at {report['tokens_per_second']:.1f} tokens/s; "
             f"{_attention(report, model['model'])}]",
             err=True,
         )
         if conversation.is_full:
-            click.echo(f"the context of {llm.n_ctx()} tokens is full: /clear, or start with a larger -c", err=True)
+            echo(f"the context of {llm.n_ctx()} tokens is full: /clear, or start with a larger -c", err=True)
     sys.exit(status)
 
 
 def _questions() -> Iterator[str]:
     """Lines of standard input that are not empty, until /exit."""
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() edits lines with it
-    while True:
-        try:
-            question = input("> " if is_terminal else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise FasaError(f"standard input is not UTF-8 at byte {error.start}: recode it") from error
+    lines = _typed() if sys.stdin.isatty() else _piped()
+    for question in map(str.strip, lines):
         if question == "/exit":
             return
         if question:
             yield question
+
+
+def _typed() -> Iterator[str]:
+    """Lines of a terminal, in its encoding."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
+    while True:
+        try:
+            line = input("> ")
+            line.encode()  # the C locale lets through what is not UTF-8
+        except EOFError:
+            return
+        except UnicodeError as error:
+            raise FasaError(f"what was typed is not {sys.stdin.encoding}: set the terminal's locale") from error
+        yield line
+
+
+def _piped() -> Iterator[str]:
+    """Lines of a file or pipe, in UTF-8 whatever the locale."""
+    for no, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8-sig" if no == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise FasaError(f"line {no} of standard input is not UTF-8 at byte {error.start}: recode it") from error
 
 
 def _devices() -> list[str]:
@@ -398,4 +457,4 @@ def doctor(as_json: bool) -> None:
     }
     if as_json:
         return print_json(report)
-    click.echo(tabulate(report.items()))
+    echo(tabulate(report.items()))
