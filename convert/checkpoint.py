@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fasa_edge.errors import ConvertError
+
+from .temporary import work_folder
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # --outtype of the script
 
@@ -53,17 +54,17 @@ def made_gguf(files: list[Path], name: str, beside: Path, outtype: str, progress
     Raises:
         ConvertError: ``beside`` cannot be written, or the script fails.
     """
-    try:
-        work = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=beside)
-    except OSError as error:
-        raise ConvertError(f"{beside} cannot be written: {error.strerror}; choose another output file") from error
-    with work:
-        checkpoint, gguf = Path(work.name, "checkpoint", name), Path(work.name, "model.gguf")
+    with ExitStack() as stack:
+        try:
+            work = stack.enter_context(work_folder(name, beside))
+        except OSError as error:
+            raise ConvertError(f"{beside} cannot be written: {error.strerror}; choose another output file") from error
+        checkpoint, gguf = work / "checkpoint" / name, work / "model.gguf"
         checkpoint.mkdir(parents=True)
         for file in files:
             (checkpoint / file.name).symlink_to(file.resolve())
         command = [sys.executable, _SCRIPT, checkpoint, "--outfile", gguf, "--outtype", outtype]
-        _run(command, files[0].parent, Path(work.name, "home"), progress)
+        _run(command, files[0].parent, work / "home", progress)
         yield gguf
 
 

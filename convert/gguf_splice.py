@@ -20,7 +20,7 @@ from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 import numpy as np
 
 from .gguf_header import MAGIC, GgufHeader
-from .output import check_output, fill, staged
+from .output import check_outputs, fill, staged
 from .split import output_paths
 
 BLOCK = 8 * 2**20  # bytes copied at a time
@@ -67,7 +67,7 @@ def check_destination(
 
     Raises:
         ConvertError: the source is annotated and ``force`` is not given, the disk has too little space, or as
-            :func:`fasa_edge.convert.output.check_output`.
+            :func:`fasa_edge.convert.output.check_outputs`.
     """
     destinations = output_paths(Path(destination), 1 + len(others))
     annotated = [key for key in header.entries if key.startswith(PREFIX)]
@@ -75,8 +75,11 @@ def check_destination(
         raise ConvertError(
             f"{header.path} is already annotated ({len(annotated)} {PREFIX}* keys): --force replaces them"
         )
-    for path in destinations:
-        check_output(path, header.path, force=force)
+    shards = [header, *others]
+    for i, path in enumerate(destinations):
+        # an older copy of another file than the first may be a link to it
+        inputs = [shard.path for shard in shards if shard is header or shard is not shards[i]]
+        check_outputs([path], inputs, force=force)
     folder = destinations[0].parent
     free, device = shutil.disk_usage(folder).free, folder.stat().st_dev
     need = header.file_size + sum(shard.file_size for shard in others if shard.path.stat().st_dev != device)
@@ -116,12 +119,12 @@ def splice(
     """
     check_destination(header, destination, others, force=force)
     beside = beside or {}
-    for path in beside:
-        check_output(path, header.path, force=force)
+    check_outputs(list(beside), [shard.path for shard in (header, *others)], force=force)
     first, *rest = output_paths(Path(destination), 1 + len(others))
     head = _encode_header(header, metadata)
     size = len(head) + max(header.file_size - header.data_offset, 0)
-    with staged([*beside, *rest, first], size) as (*temporaries, temporary):  # the first last: it makes them a model
+    # the first last: it makes them a model
+    with staged([*beside, *rest, first], size, force=force) as (*temporaries, temporary):
         for data in beside.values():
             fill(temporaries.pop(0), header.path, data)
         pairs = [(s, t) for s, t in zip(others, temporaries, strict=True) if not _link(s.path, t)]
@@ -155,7 +158,6 @@ def _encode_header(header: GgufHeader, metadata: Metadata) -> bytes:
 def _link(source: Path, temporary: Path) -> bool:
     """Makes the temporary file a hard link to the source; False where the file system has no such thing."""
     try:
-        temporary.unlink()
         os.link(source.resolve(), temporary)  # a hub's cache holds symlinks
     except OSError:
         return False

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fasa_edge.errors import SchemaError
-from fasa_edge.schema import PREFIX, Profile, from_metadata
+from fasa_edge.schema import ARRAYS, PREFIX, SCALARS, GGUFValueType, Profile, from_metadata
 
-from .gguf_header import GgufHeader, read_header
-from .split import output_paths, parse_name, read_shards
+from .gguf_header import read_header
+from .split import model_files, read_shards
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,18 @@ def inspect(path: str | Path) -> FileReport:
         SchemaError: its ``fasa.*`` keys are not valid; the message names file, key, value and limit.
     """
     header = read_header(path)
-    metadata = {key: entry.value() for key, entry in header.entries.items() if key.startswith(PREFIX)}
+    # no key of ours is an array of texts, which may be long
+    metadata = {
+        key: [] if entry.count is not None and entry.type == GGUFValueType.STRING else entry.value()
+        for key, entry in header.entries.items()
+        if key in SCALARS or key in ARRAYS
+    }
+    annotated = any(key.startswith(PREFIX) for key in header.entries)
     try:
-        profile = from_metadata(metadata) if metadata else None
+        profile = from_metadata(metadata) if annotated else None
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from error
-    shards = read_shards(header) if _is_whole(header) else [header]
+    shards = read_shards(header) if len(model_files(header.path)) > 1 else [header]
     return FileReport(
         path=header.path,
         n_files=len(shards),
@@ -95,9 +101,3 @@ def inspect(path: str | Path) -> FileReport:
         n_tensors=sum(shard.n_tensors for shard in shards),
         profile=profile,
     )
-
-
-def _is_whole(header: GgufHeader) -> bool:
-    """Whether this is the first file of a split model and the others lie beside it."""
-    _, no, count = parse_name(header.path.name)
-    return no == 1 < count and all(path.is_file() for path in output_paths(header.path, count))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from fasa_edge import __version__
+from fasa_edge._trial import try_model
 from fasa_edge.config import FasaConfig, default_n_tip
-from fasa_edge.errors import ConvertError
+from fasa_edge.errors import ConvertError, ModelError
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 
 from .calibrate import plan_chunks, rank_chunks
@@ -18,7 +19,7 @@ from .capture import ModelRun
 from .gguf_header import GgufHeader, read_header
 from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
-from .output import check_output, write_bytes
+from .output import check_outputs, write_bytes
 from .profile import encode_profile
 from .selfcheck import Check, check_profile
 from .source import find_source, local_gguf
@@ -118,16 +119,19 @@ def convert(
         out = source.default_output
     copies = [] if out is None else output_paths(Path(out), source.n_files)
     outputs = copies if profile_path is None else [*copies, profile_path]
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise ConvertError(f"{profile_path} cannot be both the copy and the profile: choose two files")
+    inputs = [] if text is None else [Path(text)]
 
-    with local_gguf(source, outputs, outtype=outtype, force=force, progress=progress) as path:
+    with local_gguf(source, outputs, inputs, outtype=outtype, force=force, progress=progress) as path:
         header, *others = shards = read_shards(read_header(path))
         _check_model(header, sum(shard.n_tensors for shard in shards))
         if copies:
             check_destination(header, copies[0], others, force=force)
         if profile_path is not None:
-            check_output(profile_path, path, force=force)
+            check_outputs([profile_path], [shard.path for shard in shards], force=force)
+        try:
+            try_model(path)
+        except ModelError as error:
+            raise ConvertError(str(error)) from error
         n_given = None if n_tip == "auto" else n_tip
         made = _make_profile(header, calibration_text, n_given, objective, tokens, top_k, config, progress)
         checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress) if check else (None, None)
@@ -138,7 +142,7 @@ def convert(
             report = partial(progress, "write")
             n_bytes = splice(header, copies[0], metadata, others, beside=beside, force=force, progress=report)
         else:
-            n_bytes = sum(write_bytes(path, header.path, data, force=force) for path, data in beside.items())
+            n_bytes = sum(write_bytes(path, [header.path], data, force=force) for path, data in beside.items())
     return ConvertResult(copies[0] if copies else None, profile_path, n_bytes, made, checked, unchecked)
 
 

@@ -13,7 +13,8 @@ from fasa_edge.schema import Profile
 import numpy as np
 
 from .inspect import FileReport
-from .output import check_output, write_bytes
+from .output import check_outputs, write_bytes
+from .split import model_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,11 +62,11 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
     """
     if report.profile is None:
         raise ConvertError(f"{report.path} has no FASA profile to plot: make one with `fasa-edge convert`")
-    path = Path(path)
-    check_output(path, report.path, force=force)
+    path, inputs = Path(path), model_files(report.path)
+    check_outputs([path], inputs, force=force)
     objective = report.profile.calibration.objective
     title = f"{report.name or report.path.stem}\n{objective}, n_tip = {report.profile.n_tip}"
-    write_bytes(path, report.path, to_png(draw(heatmap(report.profile), title)), force=force)
+    write_bytes(path, inputs, to_png(draw(heatmap(report.profile), title)), force=force)
 
 
 def draw(data: Heatmap, title: str) -> Figure:

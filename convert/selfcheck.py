@@ -8,10 +8,8 @@ layer, which a mean would hide, the attention that the chosen cells hold.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.eval.methods import DENSE, Method
@@ -24,6 +22,7 @@ import numpy as np
 
 from .gguf_header import GgufHeader
 from .profile import encode_profile
+from .temporary import work_folder
 from .text import DEFAULT_NAME, first_tokens, read_text
 
 MIN_MASS = 0.75
@@ -139,8 +138,8 @@ def check_profile(
     budget = _budget(profile, n_prefix)
     n_most = len(n_tips).bit_length()  # measurements
     progress(0, n_most)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "profile.gguf")
+    with work_folder("fasa-edge") as folder:
+        path = folder / "profile.gguf"
         first = replace(profile, n_tip=n_tips[len(n_tips) // 2])  # of the context that reads the prefix
         path.write_bytes(encode_profile(header, to_metadata(first)))
         with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path) as runner:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fasa_edge.errors import ConvertError
 
 from .checkpoint import OUTTYPES, check_packages, made_gguf
-from .output import check_output
+from .output import check_outputs
 from .split import parse_name
 
 Progress = Callable[[str, int, int], None]
@@ -78,13 +78,14 @@ def find_source(src: str | Path) -> Source:
 
 @contextmanager
 def local_gguf(
-    source: Source, outputs: Sequence[Path], *, outtype: str, force: bool, progress: Progress
+    source: Source, outputs: Sequence[Path], inputs: Sequence[Path], *, outtype: str, force: bool, progress: Progress
 ) -> Iterator[Path]:
     """Downloads and converts what is not yet a GGUF on this machine.
 
     Args:
         source: as :func:`find_source` returns.
         outputs: files that will be written; what forbids that is found out here, before the long work.
+        inputs: other files that are read, none of which an output may replace.
         outtype: type of the weights made of a checkpoint, one of :data:`fasa_edge.convert.checkpoint.OUTTYPES`.
         force: allow existing outputs.
         progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
@@ -95,18 +96,22 @@ def local_gguf(
 
     Raises:
         ConvertError: ``outtype`` is unknown, or set for a GGUF; or as
-            :func:`fasa_edge.convert.output.check_output`, :meth:`fasa_edge.convert.hub.HubModel.download` and
+            :func:`fasa_edge.convert.output.check_outputs`, :meth:`fasa_edge.convert.hub.HubModel.download` and
             :func:`fasa_edge.convert.checkpoint.made_gguf`.
     """
     if outtype not in OUTTYPES:
         raise ConvertError(f"outtype {outtype!r} is unknown: choose one of {', '.join(OUTTYPES)}")
     if source.is_gguf and outtype != "auto":
         raise ConvertError(f"outtype {outtype}: {source.name} is a GGUF, whose weights stay as they are: leave it out")
-    for path in outputs:
-        check_output(path, force=force)
+    check_outputs(outputs, inputs, force=force)
+    if not source.is_gguf:
+        check_packages(source.name)
+    files = source.fetch(progress)
+    # beside a checkpoint an older copy may lie
+    read = files if source.is_gguf else [file for file in files if file.suffix != ".gguf"]
+    check_outputs(outputs, read, force=force)
     if source.is_gguf:
-        yield source.fetch(progress)[0]
+        yield files[0]
         return
-    check_packages(source.name)
-    with made_gguf(source.fetch(progress), source.name, outputs[0].parent, outtype, progress) as path:
+    with made_gguf(files, source.name, outputs[0].parent, outtype, progress) as path:
         yield path

@@ -58,6 +58,13 @@ def output_paths(out: Path, count: int) -> list[Path]:
     return [out.with_name(_name(name.prefix, no, count)) for no in range(1, count + 1)]
 
 
+def model_files(path: Path) -> list[Path]:
+    """All files of a model: those of which ``path`` is named as the first, if they are there; else itself alone."""
+    name = parse_name(path.name)
+    files = output_paths(path, name.count) if name.no == 1 else [path]
+    return files if all(file.is_file() for file in files) else [path]
+
+
 def read_shards(header: GgufHeader) -> list[GgufHeader]:
     """Finds and checks all files of a model.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,24 @@ from typing import Any
 
 from fasa_edge import _capi, bench_op
 from fasa_edge import bench as bench_model
-from fasa_edge._cli import List, json_option, load_model, load_options, print_json, progress_bars, size_text
+from fasa_edge._cli import (
+    List,
+    echo,
+    json_option,
+    load_model,
+    load_options,
+    model_file,
+    print_json,
+    progress_bars,
+    size_text,
+)
 from fasa_edge._figure import new_figure, to_png
 from fasa_edge.bench import BenchRow
 from fasa_edge.bench_op import OpRow
 from fasa_edge.bench_plot import draw_models, draw_ops
-from fasa_edge.convert.output import check_output, write_bytes
+from fasa_edge.convert.output import check_outputs, write_bytes
+from fasa_edge.convert.split import model_files
+from fasa_edge.convert.temporary import work_folder
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
 from fasa_edge.model import without_weights
@@ -29,7 +40,7 @@ _N_BATCH_FILLED = 32
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, dir_okay=False), required=False)
+@click.argument("model", type=model_file, required=False)
 @click.option(
     "--geometry",
     "names",
@@ -105,8 +116,10 @@ def bench(
         raise click.UsageError("give either a MODEL or a --geometry")
     if names and options["profile"]:
         raise click.UsageError("--profile goes with MODEL: a --geometry has one of its own")
+    inputs = model_files(Path(model)) if model else []
+    inputs += [Path(options["profile"])] if options["profile"] else []
     if plot is not None:
-        check_output(plot, force=force)
+        check_outputs([plot], inputs, force=force)
         new_figure(1, 1)  # that needs matplotlib, which had better be missed before hours of measurement
     measure, tabulated, draw = (_ops, _op_table, draw_ops) if op else (_models, _model_table, draw_models)
     with progress_bars() as progress:
@@ -114,10 +127,10 @@ def bench(
     if as_json or fmt == "json":
         print_json([row.as_dict() for row in rows])
     else:
-        click.echo(tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True))
+        echo(tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True))
     if plot is not None:  # last, so that nothing measured is lost if it cannot be written
-        write_bytes(plot, None, to_png(draw(rows)), force=force)
-        click.echo(f"drawn: {plot}", err=True)
+        write_bytes(plot, [], to_png(draw(rows)), force=force)
+        echo(f"drawn: {plot}", err=True)
 
 
 def _ops(
@@ -173,9 +186,9 @@ def _models(
 
     for name, geometry in [(name, find_geometry(name)) for name in source]:
         geometry = replace(geometry, n_layer=n_layers or geometry.n_layer)
-        with tempfile.TemporaryDirectory(prefix="fasa-edge-") as folder:
+        with work_folder("fasa-edge") as folder:
             title = f"{name}-{n_layers}L" if n_layers else name
-            model, options["profile"] = map(str, write_random_model(Path(folder), title, geometry, weight_type))
+            model, options["profile"] = map(str, write_random_model(folder, title, geometry, weight_type))
             yield from _model(model, fill=fill or "random", **options)
 
 
@@ -207,7 +220,7 @@ def _model(
                     why = "below its min_ctx: lower --budget, or set --override-kv fasa.min_ctx=int:1"
                 else:
                     why = "in all layers: see fasa.n_dense_layers, and --verbose for other reasons"
-                click.echo(f"note: FASA ran dense at depth {row.n_depth}, {why}", err=True)
+                echo(f"note: FASA ran dense at depth {row.n_depth}, {why}", err=True)
             yield row
     finally:
         llm.close()

@@ -8,12 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fasa_edge._cli import List, json_option, load_arguments, load_options, print_json, progress_bars
+from fasa_edge._cli import (
+    List,
+    echo,
+    json_option,
+    load_arguments,
+    load_options,
+    model_file,
+    print_json,
+    progress_bars,
+)
 from fasa_edge._figure import new_figure, to_png
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import quiet_log
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert.output import check_output, write_bytes
+from fasa_edge.convert.output import check_outputs, refuse_inputs, write_bytes
+from fasa_edge.convert.split import model_files
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError, ModelError
 from fasa_edge.eval import answers, tasks, text
@@ -66,7 +76,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     f"Groups of them: {', '.join(tasks.GROUPS)}.\n\nA line of --file is a JSON object with keys\n\n"
     + FORMATS.replace("\n", "\n\n"),
 )
-@click.argument("model", type=click.Path(exists=True, dir_okay=False))
+@click.argument("model", type=model_file)
 @click.option(
     "--task",
     "names",
@@ -169,8 +179,12 @@ def evaluate(
     load_time, settings = ({k: v for k, v in settings if (k == "n_dense_layers") is wanted} for wanted in (True, False))
     methods = expand(method_names, budgets, n_tips or (), settings)
     with_noise = expand(["noise", *method_names], budgets, n_tips or (), settings)
+    weights = [*model_files(Path(model)), *([Path(loading["profile"])] if loading["profile"] else [])]
+    inputs = [*weights, *map(Path, paths), *([Path(prompts)] if prompts else [])]
+    if resume is not None:
+        refuse_inputs(resume, [*inputs, *([plot] if plot else [])])
     if plot is not None:
-        check_output(plot, force=force)
+        check_outputs([plot], inputs, force=force)
         new_figure(1, 1)  # that needs matplotlib, which had better be missed before hours of measurement
     vocabulary = _vocabulary(model)
     texts = _texts(paths)
@@ -201,7 +215,7 @@ def evaluate(
             "n_threads": llm.n_threads,
             "n_threads_batch": llm.n_threads_batch,
         }
-        key = identity(runner, [model, loading["profile"]]) if resume else {}
+        key = identity(runner, weights) if resume else {}
         report = lambda stage: lambda done, total: progress(stage, done, total)  # noqa: E731
         mass = "mass" in tasks_text
         cells = text.run(
@@ -232,11 +246,11 @@ def evaluate(
             [_answer_table(row, load_time) for row in answer_rows],
         ]
         tables = [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) for rows in tables if rows]
-        click.echo("\n\n".join(tables))
+        echo("\n\n".join(tables))
     if plot is not None:  # last, so that nothing measured is lost if it cannot be written
         measure = next((field for task, field in _MEASURES.items() if task in tasks_text), "kl")
-        write_bytes(plot, None, to_png(draw(text_rows, by_depth, measure)), force=force)
-        click.echo(f"drawn: {plot}", err=True)
+        write_bytes(plot, [], to_png(draw(text_rows, by_depth, measure)), force=force)
+        echo(f"drawn: {plot}", err=True)
 
 
 _MEASURES = {"kld": "kl", "ppl": "ppl", "mass": "mass"}

@@ -239,7 +239,7 @@ def test_interruption_leaves_nothing_behind(model):
     assert names(model.parent) == ["tiny.gguf"]
 
 
-@pytest.mark.parametrize(("module", "call"), [(tempfile, "mkstemp"), (os, "fsync"), (os, "replace")])
+@pytest.mark.parametrize(("module", "call"), [(tempfile, "mkdtemp"), (os, "fsync"), (os, "link")])
 @pytest.mark.parametrize("n_before", [0, 1])
 def test_copy_and_profile_are_written_both_or_neither(model, refuses, monkeypatch, module, call, n_before):
     original, n_calls = getattr(module, call), itertools.count()

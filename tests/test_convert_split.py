@@ -127,7 +127,7 @@ def test_failure_leaves_nothing_behind(split, tmp_path, monkeypatch, step):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(ConvertError, match="Input/output error"):
-        convert(split, tmp_path / "copy.gguf", tokens=TOKENS)
+        convert(split, tmp_path / "copy.gguf", tokens=TOKENS, force=True)
     assert replaced == [three("copy")[i] for i in (1, 2, 0)][: step + 1]
     assert names(tmp_path) == ["in"] and names(split.parent) == three("tiny")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fasa_edge import _capi
 from fasa_edge._lib import lib_dir, llama_cpp
+from fasa_edge.convert.split import model_files
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError
 from fasa_edge.eval import answers, runner, text
@@ -245,7 +246,7 @@ def test_identity(tiny: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     overrides = {"fasa.n_sink": 2, "fasa.budget": 64}
     with Runner(str(tiny), 64, n_threads=2, n_threads_batch=1, kv_overrides=overrides, n_gpu_layers=0) as opened:
-        key = json.loads(json.dumps(identity(opened, [tmp_path / names[0], None])))
+        key = json.loads(json.dumps(identity(opened, model_files(tmp_path / names[0]))))
         assert key["base"] == opened.settings
     sha256 = lambda content: hashlib.sha256(content).hexdigest()  # noqa: E731
     assert key["files"] == [sha256(name.encode()) for name in names]

@@ -103,9 +103,9 @@ def test_outputs_are_not_overwritten_and_differ(model, annotated, tmp_path) -> N
     path.write_text("precious")
     with pytest.raises(ConvertError, match=r"profile\.gguf exists: .*--force"):
         convert(model, profile=path, tokens=512)
-    with pytest.raises(ConvertError, match="source itself"):
+    with pytest.raises(ConvertError, match="is the input .* itself"):
         convert(model, profile=model, tokens=512, force=True)
-    with pytest.raises(ConvertError, match="cannot be both the copy and the profile"):
+    with pytest.raises(ConvertError, match="is named for two outputs: choose two files"):
         convert(model, tmp_path / "x.gguf", profile=tmp_path / "x.gguf", tokens=512)
     assert path.read_text() == "precious" and list(tmp_path.iterdir()) == [path]
     convert(annotated, profile=path, tokens=512, config=CONFIG, force=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +37,8 @@ class Results:
         self._path = path
         if path is None:
             return
+        if path.exists() and not path.is_file():
+            raise FasaError(f"{path} is a folder, a device or the like: name a file for the results")
         try:
             with path.open("ab+") as file:
                 file.seek(0)
@@ -75,10 +77,11 @@ class Results:
         """
         self._values[_canonical(key)] = value
         if self._path is not None:
+            line = json.dumps({"key": dict(key), "value": value}).encode() + b"\n"
             try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": dict(key), "value": value}) + "\n")
-                    file.flush()
+                with self._path.open("ab", buffering=0) as file:
+                    if file.write(line) < len(line):  # at once, so that the lines of two runs never mix
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(file.fileno())
             except OSError as error:
                 raise FasaError(f"{self._path} cannot be written: {error.strerror}") from error
@@ -89,22 +92,21 @@ def _canonical(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def identity(runner: Runner, files: Sequence[str | Path | None]) -> dict[str, Any]:
+def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
     """What a result depends on besides its task and method.
 
     Args:
         runner: what runs it.
-        files: the model and its profile; hashed as a whole, and with all files that a model is split into.
+        files: all files of the model, and its profile; hashed as a whole.
     """
     llm = runner.llm
     types = {name: _capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
     threads = {"n_threads": llm.n_threads, "n_threads_batch": llm.n_threads_batch}
-    shards = [shard for path in files if path is not None for shard in _shards(Path(path))]
     return {
         "fasa_edge": fasa_edge.__version__,
         "fingerprint": _capi.fingerprint(llm.model),
         "library": [_sha256(path) for path in _libraries()],
-        "files": [_sha256(path) for path in shards],
+        "files": [_sha256(path) for path in files],
         "base": runner.settings,
         "overrides": dict(llm.kv_overrides or {}),
         "n_gpu_layers": llm.model_params.n_gpu_layers,
@@ -118,14 +120,6 @@ def _libraries() -> list[Path]:
     build = _lib.check(_lib.llama_cpp, _lib.lib_dir())
     cpu = _lib.cpu_backends() or sorted(_lib.lib_dir().glob("*ggml-cpu*"))
     return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, cpu)]
-
-
-def _shards(path: Path) -> list[Path]:
-    """All files of a split model, which llama.cpp finds by their names; else the file itself."""
-    split = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
-    if split is None:
-        return [path]
-    return [path.with_name(f"{split[1]}-{no:05}-of-{split[2]}.gguf") for no in range(1, int(split[2]) + 1)]
 
 
 def _sha256(path: Path) -> str:
