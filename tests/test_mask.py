@@ -1,4 +1,4 @@
-"""The mask of one sequence, filled by ranges of cells: held, to the bit, to that of a model without a profile, which llama.cpp fills."""
+"""The mask of one sequence, filled by ranges of cells: held to what llama.cpp fills for a model without a profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 
 def read_in_parts(ctx: Context) -> list[np.ndarray]:
     """Tokens of a micro-batch do not see each other's successors, nor the last one those cells that are empty."""
-    return [ctx.read(TEXTS[0][:N_PROMPT]), ctx.read(TEXTS[0][N_PROMPT : N_PROMPT + 7], start=N_PROMPT), ctx.step(3, N_PROMPT + 7)]
+    tokens = TEXTS[0]
+    several = ctx.read(tokens[:N_PROMPT]), ctx.read(tokens[N_PROMPT : N_PROMPT + 7], start=N_PROMPT)
+    return [*several, ctx.step(3, N_PROMPT + 7)]
 
 
 def cut_and_go_on(ctx: Context) -> list[np.ndarray]:
@@ -45,7 +47,7 @@ def shift(ctx: Context) -> list[np.ndarray]:
     ctx.read(TEXTS[0][:N_PROMPT])
     llama_cpp.llama_memory_seq_rm(ctx.memory, 0, 0, 20)
     llama_cpp.llama_memory_seq_add(ctx.memory, 0, 20, -1, -20)
-    return [ctx.read(TEXTS[1][: 30 + 1], start=N_PROMPT - 20), ctx.step(5, N_PROMPT + 11)]
+    return [ctx.read(TEXTS[1][:31], start=N_PROMPT - 20), ctx.step(5, N_PROMPT + 11)]
 
 
 def two_sequences(ctx: Context) -> list[np.ndarray]:

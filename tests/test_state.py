@@ -82,6 +82,31 @@ def test_tips_are_made_again_in_pieces(tmp_path: Path) -> None:
         check(wanted, ctx.step(NEXT, len(prompt)))
 
 
+@pytest.mark.parametrize("n_ubatch", [64, 512])
+@pytest.mark.parametrize("type_kv", ["f16", "q8_0"])
+def test_tips_are_made_again_in_the_memory_that_is_reserved(model: Path, type_kv: str, n_ubatch: int) -> None:
+    """llama.cpp says when a context ends whether it allocated more (``~llama_context``)."""
+    lines = []
+
+    @llama_cpp.llama_log_callback
+    def keep(_level: int, text: bytes, _user_data: object) -> None:
+        lines.append(text.decode())
+
+    before, before_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(before_data))
+    llama_cpp.llama_log_set(keep, None)
+    try:
+        types = {"type_k": GGML_TYPES[type_kv], "type_v": GGML_TYPES[type_kv]}
+        with Context(model, n_ctx=1024, n_ubatch=n_ubatch, **types) as ctx:
+            ctx.read(PROMPT)
+            load(ctx, save(ctx))
+            ctx.step(NEXT, N_PROMPT)
+    finally:
+        llama_cpp.llama_log_set(before, before_data)
+    sizes = [line for line in lines if "compute buffer size" in line and "expectation" in line]
+    assert sizes and not [line for line in sizes if "does not match" in line]
+
+
 @pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
 def test_a_truncated_state_leaves_nothing_behind(model: Path, seq: int | None) -> None:
     with Context(model) as ctx:

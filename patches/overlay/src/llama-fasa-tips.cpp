@@ -342,14 +342,15 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
 }
 
 bool llama_fasa_tips::rebuild(llama_context * lctx) {
-    // what is quantized or rotated is copied as f32, some rows at a time
-    static constexpr size_t n_cells_max = 8192;
+    const auto has_tips = [](const auto & it) { return it.second.tips != nullptr; };
+    const auto copies_k = [&](const auto & it) { return has_tips(it) && !fasa_can_store_cached(it.second.k->type); };
 
-    const bool has_tips = std::any_of(layers.begin(), layers.end(), [](const auto & it) { return it.second.tips != nullptr; });
-    if (!has_tips) {
+    if (std::none_of(layers.begin(), layers.end(), has_tips)) {
         stale.clear();
         return true;
     }
+    // what is quantized (only that is rotated) is copied as f32: no more rows than a micro-batch computes, for which memory is reserved
+    const size_t n_cells_max = std::any_of(layers.begin(), layers.end(), copies_k) ? lctx->n_ubatch() : 8192;
 
     // what has failed before is named again
     std::sort(stale.begin(), stale.end());
