@@ -122,6 +122,7 @@ _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
 )
 _fingerprint = _method("llama_fasa_fingerprint", ctypes.c_char_p)
+_set_prompt = _method("llama_fasa_set_prompt", None, ctypes.c_bool)
 _set_capture = _method("llama_fasa_set_capture", None, ctypes.c_uint32)
 _get_capture = _method(
     "llama_fasa_get_capture", ctypes.c_int32, ctypes.c_int32, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), _ptr
@@ -246,6 +247,11 @@ def set_params(ctx: int, params: Params) -> None:
     """
     if not _set_params(ctx, ctypes.byref(params)):
         raise FasaError(f"the library refused the settings {params.as_dict()}: its log names the field and the limit")
+
+
+def set_prompt(ctx: int, prompt: bool) -> None:
+    """Say whether all batches are prompts from the next decode on, or only those of more than ``max_batch`` tokens."""
+    _set_prompt(ctx, prompt)
 
 
 def get_stats(ctx: int) -> Stats:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
@@ -37,7 +38,7 @@ class FasaStats:
 
     Attributes:
         n_steps_prompt: micro-batches that were prompts, and ran dense.
-        n_steps_decode: micro-batches of at most ``max_batch`` tokens per sequence.
+        n_steps_decode: all others, of at most ``max_batch`` tokens per sequence.
         n_layers_sparse: layers that ran sparse, summed over the steps.
         n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge._capi.REASONS`).
         n_layers_exact: of these, the layers that attended with FASA's kernel (``exact``).
@@ -186,6 +187,8 @@ class Llama(llama_cpp.Llama):
             what it logged.
     """
 
+    _starts_prompt = False  # what is evaluated next
+
     def __init__(
         self,
         model_path: str,
@@ -259,6 +262,22 @@ class Llama(llama_cpp.Llama):
     def fasa(self) -> Fasa:
         """Settings and counters."""
         return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        """As of ``llama_cpp.Llama``. What the cache lacks of a prompt is read as one, however short it is."""
+        arguments = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
+        self._starts_prompt = arguments.arguments.get("reset", True)
+        yield from super().generate(*arguments.args, **arguments.kwargs)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As of ``llama_cpp.Llama``. More than ``max_batch`` tokens are a prompt in all of their batches."""
+        starts_prompt, self._starts_prompt = self._starts_prompt, False
+        params = _capi.get_params(self.ctx)
+        _capi.set_prompt(self.ctx, starts_prompt or (params is not None and len(tokens) > params.max_batch))
+        try:
+            super().eval(tokens)
+        finally:
+            _capi.set_prompt(self.ctx, False)
 
     def close(self) -> None:
         """Free the model; what needs it raises :class:`FasaError` from then on."""

@@ -30,7 +30,7 @@ import gguf
 import numpy as np
 import pytest
 from hub_server import hub_server
-from llama_cpp import LlamaGrammar, llama_chat_format, mtmd_cpp
+from llama_cpp import LlamaGrammar, LogitsProcessorList, llama_chat_format, mtmd_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits, nmse, teacher_forced
 from test_convert_source import environment_of
@@ -124,11 +124,58 @@ def test_a_prompt_cache_on_disk(model: Path, tmp_path: Path) -> None:
         llm.set_cache(llama_cpp.LlamaDiskCache(str(tmp_path)))
         texts.append(llm.create_completion(TOKENS[:n_prompt], max_tokens=8, temperature=0)["choices"][0]["text"])
         stats = llm.fasa.stats()
-        assert stats.n_steps_prompt == (0 if n_cached else 2)
+        assert stats.n_steps_prompt == (1 if n_cached else 2)
         assert stats.n_layers_sparse == N_LAYER * stats.n_steps_decode > 0
     fresh = load(model)
-    fresh.eval(TOKENS[:N_PROMPT])  # what follows is a decode step there, too
     assert fresh.create_completion(TOKENS, max_tokens=8, temperature=0)["choices"][0]["text"] == texts[1]
+
+
+# Prompts
+
+
+def first_logits(llm: fasa_edge.Llama, tokens: list[int]) -> np.ndarray:
+    """After a prompt, those from which ``generate`` samples its first token: float32 [n_vocab]."""
+    seen = []
+
+    def keep(_tokens: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(logits.copy())
+        return logits
+
+    next(llm.generate(tokens, temp=0, logits_processor=LogitsProcessorList([keep])))
+    return seen[0]
+
+
+@pytest.mark.parametrize("n_new", [0, 1, 7], ids=["same", "one token more", "a short question more"])
+def test_what_the_cache_lacks_of_a_prompt_is_read_as_a_prompt(model: Path, n_new: int) -> None:
+    rows = []
+    for enabled in (False, True):  # dense attention of batches of the same sizes, to the bit
+        llm = load(model, fasa_enabled=enabled)
+        rows.append([first_logits(llm, TOKENS[: N_PROMPT - 7])])
+        llm._requires_eval = True  # as after a restored state: even the same prompt is not there whole
+        llm.fasa.reset_stats()
+        rows[-1].append(first_logits(llm, TOKENS[: N_PROMPT - 7 + n_new]))
+    np.testing.assert_array_equal(*rows)
+    assert llm.fasa.stats().n_steps_prompt == 1 and llm.fasa.stats().n_layers_sparse == 0
+    list(itertools.islice(llm.generate(TOKENS[:N_PROMPT], temp=0), 3))
+    assert llm.fasa.stats().n_layers_sparse == 2 * N_LAYER  # the tokens that follow are decoded
+
+
+@pytest.mark.parametrize("sizes", [{"n_batch": 8}, {"n_ubatch": 8}, {"n_batch": 16, "n_ubatch": 16}])
+def test_small_batches_read_prompts_densely(model: Path, sizes: dict[str, int]) -> None:
+    wanted, llm = first_logits(load(model, fasa_enabled=False, **sizes), TOKENS), load(model, **sizes)
+    np.testing.assert_array_equal(wanted, first_logits(llm, TOKENS))
+    assert llm.fasa.stats().n_steps_decode == 0
+    assert llm.fasa.stats().n_steps_prompt == -(-len(TOKENS) // min(sizes.values()))
+
+
+def test_tokens_of_a_caller_are_decoded(model: Path) -> None:
+    """``eval`` and ``generate(reset=False)`` go on from what is there."""
+    llm = load(model)
+    llm.eval(TOKENS[:N_PROMPT])
+    llm.fasa.reset_stats()
+    llm.eval(TOKENS[N_PROMPT : N_PROMPT + 2])
+    next(llm.generate(TOKENS[N_PROMPT + 2 :], temp=0, reset=False))
+    assert llm.fasa.stats().n_layers_sparse == 2 * N_LAYER and llm.fasa.stats().n_steps_prompt == 0
 
 
 # Embeddings

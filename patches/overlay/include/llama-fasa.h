@@ -95,6 +95,10 @@ extern "C" {
     // false: no settings, a value out of range, or a field that is fixed when the model is loaded (the log says which)
     LLAMA_API bool llama_fasa_set_params(struct llama_context * ctx, const struct llama_fasa_params * params);
 
+    // true: from the next llama_decode on every batch is a prompt, however short: the caller knows that these are the last
+    // tokens of one; false: again a batch of more than max_batch tokens of one sequence alone
+    LLAMA_API void llama_fasa_set_prompt(struct llama_context * ctx, bool prompt);
+
     //
     // counters
     //

@@ -1,5 +1,6 @@
 #include "llama-fasa-context.h"
 
+#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-fasa-graph.h"
 #include "llama-fasa-profile.h"
@@ -7,6 +8,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <map>
 
 llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile> profile) : profile(std::move(profile)) {
     if (this->profile) {
@@ -15,7 +17,21 @@ llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile>
 }
 
 bool llama_fasa_context::observes(const llama_ubatch & ubatch) const {
-    return policy && policy->needs_prompt() && (!params.enabled || llama_fasa_is_prompt(params, ubatch));
+    return policy && policy->needs_prompt() && (!params.enabled || is_prompt(ubatch));
+}
+
+bool llama_fasa_context::is_prompt(const llama_ubatch & ubatch) const {
+    if (reads_prompt) {
+        return true;
+    }
+    std::map<llama_seq_id, uint32_t> n_tokens;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (++n_tokens[ubatch.seq_id[i][0]] > params.max_batch) {
+            return true;
+        }
+    }
+    return false;
 }
 
 //
@@ -45,6 +61,8 @@ bool llama_fasa_context::begin_run() {
         capture = *next_capture;
         next_capture.reset();
     }
+    reads_prompt = next_prompt; // a graph for the other is not used again, see llama_fasa_graph_input::can_reuse
+
     last_run   = nullptr; // its memory may be taken for other graphs
     is_running = true;
 
@@ -73,6 +91,11 @@ void llama_fasa_context::set_params(const llama_fasa_params & params) {
 void llama_fasa_context::set_capture(uint32_t what) {
     const std::lock_guard<std::mutex> lock(mutex);
     next_capture = what;
+}
+
+void llama_fasa_context::set_prompt(bool prompt) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    next_prompt = prompt;
 }
 
 //

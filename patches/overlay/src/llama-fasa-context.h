@@ -29,11 +29,16 @@ struct llama_fasa_context {
     llama_fasa_params params  = {};
     uint32_t          capture = 0; // enum llama_fasa_capture
 
+    // whether a micro-batch is part of a prompt: the caller says so, or it has more tokens of one sequence than a decode step
+    bool is_prompt(const llama_ubatch & ubatch) const;
+
     llama_fasa_observed                observed;
     std::unique_ptr<llama_fasa_policy> policy; // of the params; nullptr: no profile
 
     // whether the policy wants to see this micro-batch
     bool observes(const llama_ubatch & ubatch) const;
+
+    bool reads_prompt = false; // as the caller says
 
     bool logged[LLAMA_FASA_REASON_COUNT] = {};
     bool logged_exact = false;
@@ -54,6 +59,7 @@ struct llama_fasa_context {
     llama_fasa_params get_params() const; // those of the next run
     void set_params(const llama_fasa_params & params);
     void set_capture(uint32_t what);
+    void set_prompt(bool prompt);
 
     llama_fasa_stats get_stats() const;
     void reset_stats();
@@ -65,7 +71,8 @@ struct llama_fasa_context {
 private:
     mutable std::mutex mutex; // of all that follows, and of the transition from one run to the next
 
-    bool is_running = false;
+    bool is_running  = false;
+    bool next_prompt = false;
 
     std::optional<llama_fasa_params> next_params;
     std::optional<uint32_t>          next_capture;

@@ -13,18 +13,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
-
-bool llama_fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch) {
-    std::map<llama_seq_id, uint32_t> n_tokens;
-
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        if (++n_tokens[ubatch.seq_id[i][0]] > params.max_batch) {
-            return true;
-        }
-    }
-    return false;
-}
 
 //
 // llama_fasa_attn
@@ -76,7 +64,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!graph.cparams.causal_attn) {
         return LLAMA_FASA_REASON_NON_CAUSAL;
     }
-    if (llama_fasa_is_prompt(params, graph.ubatch)) {
+    if (fasa->is_prompt(graph.ubatch)) {
         return LLAMA_FASA_REASON_PROMPT;
     }
     if (mctx.get_n_kv() < mctx.get_fasa_tips()->get_min_ctx(il, params)) {
@@ -89,7 +77,7 @@ bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, con
     ggml_backend_buffer_t buffer = k->view_src ? k->view_src->buffer : nullptr; // of the KV cache
 
     return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) &&
-        is_flash_attn(v) && !llama_fasa_is_prompt(fasa->params, graph.ubatch);
+        is_flash_attn(v) && !fasa->is_prompt(graph.ubatch);
 }
 
 void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const {
@@ -190,7 +178,7 @@ ggml_tensor * llama_fasa_attn::build(
 
     if (!is_sparse && !is_exact(k, v, kq_b)) {
         inp->add_layer(reason, row_bytes, 0);
-        if (fasa->params.exact && !llama_fasa_is_prompt(fasa->params, graph.ubatch) && !fasa->logged_exact) {
+        if (fasa->params.exact && !fasa->is_prompt(graph.ubatch) && !fasa->logged_exact) {
             LLAMA_LOG_WARN("fasa: fasa.exact has no effect on layer %d: it takes flash attention, K in host memory, and no bias on the logits\n", il);
             fasa->logged_exact = true;
         }
@@ -262,7 +250,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(llama_fasa_is_prompt(fasa.params, ubatch)), prompt(fasa.observed.prompt),
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa.is_prompt(ubatch)), prompt(fasa.observed.prompt),
     is_observed(fasa.observed.is_of(ubatch)) {
 }
 
@@ -304,7 +292,7 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
-    if (is_prompt != llama_fasa_is_prompt(fasa.params, params.ubatch)) {
+    if (is_prompt != fasa.is_prompt(params.ubatch)) {
         return false;
     }
     return !fasa.policy || !fasa.policy->needs_prompt() || (prompt == fasa.observed.prompt && is_observed == fasa.observed.is_of(params.ubatch));
@@ -361,7 +349,7 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
         }
     }
 
-    if (llama_fasa_is_prompt(fasa.params, *ubatch)) {
+    if (fasa.is_prompt(*ubatch)) {
         step.n_steps_prompt = 1;
     } else {
         step.n_steps_decode = 1;

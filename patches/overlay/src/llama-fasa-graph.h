@@ -12,9 +12,6 @@ class  llama_kv_cache_context;
 class  llama_fasa_graph_input;
 class  llama_fasa_tips;
 
-// more tokens of one sequence than a decode step has
-bool llama_fasa_is_prompt(const llama_fasa_params & params, const llama_ubatch & ubatch);
-
 // one attention layer of a graph under construction
 class llama_fasa_attn {
 public:

@@ -101,6 +101,10 @@ bool llama_fasa_set_params(llama_context * ctx, const llama_fasa_params * params
     return true;
 }
 
+void llama_fasa_set_prompt(llama_context * ctx, bool prompt) {
+    ctx->get_fasa().set_prompt(prompt);
+}
+
 //
 // counters
 //
@@ -111,7 +115,7 @@ static const struct {
 } FASA_REASONS[] = {
     /* NONE           */ { "none",           "runs sparse" },
     /* DISABLED       */ { "disabled",       "FASA is switched off (fasa.enabled)" },
-    /* PROMPT         */ { "prompt",         "a batch with more than fasa.max_batch tokens of one sequence is a prompt" },
+    /* PROMPT         */ { "prompt",         "a batch with more than fasa.max_batch tokens of one sequence is a prompt, and what the caller reads as one" },
     /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget, or where it pays on this GPU)" },
     /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
     /* NO_CHUNKS      */ { "no_chunks",      "no chunks for the layer, or it reads the cache of another layer or context" },
