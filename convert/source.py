@@ -78,7 +78,13 @@ def find_source(src: str | Path) -> Source:
 
 @contextmanager
 def local_gguf(
-    source: Source, outputs: Sequence[Path], inputs: Sequence[Path] = (), *, outtype: str, force: bool, progress: Progress
+    source: Source,
+    outputs: Sequence[Path],
+    inputs: Sequence[Path] = (),
+    *,
+    outtype: str,
+    force: bool,
+    progress: Progress,
 ) -> Iterator[Path]:
     """Downloads and converts what is not yet a GGUF on this machine.
 
