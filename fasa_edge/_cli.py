@@ -109,7 +109,8 @@ def load_options(command: Callable) -> Callable:
     return _with(
         command,
         click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
-                     help="Cells of the KV cache.  [default: the model's own context, as far as memory allows]"),
+                     help="Cells of the KV cache, rounded up to a multiple of 256.  "
+                          "[default: the model's own context, as far as memory allows]"),
         click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"),
         click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),

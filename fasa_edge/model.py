@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 from fasa_edge import _capi
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log, quiet_log
-from fasa_edge.config import FasaConfig
+from fasa_edge.config import INT32_MAX, FasaConfig
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 
+import numpy as np
 import psutil
 from llama_cpp.llama_speculative import LlamaDraftModel
 
@@ -27,6 +28,8 @@ _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
 _N_CTX_UNKNOWN = 512
+_N_CTX_STEP = 256
+"""A context has a multiple of this (src/llama-context.cpp); the bindings' arrays have what is asked for."""
 
 _KV_MEMORY_SHARE = 0.5
 """Of the memory that is free beside the weights, what an automatic ``n_ctx`` may take: KV cache, and logits if kept."""
@@ -154,6 +157,17 @@ class _Closed:
         raise FasaError(f"{self._model_path} is closed: load it again")
 
 
+class _Drafts(LlamaDraftModel):
+    """As many as fit into a batch beside the token before them: of what a batch more holds, logits are not kept."""
+
+    def __init__(self, model: LlamaDraftModel, n_batch: int) -> None:
+        self.model = model
+        self._n_max = n_batch - 1
+
+    def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
+        return self.model(input_ids, **kwargs)[: self._n_max]
+
+
 class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` with FASA: the same constructor and methods, plus ``fasa_*`` settings and :attr:`fasa`.
 
@@ -161,14 +175,14 @@ class Llama(llama_cpp.Llama):
 
     Args:
         model_path: a GGUF file; one without a FASA profile runs dense.
-        n_ctx: cells of the KV cache; 0: what the model was trained for, or less where half of the memory that
-            is free beside the weights does not hold its KV cache.
+        n_ctx: cells of the KV cache, rounded up to a multiple of 256 as llama.cpp does; 0: what the model was trained
+            for, or less where half of the memory that is free beside the weights does not hold its KV cache.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
         logits_all: keep the logits of all tokens, for logprobs; n_ctx x n_vocab floats, which an automatic ``n_ctx``
             counts. On with a draft model.
         draft_model: proposes tokens, as ``LlamaPromptLookupDecoding``; up to ``max_batch`` - 1 at a time are checked
-            sparsely.
+            sparsely, and more than ``n_batch`` - 1 are cut off.
         type_k: ``enum ggml_type`` of cached keys; None for f16.
         type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
@@ -181,7 +195,7 @@ class Llama(llama_cpp.Llama):
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
-        SchemaError: a ``fasa_*`` argument has the wrong type.
+        SchemaError: a ``fasa_*`` argument has the wrong type, or ``n_ctx`` is negative or too large.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
         ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
             what it logged.
@@ -209,6 +223,10 @@ class Llama(llama_cpp.Llama):
                 "flash_attn=False: FASA reads V row by row, which only the flash attention layout allows; leave "
                 "flash_attn on (fasa_enabled=False switches FASA off), or use llama_cpp.Llama"
             )
+        if not 0 <= n_ctx <= INT32_MAX - _N_CTX_STEP:
+            raise SchemaError(
+                f"n_ctx = {n_ctx} is out of range: choose 0, the model's own, to {INT32_MAX - _N_CTX_STEP}"
+            )
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("fasa_")}
         for name in settings:
             if name.removeprefix("fasa_") not in _TYPES:
@@ -234,9 +252,10 @@ class Llama(llama_cpp.Llama):
 
         with error_log() as errors:
             try:
+                n_ctx = n_ctx or _automatic_n_ctx(model_path, type_k, type_v, logits_all)
                 super().__init__(
                     model_path,
-                    n_ctx=n_ctx or _automatic_n_ctx(model_path, type_k, type_v, logits_all),
+                    n_ctx=-(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP,
                     flash_attn=True,
                     kv_overrides=overrides or None,
                     logits_all=logits_all,
@@ -250,6 +269,9 @@ class Llama(llama_cpp.Llama):
             except (ValueError, RuntimeError) as error:
                 reason = "; ".join([str(error), *dict.fromkeys(errors)])
                 raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
+
+        if draft_model is not None:
+            self.draft_model = _Drafts(draft_model, self.n_batch)
 
         alone = ("fasa.exact",) if isinstance(overrides.get("fasa.exact"), bool) else ()  # needs no profile
         ignored = [key for key in overrides if key.startswith("fasa.") and key not in alone]
@@ -306,7 +328,8 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"fasa_profile": self._fasa_profile}
+        drafts = self.draft_model.model if isinstance(self.draft_model, _Drafts) else self.draft_model
+        return super().__getstate__() | {"fasa_profile": self._fasa_profile, "draft_model": drafts}
 
 
 def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, logits_all: bool) -> int:
@@ -330,7 +353,7 @@ def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, lo
         if logits_all:
             bytes_per_cell += 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
-    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // 256 * 256, 256))
+    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // _N_CTX_STEP * _N_CTX_STEP, _N_CTX_STEP))
 
 
 @contextlib.contextmanager

@@ -155,3 +155,10 @@ def test_doctor() -> None:
 @pytest.mark.parametrize("command", ["convert", "inspect", "run", "chat", "bench", "eval", "doctor"])
 def test_help_is_complete(command: str) -> None:
     assert "Usage:" in fasa(command, "--help").stdout
+
+
+def test_a_context_that_is_no_multiple_of_256(fasa_model_path: Path) -> None:
+    report = json.loads(fasa("run", fasa_model_path, "-c", 300, "-p", "word " * 320, "-n", 100, "--json").stdout)
+    assert report["prompt_tokens"] + report["n_tokens"] > 300
+    chat = fasa("chat", fasa_model_path, "-c", 300, "-n", 64, input="word " * 320 + "\n")
+    assert "Error" not in chat.stderr

@@ -34,7 +34,7 @@ from llama_cpp import LlamaGrammar, LogitsProcessorList, llama_chat_format, mtmd
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits, nmse, teacher_forced
 from test_convert_source import environment_of
-from tiny_models import make_model
+from tiny_models import Shape, make_model
 from unchecked import convert
 
 N_PROMPT = 700
@@ -176,6 +176,31 @@ def test_tokens_of_a_caller_are_decoded(model: Path) -> None:
     llm.eval(TOKENS[N_PROMPT : N_PROMPT + 2])
     next(llm.generate(TOKENS[N_PROMPT + 2 :], temp=0, reset=False))
     assert llm.fasa.stats().n_layers_sparse == 2 * N_LAYER and llm.fasa.stats().n_steps_prompt == 0
+
+
+# The context
+
+
+@pytest.mark.parametrize("logits_all", [False, True])
+def test_all_of_the_context_can_be_used(model: Path, logits_all: bool) -> None:
+    llm = load(model, n_ctx=300, logits_all=logits_all)
+    assert llm.n_ctx() == 512 == len(llm.input_ids)
+    usage = llm.create_completion(TOKENS[:290], max_tokens=None, temperature=0, logit_bias={"2": -100})["usage"]
+    assert usage["total_tokens"] == 512
+    with pytest.raises(ValueError, match="exceed context window of 512"):
+        llm.create_completion(TOKENS[:512])
+    assert pickle.loads(pickle.dumps(llm)).n_ctx() == 512
+
+
+@pytest.mark.parametrize("n_ctx", [-1, 2**31, 2**32 + 512])
+def test_a_context_out_of_range_is_refused(model: Path, n_ctx: int) -> None:
+    with pytest.raises(fasa_edge.SchemaError, match=f"n_ctx = {n_ctx} is out of range: choose 0"):
+        load(model, n_ctx=n_ctx)
+
+
+def test_a_context_that_the_model_was_trained_for_is_rounded_up(tmp_path: Path) -> None:
+    llm = load(make_model(tmp_path / "odd.gguf", shape=Shape(n_ctx=1000)), n_ctx=0)
+    assert llm.n_ctx() == 1024 == len(llm.input_ids)
 
 
 # Embeddings
@@ -321,6 +346,20 @@ def test_prompt_lookup_after_a_prompt_beyond_a_batch(fasa_model_path: Path) -> N
     assert list(itertools.islice(llm.generate(prompt, temp=0), n)) == text
     stats = llm.fasa.stats()
     assert stats.n_layers_sparse == 29 * stats.n_steps_decode and 0 < stats.n_steps_decode < n / 4
+
+
+@pytest.mark.parametrize("n_batch", [512, 8, 1])
+def test_drafts_until_the_context_is_full(fasa_model_path: Path, n_batch: int) -> None:
+    """Also where a batch holds fewer tokens than are drafted: logits are those of the last batch only."""
+    line = b"The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "
+    draft_model = LlamaPromptLookupDecoding(num_pred_tokens=10)
+    settings = {"fasa_max_batch": 1} if n_batch == 8 else {}
+    llm = load(fasa_model_path, n_ctx=300, n_batch=n_batch, draft_model=draft_model, **settings)
+    prompt = llm.tokenize(40 * line)[:400]
+    usage = llm.create_completion(prompt, max_tokens=None, temperature=0)["usage"]
+    assert usage["total_tokens"] == 512
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.draft_model.model.num_pred_tokens == 10 and not hasattr(again.draft_model.model, "model")
 
 
 def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
