@@ -122,6 +122,8 @@ class Fasa:
             if wanted["policy"] not in _capi.POLICIES:
                 raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(_capi.POLICIES)}")
             _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
+            if isinstance(self._llm, Llama):
+                self._llm._fasa_configured |= settings
 
     def stats(self) -> FasaStats:
         """Counters and effective settings."""
@@ -243,6 +245,7 @@ class Llama(llama_cpp.Llama):
         # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.
         logits_all = logits_all or draft_model is not None
         self._fasa_profile = fasa_profile
+        self._fasa_configured: dict[str, int | bool | str] = {}  # since then, for copies
         overrides = dict(kv_overrides or {})
         overrides |= {
             f"fasa.{name.removeprefix('fasa_')}": value for name, value in settings.items() if value is not None
@@ -275,8 +278,12 @@ class Llama(llama_cpp.Llama):
 
         alone = ("fasa.exact",) if isinstance(overrides.get("fasa.exact"), bool) else ()  # needs no profile
         ignored = [key for key in overrides if key.startswith("fasa.") and key not in alone]
+        reason = f"{model_path} has no FASA profile"
+        if overrides.get("fasa.version") == 0:  # as documented, whether there was something to switch off or not
+            ignored.remove("fasa.version")
+            reason = "fasa.version = 0 switches FASA off"
         if not self.fasa.available and ignored:
-            warnings.warn(f"{model_path} has no FASA profile, so {', '.join(ignored)} has no effect", stacklevel=2)
+            warnings.warn(f"{reason}, so {', '.join(ignored)} has no effect", stacklevel=2)
         for line in _capi.override_report(self.model) if self.fasa.available else ():
             warnings.warn(f"override without effect: {line}", stacklevel=2)
 
@@ -329,7 +336,15 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         drafts = self.draft_model.model if isinstance(self.draft_model, _Drafts) else self.draft_model
-        return super().__getstate__() | {"fasa_profile": self._fasa_profile, "draft_model": drafts}
+        ours = {"fasa_profile": self._fasa_profile, "draft_model": drafts, "fasa_configured": self._fasa_configured}
+        return super().__getstate__() | ours
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        configured = state.pop("fasa_configured")
+        super().__setstate__(state)
+        if configured:
+            self.fasa.configure(**configured)
 
 
 def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, logits_all: bool) -> int:

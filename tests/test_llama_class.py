@@ -5,6 +5,7 @@ Saved states, prompt caches and drafts that are partly rejected: test_state.py. 
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import itertools
@@ -12,6 +13,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +203,39 @@ def test_a_context_out_of_range_is_refused(model: Path, n_ctx: int) -> None:
 def test_a_context_that_the_model_was_trained_for_is_rounded_up(tmp_path: Path) -> None:
     llm = load(make_model(tmp_path / "odd.gguf", shape=Shape(n_ctx=1000)), n_ctx=0)
     assert llm.n_ctx() == 1024 == len(llm.input_ids)
+
+
+# Copies, and FASA switched off
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda llm: pickle.loads(pickle.dumps(llm))])
+def test_a_copy_has_the_settings_in_force(model: Path, tmp_path: Path, copy_of: Callable) -> None:
+    llm = load(model, fasa_budget=100, fasa_n_tip=10)
+    llm.fasa.configure(budget=80, n_recent=5)
+    llm.fasa.configure(enabled=False, select="head", policy="streaming")
+    again = copy_of(copy_of(llm))
+    assert again.fasa.settings == llm.fasa.settings != load(model).fasa.settings
+    llm.close()
+    assert copy_of(llm).fasa.settings == again.fasa.settings
+    exact = load(make_model(tmp_path / "plain.gguf"), fasa_exact=True)
+    exact.fasa.configure(exact=False)
+    again = copy_of(exact)
+    assert again.fasa.settings == exact.fasa.settings and not again.fasa.settings["exact"]
+    again.fasa.configure(exact=True)
+
+
+def test_switching_off_is_no_mistake(model: Path, tmp_path: Path) -> None:
+    off = {"fasa.version": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not load(model, kv_overrides=off).fasa.available
+        assert not load(make_model(tmp_path / "plain.gguf"), kv_overrides=off).fasa.available
+        assert load(model, kv_overrides=off, fasa_profile=model).fasa.available
+        assert load(model, kv_overrides=off, fasa_exact=True).fasa.settings["exact"]
+    with pytest.warns(UserWarning, match="^fasa.version = 0 switches FASA off, so fasa.budget has no effect$"):
+        load(model, kv_overrides=off, fasa_budget=100)
+    with pytest.warns(UserWarning, match="plain.gguf has no FASA profile, so fasa.budget has no effect$"):
+        load(tmp_path / "plain.gguf", fasa_budget=100)
 
 
 # Embeddings
