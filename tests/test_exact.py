@@ -74,8 +74,7 @@ def test_other_overrides_without_profile_still_have_no_effect(tmp_path, load) ->
 
 
 def test_a_profile_that_is_ignored(annotated, load) -> None:
-    with pytest.warns(UserWarning, match="no FASA profile, so fasa.version has no effect"):
-        llm = load(annotated, fasa_exact=True, kv_overrides={"fasa.version": 0})
+    llm = load(annotated, fasa_exact=True, kv_overrides={"fasa.version": 0})
     steps(llm)
     assert not llm.fasa.available and llm.fasa.stats().n_layers_exact == N_LAYER * N_DECODE
 
