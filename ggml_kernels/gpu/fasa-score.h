@@ -56,11 +56,15 @@ FASA_FN int32_t fasa_own_block(FASA_THREAD const fasa_select_args & args, FASA_T
     return row.part + i*args.n_parts;
 }
 
-// its blocks of tips from begin to end are on their way
+// its blocks of tips from begin to end are on their way, and what of the mask belongs to them
 FASA_FN void fasa_prefetch_tips(FASA_THREAD const fasa_select_args & args, FASA_THREAD const fasa_row & row, int32_t begin, int32_t end, fasa_at at) {
     FASA_ROLLED
     for (int32_t i = begin + at.warp; i < fasa_min(end, row.n_own); i += FASA_WARPS) {
-        FASA_GLOBAL const char * block = row.tips + fasa_own_block(args, row, i)*args.nb_tips1;
+        const int32_t own = fasa_own_block(args, row, i);
+        if (at.lane == FASA_WARP - 1) {
+            fasa_prefetch(row.mask + own*FASA_BLOCK_CELLS);
+        }
+        FASA_GLOBAL const char * block = row.tips + own*args.nb_tips1;
         FASA_ROLLED
         for (int32_t byte = at.lane*FASA_PREFETCHED; byte < (int32_t) args.nb_tips1; byte += FASA_WARP*FASA_PREFETCHED) {
             fasa_prefetch(block + byte);
