@@ -71,7 +71,7 @@ class Entry:
     """One key-value pair as it stands in the file.
 
     Attributes:
-        key: its name; bytes that are not UTF-8 are surrogate-escaped.
+        key: its name in full length; bytes that are not UTF-8 are surrogate-escaped.
         raw: the whole pair, byte for byte.
         type: type of the value, or of the elements when ``count`` is not None.
         count: number of elements of an array, None for a scalar.
@@ -85,7 +85,10 @@ class Entry:
     value_offset: int
 
     def value(self) -> np.generic | np.ndarray | str | list[str]:
-        """Decodes the value: a numpy scalar or array, a string or a list of strings (invalid UTF-8 replaced)."""
+        """Decodes the value: a numpy scalar or array, a string or a list of strings.
+
+        A string ends at its first NUL, as ggml hands it out; invalid UTF-8 is replaced.
+        """
         if self.type != GGUFValueType.STRING:
             stored = np.uint8 if self.type == GGUFValueType.BOOL else NUMPY_TYPES[self.type]
             values = np.frombuffer(self.raw[self.value_offset :], stored)
@@ -94,7 +97,8 @@ class Entry:
         strings, offset = [], self.value_offset
         for _ in range(1 if self.count is None else self.count):
             (length,) = struct.unpack_from("<Q", self.raw, offset)
-            strings.append(self.raw[offset + 8 : offset + 8 + length].decode("utf-8", "replace"))
+            data, _, _ = self.raw[offset + 8 : offset + 8 + length].partition(b"\0")
+            strings.append(data.decode("utf-8", "replace"))
             offset += 8 + length
         return strings[0] if self.count is None else strings
 
@@ -107,7 +111,7 @@ class GgufHeader:
         path: the file.
         file_size: in bytes.
         version: 2 or 3.
-        entries: the key-value pairs by key, in file order.
+        entries: the key-value pairs by key in full length, in file order; see :meth:`find`.
         n_tensors: number of tensors.
         tensor_infos: their names, shapes, types and offsets, byte for byte.
         alignment: of the tensor data within the file, in bytes.
@@ -122,6 +126,13 @@ class GgufHeader:
     tensor_infos: bytes
     alignment: int
     data_offset: int
+
+    def find(self, key: str) -> Entry | None:
+        """What llama.cpp takes for the pair of a key, None where the file has no such key.
+
+        It compares keys as C strings: a key ends at its first NUL, and of several that are equal so the first counts.
+        """
+        return _find(self.entries, key)
 
     def get_string(self, key: str) -> str | None:
         """The text of a key, None where the file has no such key.
@@ -141,7 +152,7 @@ class GgufHeader:
         return default if value is None else int(value)
 
     def _get(self, key: str, kind: type, expected: str) -> object:
-        entry = self.entries.get(key)
+        entry = self.find(key)
         if entry is None:
             return None
         held = f"an array of {entry.count}" if entry.count is not None else entry.value()  # it may be long
@@ -289,8 +300,12 @@ def _read_entry(reader: _Reader) -> Entry:
     return Entry(key=key, raw=b"".join((head, body)), type=type_, count=count, value_offset=len(head))
 
 
+def _find(entries: dict[str, Entry], key: str) -> Entry | None:
+    return next((entry for name, entry in entries.items() if name.partition("\0")[0] == key), None)
+
+
 def _alignment(reader: _Reader, entries: dict[str, Entry]) -> int:
-    entry = entries.get("general.alignment")
+    entry = _find(entries, "general.alignment")
     if entry is None:
         return DEFAULT_ALIGNMENT
     if entry.type != GGUFValueType.UINT32 or entry.count is not None:

@@ -83,8 +83,8 @@ def inspect(path: str | Path) -> FileReport:
     # no key of ours is an array of texts, which may be long
     metadata = {
         key: [] if entry.count is not None and entry.type == GGUFValueType.STRING else entry.value()
-        for key, entry in header.entries.items()
-        if key in SCALARS or key in ARRAYS
+        for key in (*SCALARS, *ARRAYS)
+        if (entry := header.find(key)) is not None
     }
     annotated = any(key.startswith(PREFIX) for key in header.entries)
     try:

@@ -20,6 +20,6 @@ def encode_profile(header: GgufHeader, metadata: Metadata) -> bytes:
         header: of the model, whose architecture and name it repeats.
         metadata: ``(key, type, value)``, see :func:`fasa_edge.convert.gguf_splice.encode_entry`.
     """
-    pairs = [header.entries[key].raw for key in _KEPT if key in header.entries]
+    pairs = [entry.raw for key in _KEPT if (entry := header.find(key)) is not None]
     pairs += [encode_entry(*item) for item in (("general.type", GGUFValueType.STRING, TYPE), *metadata)]
     return MAGIC + struct.pack("<IQQ", VERSIONS[-1], 0, len(pairs)) + b"".join(pairs)

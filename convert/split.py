@@ -102,7 +102,7 @@ def read_shards(header: GgufHeader) -> list[GgufHeader]:
         shards.append(read_header(other))
     for i, shard in enumerate(shards):
         # llama.cpp aborts the process on another type
-        entry = shard.entries.get("split.no")
+        entry = shard.find("split.no")
         if entry is None or entry.type != GGUFValueType.UINT16 or entry.count is not None or entry.value() != i:
             found = "missing" if entry is None else f"{entry.value()} ({entry.type.name})"
             raise ConvertError(

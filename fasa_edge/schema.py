@@ -184,11 +184,16 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
     if not 1 <= n_tip <= n_chunk:
         raise SchemaError(f"fasa.n_tip = {n_tip} is out of range: choose 1 to {n_chunk}, the chunks of a head")
 
+    try:
+        config = FasaConfig(**{field.name: scalars[PREFIX + field.name] for field in fields(FasaConfig)})
+    except SchemaError as error:  # which begins with the field
+        raise SchemaError(f"{PREFIX}{error}") from error
+
     return Profile(
         n_tip=n_tip,
         chunks=chunks,
         agreement=agreement,
-        config=FasaConfig(**{field.name: scalars[PREFIX + field.name] for field in fields(FasaConfig)}),
+        config=config,
         calibration=Calibration(
             **{field.name: scalars[PREFIX + "calibration." + field.name] for field in fields(Calibration)}
         ),
@@ -254,6 +259,8 @@ def _scalar(metadata: Mapping[str, object], key: str) -> bool | int | str:
     expected = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str}.get(type_, int)
     if type(value) is not expected:
         raise SchemaError(f"{key} = {value!r} has type {type(value).__name__}: expected {type_.name.lower()}")
+    if expected is str and "\0" in value:
+        raise SchemaError(f"{key} = {value!r} holds a NUL, where llama.cpp would end it: leave that out")
     if expected is int and not 0 <= value < 2**32:
         raise SchemaError(f"{key} = {value} is out of range: choose 0 to {2**32 - 1}")
     return value

@@ -11,6 +11,7 @@ tensors are left as they are: there upstream may abort by itself.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def decode_some(ctx: Context) -> None:
 
 
 def profiles(folder: Path) -> Case:
-    """Profiles in files of their own, given to a loaded model."""
+    """Profiles in files of their own, given to a loaded model; Python and the library agree on which are valid."""
     path = folder / "damaged.gguf"
     annotated = annotated_tiny(folder)
     data = convert(folder / "tiny.gguf", profile=folder / "profile.gguf", tokens=512).profile_path.read_bytes()
@@ -77,8 +78,13 @@ def profiles(folder: Path) -> Case:
 
     def case(rng: np.random.Generator) -> None:
         path.write_bytes(damaged(rng, data))
-        refused(lambda: inspect(path))
-        if _capi.load_profile(model.model, path):
+        is_refused = refused(lambda: inspect(path))
+        with error_log() as errors:
+            is_loaded = _capi.load_profile(model.model, path)
+        if not is_loaded:
+            assert is_refused or re.search("another model|the model has|holds no FASA profile", errors[-1])
+        else:
+            assert not is_refused
             ctx = llama_cpp.llama_init_from_model(model.model, params)
             tokens = (llama_cpp.llama_token * 150)(*TEXTS[0][:150])
             assert llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(tokens, 150)) == 0
@@ -209,12 +215,13 @@ def ops(_folder: Path) -> Case:
 KINDS = {kind.__name__: kind for kind in (profiles, headers, states, settings, ops)}
 
 
-def refused(call: Callable[[], object]) -> None:
+def refused(call: Callable[[], object]) -> bool:
     """By nothing but errors of our own, if it is."""
     try:
         call()
     except (FasaError, ValueError):
-        pass
+        return True
+    return False
 
 
 def run(kind: str, seed: int, seconds: float, cases: int) -> None:

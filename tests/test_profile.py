@@ -1,9 +1,12 @@
-"""Profiles that stand alone, and quantization: one profile serves every file of a model, and no damage crashes."""
+"""Profiles that stand alone, what a valid one is, and quantization: one profile serves every file of a model."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,8 +19,8 @@ from fasa_edge.convert import inspect
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.gguf_splice import splice
 from fasa_edge.convert.profile import encode_profile
-from fasa_edge.errors import ConvertError, ModelError
-from fasa_edge.schema import GGUFValueType, to_metadata
+from fasa_edge.errors import ConvertError, ModelError, SchemaError
+from fasa_edge.schema import ARRAYS, OPTIONAL, SCALARS, GGUFValueType, to_metadata
 
 import gguf
 import numpy as np
@@ -196,7 +199,7 @@ def test_a_context_keeps_the_profile_it_was_made_with(model, annotated, tokens, 
     assert llm.fasa.settings["n_tip"] == load(annotated).fasa.settings["n_tip"]
 
 
-# Damage
+# What a valid profile is: Python and the library must agree
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -225,75 +228,231 @@ def test_overwritten_bytes_never_crash(bare_model, profile, tmp_path, patch) -> 
     assert 0 < n_taken < len(data)
 
 
-def changed(key: str, value: object, type_: GGUFValueType | None = None):
+Pairs = list[tuple[str, GGUFValueType, object]]
+Change = Callable[[Pairs], Pairs]
+
+
+def changed(key: str, value: object, type_: GGUFValueType | None = None) -> Change:
     """Metadata with one value, and its type if given, replaced; None leaves the key out."""
 
-    def change(metadata: list) -> list:
+    def change(metadata: Pairs) -> Pairs:
         pairs = [(k, t if type_ is None else type_, value) if k == key else (k, t, v) for k, t, v in metadata]
         return [pair for pair in pairs if pair[2] is not None]
 
     return change
 
 
-def altered(key: str, at: int, value: object):
+def all_of(*changes: Change) -> Change:
+    return lambda metadata: reduce(lambda pairs, change: change(pairs), changes, metadata)
+
+
+def array_with(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Metadata with another array in place of one."""
+    return lambda metadata: [(k, t, change(v) if k == key else v) for k, t, v in metadata]
+
+
+def with_array(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Metadata with an array changed."""
+    return lambda metadata: [(k, t, change(v) if k == key else v) for k, t, v in metadata]
+
+
+def altered(key: str, at: int, value: object) -> Change:
     """Metadata with one element of an array replaced."""
-
-    def change(metadata: list) -> list:
-        array = next(v for k, _, v in metadata if k == key).copy()
-        array[at] = value
-        return changed(key, array)(metadata)
-
-    return change
+    return with_array(key, lambda a: np.where(np.arange(len(a)) == at, value, a).astype(a.dtype))
 
 
-def shortened(key: str):
+def shortened(key: str) -> Change:
     """Metadata with the last element of an array left out."""
-    return lambda metadata: [(k, t, v[:-1] if k == key else v) for k, t, v in metadata]
+    return with_array(key, lambda a: a[:-1])
 
 
-DAMAGE = [
-    (changed("fasa.version", 2), "fasa.version = 2 is not supported"),
-    (changed("fasa.version", "1", T.STRING), "fasa.version has type str, expected u32"),
-    (changed("fasa.n_tip", 0), "fasa.n_tip = 0 is out of range"),
-    (changed("fasa.n_tip", 33), "fasa.n_tip = 33 is out of range: a head of layer 0 has 32 chunks"),
-    (changed("fasa.n_tip", None), "fasa.n_tip is missing"),
-    (changed("fasa.budget", 64.0, T.FLOAT32), "fasa.budget has type f32, expected u32"),
-    (changed("fasa.enabled", 1, T.UINT8), "fasa.enabled has type u8, expected bool"),
-    (altered("fasa.chunks", 5, 32), "layer 0, KV head 0 lists chunk 32, which is out of range"),
-    (altered("fasa.chunks", 5, -1), "layer 0, KV head 0 lists chunk -1, which is out of range"),
-    (lambda metadata: altered("fasa.chunks", 5, array_of(metadata)[4])(metadata), "or listed before"),
-    (shortened("fasa.chunks"), "fasa.chunks has 127 entries, layer 1 needs more"),
-    (lambda metadata: changed("fasa.chunks", np.append(array_of(metadata), np.int32(0)))(metadata), "expected 128"),
-    (lambda metadata: changed("fasa.chunks", array_of(metadata).astype(np.int64))(metadata), "not an array of i32"),
-    (changed("fasa.chunks", "0 1 2", T.STRING), "fasa.chunks has type str, expected arr"),
-    (shortened("fasa.head_count_kv"), "fasa.head_count_kv has 1 entries and fasa.chunk_count 2, the model has 2"),
-    (altered("fasa.head_count_kv", 1, 3), "layer 1 has 3 KV heads of 32 chunks, the model has 2 of 32"),
-    (altered("fasa.head_count_kv", 1, -2), "layer 1 has -2 KV heads"),
-    (altered("fasa.chunk_count", 0, 1 << 30), "layer 0 has 2 KV heads of 1073741824 chunks"),
-    (shortened("fasa.agreement"), "fasa.agreement has 127 entries, expected 128"),
-    (altered("fasa.agreement", 3, np.nan), "fasa.agreement holds a value that is not finite"),
-    (altered("fasa.agreement", 3, -np.inf), "fasa.agreement holds a value that is not finite"),
-    (changed("fasa.agreement", np.zeros(128, np.int32)), "fasa.agreement is not an array of f32"),
-    (changed("fasa.fingerprint", "llama"), "made for another model: fasa.fingerprint is 'llama'"),
+def appended(key: str, value: object) -> Change:
+    """Metadata with one more element of an array."""
+    return with_array(key, lambda a: np.append(a, np.array(value, a.dtype)))
+
+
+def continued(key: str, more: str) -> Change:
+    """Metadata with a text that goes on."""
+    return lambda metadata: [(k, t, v + more if k == key else v) for k, t, v in metadata]
+
+
+def renamed(key: str, name: str) -> Change:
+    return lambda metadata: [(name if k == key else k, t, v) for k, t, v in metadata]
+
+
+def with_first(*pair: object) -> Change:
+    return lambda metadata: [pair, *metadata]
+
+
+def with_last(*pair: object) -> Change:
+    return lambda metadata: [*metadata, pair]
+
+
+N_LAYER, LAYER_SIZE = 2, 2 * 32  # of the tiny model: KV heads by chunks
+
+
+def without_layer(il: int) -> Change:
+    """Metadata without the chunks of one layer."""
+    rows = slice(il * LAYER_SIZE, (il + 1) * LAYER_SIZE)
+    ranked = (with_array(key, lambda a: np.delete(a, rows)) for key in ("fasa.chunks", "fasa.agreement"))
+    return all_of(altered("fasa.head_count_kv", il, 0), altered("fasa.chunk_count", il, 0), *ranked)
+
+
+def with_layers(n: int) -> Change:
+    """Metadata with chunks for another number of layers."""
+    return all_of(*(with_array(key, lambda a: np.resize(a, n * len(a) // N_LAYER)) for key in ARRAYS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A changed profile, and what is to be said of it.
+
+    ``verdict`` "valid": by Python and the library; ``settings`` then hold. "refused": by both, which name ``key``.
+    "another model's": by the library alone, for it is sound in itself. ``message`` is the library's, a pattern.
+    """
+
+    verdict: str
+    name: str
+    change: Change
+    settings: dict[str, object] = field(default_factory=dict)
+    key: str = ""
+    message: str = ""
+
+
+def valid(name: str, change: Change, **settings: object) -> Case:
+    return Case("valid", name, change, settings)
+
+
+def refused(key: str, change: Change, message: str) -> Case:
+    return Case("refused", f"{key}: {message}", change, key=key, message=message)
+
+
+def foreign(message: str, *changes: Change) -> Case:
+    return Case("another model's", message, all_of(*changes), message=message)
+
+
+MAX = 2**31 - 1
+COUNTS = ("budget", "min_ctx", "n_dense_layers")
+U32 = [key for key, type_ in SCALARS.items() if type_ == T.UINT32]
+TEXTS = [key for key, type_ in SCALARS.items() if type_ == T.STRING]
+KEYS = (*SCALARS, *ARRAYS)
+COUNT, HEADS, CHUNKS, AGREEMENT = "fasa.chunk_count", "fasa.head_count_kv", "fasa.chunks", "fasa.agreement"
+
+CASES = [
+    valid("as written", all_of(), **asdict(CONFIG)),
+    # types
+    *(refused(key, changed(key, 1.5, T.FLOAT64), f"{key} has type f64, expected") for key in KEYS),
+    *(refused(key, changed(key, 1, T.INT32), f"{key} has type i32, expected u32") for key in U32),
+    *(refused(key, changed(key, np.zeros(3, np.uint32), T.ARRAY), f"{key} has type arr, expected") for key in SCALARS),
+    *(refused(key, changed(key, np.zeros(3, np.int64)), f"{key} is not an array of [if]32") for key in ARRAYS),
+    refused("fasa.enabled", changed("fasa.enabled", 1, T.UINT8), "fasa.enabled has type u8, expected bool"),
+    # keys
+    *(refused(key, changed(key, None), f"{key} is missing") for key in KEYS if key not in OPTIONAL),
+    *(valid(f"no {key}", changed(key, None), **{key[5:]: OPTIONAL[key]}) for key in OPTIONAL),
+    valid("a key of the future", with_first("fasa.future", T.FLOAT64, 1.5)),
+    # a NUL ends a key or a text, and the first of equal keys counts
+    *(valid(f"{key}, NUL, more", renamed(key, key + "\0junk")) for key in KEYS),
+    *(refused(key, renamed(key, key.replace(".", "\0.")), f"{key} is missing") for key in KEYS if key not in OPTIONAL),
+    *(valid(f"{key} = text, NUL, more", continued(key, "\0junk")) for key in TEXTS),
+    *(valid(f"{key} = text, NUL", continued(key, "\0")) for key in TEXTS),
+    valid("select = head, NUL, more", changed("fasa.select", "head\0junk"), select="head"),
+    refused("fasa.select", changed("fasa.select", "\0head"), "fasa.select = '' is unknown"),
+    valid("budget again", with_last("fasa.budget\0junk", T.UINT32, 0), budget=64),
+    valid("budget before", with_first("fasa.budget\0", T.UINT32, 99), budget=99),
+    refused("fasa.n_tip", with_first("fasa.n_tip\0junk", T.UINT32, 0), "fasa.n_tip = 0 is out of range"),
+    refused("fasa.chunks", with_first("fasa.chunks\0junk", T.STRING, "0"), "fasa.chunks has type str, expected arr"),
+    valid("budget after a NUL", with_first("\0fasa.budget", T.UINT32, 0), budget=64),
+    # settings
+    refused("fasa.version", changed("fasa.version", 0), "fasa.version = 0 is not supported"),
+    refused("fasa.version", changed("fasa.version", 2), "fasa.version = 2 is not supported"),
+    *(valid(f"n_tip = {n}", changed("fasa.n_tip", n), n_tip=n) for n in (1, 32)),
+    *(
+        refused("fasa.n_tip", changed("fasa.n_tip", n), f"fasa.n_tip = {n} is out of range")
+        for n in (0, 33, 2**31, 2**32 - 1)
+    ),
+    *(valid(f"max_batch = {n}", changed("fasa.max_batch", n), max_batch=n) for n in (1, 64)),
+    *(
+        refused("fasa.max_batch", changed("fasa.max_batch", n), f"fasa.max_batch = {n} is out of range")
+        for n in (0, 65, 2**32 - 1)
+    ),
+    *(valid(f"{name} = {MAX}", changed("fasa." + name, MAX), **{name: MAX}) for name in COUNTS),
+    *(
+        refused("fasa." + name, changed("fasa." + name, n), f"fasa.{name} = {n} is out of range")
+        for name in COUNTS
+        for n in (MAX + 1, 2**32 - 1)
+    ),
+    refused("fasa.budget", changed("fasa.budget", 0), "fasa.budget = 0 is out of range"),
+    valid("all sinks", all_of(changed("fasa.n_sink", 64), changed("fasa.n_recent", 0)), n_sink=64, n_recent=0),
+    refused("fasa.n_sink", changed("fasa.n_sink", 33), "fasa.n_sink = 33 and .* do not fit into fasa.budget = 64"),
+    refused("fasa.n_sink", changed("fasa.n_sink", 2**32 - 1), "fasa.n_sink = 4294967295 and .* do not fit"),
+    refused("fasa.n_recent", changed("fasa.n_recent", 2**32 - 1), "fasa.n_recent = 4294967295 do not fit"),
+    valid("select = head", changed("fasa.select", "head"), select="head"),
+    refused("fasa.select", changed("fasa.select", "heads"), "fasa.select = 'heads' is unknown"),
+    # calibration
+    *(valid(f"{key} = ''", changed(key, "")) for key in TEXTS if "calibration" in key),
+    *(valid(f"{key} = 2^32 - 1", changed(key, 2**32 - 1)) for key in U32 if "calibration" in key),
+    # arrays
+    refused(CHUNKS, altered(CHUNKS, 5, 32), "layer 0, KV head 0 lists chunk 32, which is out of range"),
+    refused(CHUNKS, altered(CHUNKS, 5, -1), "layer 0, KV head 0 lists chunk -1, which is out of range"),
+    refused(CHUNKS, with_array(CHUNKS, lambda a: a[[*range(5), 4, *range(6, 128)]]), "or listed before"),
+    refused(CHUNKS, shortened(CHUNKS), "fasa.chunks has 127 entries, layer 1 needs more"),
+    refused(CHUNKS, appended(CHUNKS, 0), "fasa.chunks has 129 entries, expected 128"),
+    refused(CHUNKS, with_array(CHUNKS, lambda a: a[:0]), "fasa.chunks has 0 entries, layer 0 needs more"),
+    refused(AGREEMENT, shortened(AGREEMENT), "fasa.agreement has 127 entries, expected 128"),
+    refused(AGREEMENT, appended(AGREEMENT, 0), "fasa.agreement has 129 entries, expected 128"),
+    *(
+        refused(AGREEMENT, altered(AGREEMENT, 3, x), "holds a value that is not finite")
+        for x in (np.nan, np.inf, -np.inf)
+    ),
+    # layers
+    *(valid(f"no chunks in layer {il}", without_layer(il)) for il in (0, 1)),
+    refused(HEADS, all_of(without_layer(1), without_layer(0)), "fasa.head_count_kv is 0 in all layers"),
+    *(
+        refused(COUNT, all_of(without_layer(1), altered(COUNT, 1, n)), f"fasa.chunk_count = {n} of layer 1, whose")
+        for n in (32, -1)
+    ),
+    refused(HEADS, shortened(HEADS), "fasa.head_count_kv has 1 entries and fasa.chunk_count 2, the model has 2"),
+    refused(COUNT, appended(COUNT, 0), "fasa.chunk_count 3, the model has 2"),
+    refused(HEADS, with_layers(0), "fasa.head_count_kv has 0 entries and fasa.chunk_count 0, the model has 2"),
+    *(refused(HEADS, altered(HEADS, 1, n), f"fasa.head_count_kv = {n} .* of layer 1: .* 2 KV heads") for n in (3, -2)),
+    *(refused(COUNT, altered(COUNT, 0, n), f"fasa.chunk_count = {n} of layer 0") for n in (0, -32, 1 << 30)),
+    # what only who knows the model can tell
+    foreign("made for another model: fasa.fingerprint is 'llama'", changed("fasa.fingerprint", "llama")),
+    foreign("made for another model: fasa.fingerprint is ''", changed("fasa.fingerprint", "\0llama")),
+    foreign("fasa.head_count_kv has 1 entries and fasa.chunk_count 1, the model has 2 layers", with_layers(1)),
+    foreign("fasa.head_count_kv has 3 entries and fasa.chunk_count 3, the model has 2 layers", with_layers(3)),
+    foreign("fasa.head_count_kv = 1 .* of layer 0: .* 2 KV heads", altered(HEADS, 0, 1), altered(HEADS, 1, 3)),
 ]
 
 
-def array_of(metadata: list) -> np.ndarray:
-    return next(value for key, _, value in metadata if key == "fasa.chunks")
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
-def test_damage_is_named_and_a_sound_profile_replaces_it(model, profile, tmp_path, damage, message) -> None:
-    """In the profile and in the model; both are read by the same code."""
-    metadata = damage(to_metadata(inspect(profile).profile))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_python_and_the_library_agree_on_what_is_valid(bare_model, model, profile, tmp_path, case) -> None:
+    metadata = case.change(to_metadata(inspect(profile).profile))
     path, whole = tmp_path / "profile.gguf", tmp_path / "model.gguf"
     path.write_bytes(encode_profile(read_header(model), metadata))
-    with pytest.raises(ModelError, match=f"profile.gguf: .*{message}"):
-        load(model, path)
     splice(read_header(model), whole, metadata)
-    with pytest.raises(ModelError, match=message):
-        load(whole)
-    assert load(whole, profile, n_ctx=0, fasa_budget=99).fasa.settings["budget"] == 99
+
+    if case.verdict == "refused":
+        for file in (path, whole):
+            with pytest.raises(SchemaError, match=rf"{file.name}: .*\b{case.key}\b"):
+                inspect(file)
+    else:
+        read = inspect(path).profile
+        assert "junk" not in repr(read)
+        assert inspect(whole).profile.config == read.config
+
+    with error_log() as errors:
+        assert _capi.load_profile(bare_model, path) == (case.verdict == "valid")
+    if case.verdict == "valid":
+        found = load(whole, n_ctx=256).fasa.settings
+        wanted = asdict(read.config) | {"n_tip": read.n_tip} | case.settings
+        assert {name: found[name] for name in wanted} == wanted
+        return
+    named = rf"profile.gguf: (?=.*\b{case.key}\b).*{case.message}" if case.key else case.message
+    assert re.search(named, errors[-1])
+    with pytest.raises(ModelError, match=case.message):
+        load(whole, n_ctx=256)
+    assert load(whole, profile, n_ctx=256, fasa_budget=99).fasa.settings["budget"] == 99
 
 
 # Quantization

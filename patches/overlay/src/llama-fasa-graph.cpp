@@ -43,11 +43,11 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (graph.hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW; // its cache is another one
     }
+    if (kq_b || graph.hparams.use_alibi) {
+        return LLAMA_FASA_REASON_ATTN_BIAS;
+    }
     if (!params.enabled) {
         return LLAMA_FASA_REASON_DISABLED;
-    }
-    if (kq_b) {
-        return LLAMA_FASA_REASON_ATTN_BIAS;
     }
     if (!mctx.get_fasa_tips()) {
         return LLAMA_FASA_REASON_NO_CHUNKS; // the cache of another context

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <stdexcept>
 
@@ -93,6 +94,13 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
         throw std::runtime_error(format("fasa.n_sink = %u and fasa.n_recent = %u do not fit into fasa.budget = %u: raise the budget or lower them",
                 params.n_sink, params.n_recent, params.budget));
     }
+    const auto check_count = [](const char * key, uint32_t value) {
+        if (value > INT32_MAX) {
+            throw std::runtime_error(format("%s = %u is out of range: it must be from 0 to %d", key, value, INT32_MAX));
+        }
+    };
+    check_count("fasa.min_ctx",        params.min_ctx);
+    check_count("fasa.n_dense_layers", params.n_dense_layers);
     if (params.max_batch < 1 || params.max_batch > FASA_MAX_BATCH) {
         throw std::runtime_error(format("fasa.max_batch = %u is out of range: it must be from 1 to %u", params.max_batch, FASA_MAX_BATCH));
     }
@@ -114,6 +122,16 @@ namespace {
 class fasa_reader {
 public:
     fasa_reader(const gguf_context * metadata, const llama_fasa_overrides & overrides) : metadata(metadata), overrides(overrides) {}
+
+    // of ours, whatever they are
+    bool has_keys() const {
+        for (int64_t i = 0; i < gguf_get_n_kv(metadata); ++i) {
+            if (std::strncmp(gguf_get_key(metadata, i), "fasa.", 5) == 0) {
+                return true;
+            }
+        }
+        return false;
+    }
 
     // whatever the state of the metadata
     bool is_ignored() {
@@ -166,6 +184,11 @@ public:
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_STR, "str")) {
             value = find_name(key, ovrd->val_str, name_of);
         }
+    }
+
+    // what only tools read: it cannot be overridden
+    void require(const char * key, gguf_type type) const {
+        find(key, type);
     }
 
     std::string str(const char * key) const {
@@ -269,7 +292,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
 
     auto res = std::make_shared<llama_fasa_profile>();
 
-    if (reader.is_ignored() || gguf_find_key(metadata, "fasa.version") < 0) {
+    if (reader.is_ignored() || !reader.has_keys()) {
         res->has_chunks = false;
         res->dims.resize(model.hparams.n_layer_all);
         res->params.budget    = 1; // none is used, but all settings are valid ones
@@ -311,6 +334,12 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.read_name("fasa.policy",    params.policy, llama_fasa_policy_name, false);
     llama_fasa_params_validate(params);
 
+    reader.require("fasa.calibration.text",      GGUF_TYPE_STRING);
+    reader.require("fasa.calibration.tokens",    GGUF_TYPE_UINT32);
+    reader.require("fasa.calibration.top_k",     GGUF_TYPE_UINT32);
+    reader.require("fasa.calibration.objective", GGUF_TYPE_STRING);
+    reader.require("fasa.calibration.tool",      GGUF_TYPE_STRING);
+
     const auto head_count_kv = reader.array<int32_t>("fasa.head_count_kv", GGUF_TYPE_INT32);
     const auto chunk_count   = reader.array<int32_t>("fasa.chunk_count",   GGUF_TYPE_INT32);
     const auto chunks        = reader.array<int32_t>("fasa.chunks",        GGUF_TYPE_INT32);
@@ -330,12 +359,15 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         res->layers.push_back(layer);
 
         if (head_count_kv[il] == 0) {
+            if (n_chunk != 0) {
+                throw std::runtime_error(format("fasa.chunk_count = %d of layer %d, whose fasa.head_count_kv is 0, must be 0: convert the model again", n_chunk, il));
+            }
             res->dims.emplace_back();
             continue;
         }
         if (head_count_kv[il] != layer.n_head_kv || n_chunk != layer.n_embd_head/2) {
-            throw std::runtime_error(format("fasa.chunks: layer %d has %d KV heads of %d chunks, the model has %d of %d: convert the model again",
-                    il, head_count_kv[il], n_chunk, layer.n_head_kv, layer.n_embd_head/2));
+            throw std::runtime_error(format("fasa.head_count_kv = %d and fasa.chunk_count = %d of layer %d: the model has %d KV heads of %d chunks, convert it again",
+                    head_count_kv[il], n_chunk, il, layer.n_head_kv, layer.n_embd_head/2));
         }
         if (params.n_tip < 1 || params.n_tip > (uint32_t) n_chunk) {
             throw std::runtime_error(format("fasa.n_tip = %u is out of range: a head of layer %d has %d chunks, choose 1 to %d", params.n_tip, il, n_chunk, n_chunk));
@@ -347,6 +379,9 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         }
         res->dims.push_back(fasa_read_dims(chunks.data() + offset, n_chunk, params.n_tip, layer, il));
         offset += n;
+    }
+    if (offset == 0) {
+        throw std::runtime_error("fasa.head_count_kv is 0 in all layers, so none has chunks: convert the model again");
     }
     if (offset != chunks.size()) {
         throw std::runtime_error(format("fasa.chunks has %zu entries, expected %zu: convert the model again", chunks.size(), offset));

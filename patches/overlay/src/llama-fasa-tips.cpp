@@ -71,9 +71,6 @@ static llama_fasa_reason fasa_reason_no_tips(
     if (hparams.is_swa(il)) {
         return LLAMA_FASA_REASON_SLIDING_WINDOW;
     }
-    if (hparams.use_alibi) {
-        return LLAMA_FASA_REASON_ATTN_BIAS;
-    }
     if ((uint32_t) il < profile.params.n_dense_layers) {
         return LLAMA_FASA_REASON_DENSE_LAYER;
     }
