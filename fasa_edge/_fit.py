@@ -19,6 +19,9 @@ _HOST_SHARE = 0.5
 """Of the host's memory that is free beside weights and compute buffers, what a context takes: KV cache, tips, and
 logits if kept. The rest is for all else that runs there."""
 
+_THREAD = 72 << 20
+"""Bytes of address space that a thread takes: a stack and an arena of malloc's, as glibc and Linux make them."""
+
 _DEVICE_RESERVE = 1 << 30
 """Bytes of a GPU that are left free, or a quarter if that is less: ggml takes buffers while it computes."""
 
@@ -70,10 +73,12 @@ def automatic_n_ctx(
 
         def fits(n_ctx: int) -> bool:
             kinds = usage(n_ctx)
-            n_rows = min(n_ctx, n_batch)  # of a batch, each with room for as many sequences as there are cells
-            logits, untouched = (n_ctx * logits_row, 0) if logits_all else (0, n_batch * logits_row)
-            return kinds is not None and room.holds(kinds, logits, untouched + 4 * n_rows * n_ctx)
+            logits = (n_ctx if logits_all else n_batch) * logits_row
+            # each token of the bindings' batch has room for as many sequences as there are cells
+            untouched = (0 if logits_all else logits) + 4 * min(n_ctx, n_batch) * n_ctx + n_threads * _THREAD
+            return kinds is not None and room.holds(kinds, logits if logits_all else 0, untouched)
 
+        n_threads = max(context_params.n_threads, context_params.n_threads_batch) - 1
         room = _Room(maps=model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP))
         sizes = range(N_CTX_STEP, n_most + 1, N_CTX_STEP)
         if fits(n_most):
@@ -99,7 +104,7 @@ class _Room:
         Args:
             kinds: what it takes.
             logits: bytes that the bindings keep besides.
-            untouched: bytes that they allocate and hardly write to.
+            untouched: bytes that are allocated and hardly written to.
         """
         host = [kind for kind in kinds if kind.is_host]
         mapped = sum(kind.model for kind in host if kind.can_map) if self._maps else 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
-from fasa_edge import _capi
+from fasa_edge import _capi, _memory
 from fasa_edge._fit import N_CTX_STEP, automatic_n_ctx
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log, quiet_log
@@ -194,8 +194,8 @@ class Llama(llama_cpp.Llama):
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
         SchemaError: a ``fasa_*`` argument has the wrong type, or ``n_ctx`` is negative or too large.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
-        ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
-            what it logged.
+        ModelError: llama.cpp cannot load the model, memory does not suffice, or the profile is damaged or of another
+            model; the message holds what it logged.
     """
 
     _starts_prompt = False  # what is evaluated next
@@ -265,9 +265,11 @@ class Llama(llama_cpp.Llama):
                 vars(self._model).pop("n_ctx_train", None)
                 if self.lora_path and not self._lora_adapter:  # the parent compares a null pointer with None
                     raise RuntimeError(f"Failed to load LoRA adapter: {self.lora_path}")
-            except (ValueError, RuntimeError) as error:
-                reason = "; ".join([str(error), *dict.fromkeys(errors)])
-                raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
+            except (ValueError, RuntimeError, MemoryError) as error:
+                limit = _memory.available()  # of the address space: what is allocated then fails, for whatever reason
+                of = [f"{limit}, in bytes"] if limit.is_virtual or isinstance(error, MemoryError) else []
+                reason = "; ".join([str(error), *dict.fromkeys(errors), *of])
+                raise (AdapterError if isinstance(error, RuntimeError) else ModelError)(reason) from error
 
         if draft_model is not None:
             self.draft_model = _Drafts(draft_model, self.n_batch)

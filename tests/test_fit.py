@@ -127,7 +127,7 @@ def test_on_the_host(model: Path, free, settings: dict[str, object]) -> None:
     free(host=0)
     assert load(model, **settings).n_ctx() == 256
     # weights are in it already; not so logits, and a batch, whose tokens have room for n_ctx sequences each
-    own = 4 * settings.get("n_batch", 512) * (llm.n_vocab() + 10240)
+    own = 4 * settings.get("n_batch", 512) * (llm.n_vocab() + 10240) + (72 << 20)  # and a thread
     free(address_space=own + 2 * context + compute)
     assert load(model, **settings).n_ctx() == 10240
     free(address_space=own + 2 * context + compute - 64)
@@ -190,11 +190,34 @@ print(llm.n_ctx(), len(llm("Hello", max_tokens=4, temperature=0)["choices"][0]["
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no address space")
-def test_under_a_limit_of_the_address_space(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mib, least", [(1000, 1 << 16), (300, 256)])
+def test_under_a_limit_of_the_address_space(tmp_path: Path, mib: int, least: int) -> None:
     """The context that the model was trained for takes 2 GiB."""
     model = annotated_tiny(tmp_path, n_ctx=1 << 21)
-    command = [sys.executable, "-c", _LIMITED, model, "700"]
+    command = [sys.executable, "-c", _LIMITED, model, str(mib)]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     n_ctx, n_text = map(int, child.stdout.split())
-    assert 1 << 15 <= n_ctx < 1 << 20 and n_text > 0
+    assert least <= n_ctx < 1 << 20 and n_text > 0
+
+
+_TOO_LITTLE = """
+import resource, sys
+import psutil
+import fasa_edge
+limit = psutil.Process().memory_info().vms + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    fasa_edge.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_threads=1, n_threads_batch=1, verbose=False)
+except fasa_edge.FasaError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no address space")
+@pytest.mark.parametrize("n_ctx", [1 << 18, 1 << 14])
+def test_the_error_names_the_limit(model: Path, tmp_path: Path, n_ctx: int) -> None:
+    """The greater is refused by llama.cpp, of the smaller an array of the bindings does not fit."""
+    command = [sys.executable, "-c", _TOO_LITTLE, model, str(n_ctx)]
+    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert child.stdout.startswith("ModelError ") and "are left of the address space limit (ulimit -v)" in child.stdout
