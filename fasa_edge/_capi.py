@@ -68,6 +68,19 @@ def _enumerator(names: tuple[str, ...], i: int) -> str:
     return names[i] if 0 <= i < len(names) else str(i)
 
 
+class Memory(ctypes.Structure):
+    """``struct llama_fasa_memory``: bytes by kind of memory; ``device`` (``ggml_backend_dev_t``) None: the host's."""
+
+    _fields_ = [
+        ("device", ctypes.c_void_p),
+        ("is_host", ctypes.c_bool),
+        ("can_map", ctypes.c_bool),
+        ("model", ctypes.c_size_t),
+        ("context", ctypes.c_size_t),
+        ("compute", ctypes.c_size_t),
+    ]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("n_head", ctypes.c_int32),
@@ -117,6 +130,7 @@ _policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int
 _select_name = _function("llama_fasa_select_name", ctypes.c_char_p, ctypes.c_int)
 _tips_size = _method("llama_fasa_tips_size", ctypes.c_size_t)
 _min_ctx = _method("llama_fasa_min_ctx", ctypes.c_uint32)
+_get_memory = _method("llama_fasa_get_memory", ctypes.c_bool, ctypes.c_int32, ctypes.POINTER(Memory))
 _get_layer = _method("llama_fasa_get_layer", ctypes.c_bool, ctypes.c_int32, ctypes.POINTER(_Layer))
 _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
@@ -129,6 +143,7 @@ _get_capture = _method(
 )
 
 _type_name = _function("ggml_type_name", ctypes.c_char_p, ctypes.c_int, lib=_ggml)
+_dev_memory = _function("ggml_backend_dev_memory", None, _ptr, *[ctypes.POINTER(ctypes.c_size_t)] * 2, lib=_ggml)
 _row_size = _function("ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64, lib=_ggml)
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -274,6 +289,21 @@ def tips_size(ctx: int) -> int:
 def min_ctx(ctx: int) -> int:
     """Cells from which on the first layers run sparse, with the settings in force; 0: none ever does."""
     return _min_ctx(ctx)
+
+
+def memory(ctx: int) -> list[Memory]:
+    """What a context and its model take of each kind of memory; of a model without weights, what they would take."""
+    kinds: list[Memory] = []
+    while _get_memory(ctx, len(kinds), ctypes.byref(kind := Memory())):
+        kinds.append(kind)
+    return kinds
+
+
+def device_memory(device: int) -> int:
+    """Bytes that a device (``ggml_backend_dev_t``) has left."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _dev_memory(device, free, total)
+    return free.value
 
 
 def layer_geometry(model: int) -> list[LayerGeometry]:

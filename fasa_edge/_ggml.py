@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 
-from fasa_edge import _lib
+from fasa_edge import _capi, _lib
 from fasa_edge.errors import FasaError
 
 import numpy as np
@@ -55,7 +55,6 @@ declare(
         "ggml_init": (ptr, _InitParams),
         "ggml_free": (None, ptr),
         "ggml_backend_dev_description": (ctypes.c_char_p, ptr),
-        "ggml_backend_dev_memory": (None, ptr, *[ctypes.POINTER(ctypes.c_size_t)] * 2),
         "ggml_backend_tensor_set": (None, ptr, ptr, ctypes.c_size_t, ctypes.c_size_t),
         "ggml_backend_tensor_get": (None, ptr, ptr, ctypes.c_size_t, ctypes.c_size_t),
         "ggml_backend_tensor_memset": (None, ptr, ctypes.c_uint8, ctypes.c_size_t, ctypes.c_size_t),
@@ -143,9 +142,7 @@ class Graph:
 
     def free_memory(self) -> int:
         """Bytes that the device has left."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        base.ggml_backend_dev_memory(self._device, free, total)
-        return free.value
+        return _capi.device_memory(self._device)
 
     def n_bytes(self, tensor: int) -> int:
         """Bytes of a tensor."""

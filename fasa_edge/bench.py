@@ -18,13 +18,11 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from fasa_edge import _capi
+from fasa_edge import _capi, _memory
 from fasa_edge._lib import llama_cpp
 from fasa_edge.cache_fill import StateLayout, restore_sequence
 from fasa_edge.errors import FasaError
 from fasa_edge.model import Llama, kv_bytes_per_cell
-
-import psutil
 
 _N_WARM_UP = 4  # tokens until a GPU decodes as it will
 
@@ -173,10 +171,10 @@ def check_memory(model: int, n_ctx: int, type_k: int, type_v: int, n_contexts: i
     """
     per_cell = kv_bytes_per_cell(model, type_k, type_v)
     needed = int(n_contexts * (llama_cpp.llama_model_size(model) + n_ctx * per_cell) + n_state * per_cell)
-    if needed > (available := psutil.virtual_memory().available):
+    if needed > (available := _memory.available()).n_bytes:
         raise FasaError(
             f"{needed} more bytes of memory are needed for {n_contexts} contexts of {n_ctx} cells, FASA's and stock's, "
-            f"and {available} are available: lower the depth, or take fewer layers or a quantized cache"
+            f"and {available}: lower the depth, or take fewer layers or a quantized cache"
         )
 
 

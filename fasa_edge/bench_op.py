@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
-from fasa_edge import _capi
+from fasa_edge import _capi, _memory
 from fasa_edge._bandwidth import DeviceCopier, MemoryReader
 from fasa_edge._ggml import F32, I32, Graph
+from fasa_edge._memory import Available
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import Heads
 
 import numpy as np
-import psutil
 
 _N_KV_PAD = 256  # llama.cpp attends to whole blocks of so many cells, and masks those not in use
 _N_FILL = 8192  # cells written at a time
@@ -225,11 +225,11 @@ class _Layers:
         tip_bytes = self.heads.n_head_kv * (2 * self.n_tip + 2 + 2)  # with a scale, and dims filled up to four
         n_bytes = self.n * self.n_kv * (self.kv_row_bytes + tip_bytes)
         graph = self.graph
-        available = graph.free_memory() if graph.on_gpu else psutil.virtual_memory().available
-        if n_bytes > available:
+        available = Available(graph.free_memory(), "the GPU's memory") if graph.on_gpu else _memory.available()
+        if n_bytes > available.n_bytes:
             raise FasaError(
                 f"K, V and tips of {self.n} layers of {self.heads} with {self.n_kv} cells take {n_bytes} bytes of "
-                f"memory, {available} are available: measure fewer cells or layers"
+                f"memory, {available}: measure fewer cells or layers"
             )
 
     def _fill(self, rng: np.random.Generator, type_k: int) -> None:

@@ -22,6 +22,7 @@ from fasa_edge._cli import (
     size_text,
 )
 from fasa_edge._figure import new_figure, to_png
+from fasa_edge._fit import without_weights
 from fasa_edge.bench import BenchRow
 from fasa_edge.bench_op import OpRow
 from fasa_edge.bench_plot import draw_models, draw_ops
@@ -30,7 +31,6 @@ from fasa_edge.convert.split import model_files
 from fasa_edge.convert.temporary import work_folder
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
-from fasa_edge.model import without_weights
 
 import click
 from tabulate import tabulate

@@ -11,28 +11,22 @@ from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
-from fasa_edge import _capi
+from fasa_edge import _capi, _memory
+from fasa_edge._fit import N_CTX_STEP, automatic_n_ctx
 from fasa_edge._lib import llama_cpp
 from fasa_edge._log import error_log, quiet_log
 from fasa_edge.config import INT32_MAX, FasaConfig
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 
 import numpy as np
-import psutil
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 _TYPES = {"enabled": bool, "exact": bool, "select": str, "policy": str}
 _TYPES |= dict.fromkeys(("budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip"), int)
 _TYPE_NAMES = {bool: "True or False", str: "a name", int: "a whole number"}
 _FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
+_N_BATCH = 512  # of llama_cpp.Llama
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
-
-_N_CTX_UNKNOWN = 512
-_N_CTX_STEP = 256
-"""A context has a multiple of this (src/llama-context.cpp); the bindings' arrays have what is asked for."""
-
-_KV_MEMORY_SHARE = 0.5
-"""Of the memory that is free beside the weights, what an automatic ``n_ctx`` may take: KV cache, and logits if kept."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,8 @@ class Llama(llama_cpp.Llama):
     Args:
         model_path: a GGUF file; one without a FASA profile runs dense.
         n_ctx: cells of the KV cache, rounded up to a multiple of 256 as llama.cpp does; 0: what the model was trained
-            for, or less where half of the memory that is free beside the weights does not hold its KV cache.
+            for, or less where memory does not hold its KV cache: half of what is free beside the weights on the host,
+            be it the machine's or what a container's limit or ``ulimit`` leaves, and a GPU's where layers are on it.
         flash_attn: must stay on.
         kv_overrides: as in ``llama_cpp.Llama``; ``fasa.*`` keys are settings too, and ``fasa_*`` arguments win.
         logits_all: keep the logits of all tokens, for logprobs; n_ctx x n_vocab floats, which an automatic ``n_ctx``
@@ -199,8 +194,8 @@ class Llama(llama_cpp.Llama):
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
         SchemaError: a ``fasa_*`` argument has the wrong type, or ``n_ctx`` is negative or too large.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
-        ModelError: llama.cpp cannot load the model, or the profile is damaged or of another model; the message holds
-            what it logged.
+        ModelError: llama.cpp cannot load the model, memory does not suffice, or the profile is damaged or of another
+            model; the message holds what it logged.
     """
 
     _starts_prompt = False  # what is evaluated next
@@ -225,9 +220,9 @@ class Llama(llama_cpp.Llama):
                 "flash_attn=False: FASA reads V row by row, which only the flash attention layout allows; leave "
                 "flash_attn on (fasa_enabled=False switches FASA off), or use llama_cpp.Llama"
             )
-        if not 0 <= n_ctx <= INT32_MAX - _N_CTX_STEP:
+        if not 0 <= n_ctx <= INT32_MAX - N_CTX_STEP:
             raise SchemaError(
-                f"n_ctx = {n_ctx} is out of range: choose 0, the model's own, to {INT32_MAX - _N_CTX_STEP}"
+                f"n_ctx = {n_ctx} is out of range: choose 0, the model's own, to {INT32_MAX - N_CTX_STEP}"
             )
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("fasa_")}
         for name in settings:
@@ -246,6 +241,7 @@ class Llama(llama_cpp.Llama):
         logits_all = logits_all or draft_model is not None
         self._fasa_profile = fasa_profile
         self._fasa_configured: dict[str, int | bool | str] = {}  # since then, for copies
+        self._fasa_sizes = kwargs.get("n_batch", _N_BATCH), kwargs.get("n_ubatch", _N_BATCH), logits_all
         overrides = dict(kv_overrides or {})
         overrides |= {
             f"fasa.{name.removeprefix('fasa_')}": value for name, value in settings.items() if value is not None
@@ -255,10 +251,9 @@ class Llama(llama_cpp.Llama):
 
         with error_log() as errors:
             try:
-                n_ctx = n_ctx or _automatic_n_ctx(model_path, type_k, type_v, logits_all)
                 super().__init__(
                     model_path,
-                    n_ctx=-(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP,
+                    n_ctx=-(-n_ctx // N_CTX_STEP) * N_CTX_STEP,
                     flash_attn=True,
                     kv_overrides=overrides or None,
                     logits_all=logits_all,
@@ -267,11 +262,14 @@ class Llama(llama_cpp.Llama):
                     type_v=type_v,
                     **kwargs,
                 )
+                vars(self._model).pop("n_ctx_train", None)
                 if self.lora_path and not self._lora_adapter:  # the parent compares a null pointer with None
                     raise RuntimeError(f"Failed to load LoRA adapter: {self.lora_path}")
-            except (ValueError, RuntimeError) as error:
-                reason = "; ".join([str(error), *dict.fromkeys(errors)])
-                raise (ModelError if isinstance(error, ValueError) else AdapterError)(reason) from error
+            except (ValueError, RuntimeError, MemoryError) as error:
+                limit = _memory.available()  # of the address space: what is allocated then fails, for whatever reason
+                of = [f"{limit}, in bytes"] if limit.is_virtual or isinstance(error, MemoryError) else []
+                reason = "; ".join([str(error), *dict.fromkeys(errors), *of])
+                raise (AdapterError if isinstance(error, RuntimeError) else ModelError)(reason) from error
 
         if draft_model is not None:
             self.draft_model = _Drafts(draft_model, self.n_batch)
@@ -325,14 +323,17 @@ class Llama(llama_cpp.Llama):
 
     @_model.setter
     def _model(self, model: llama_cpp._internals.LlamaModel) -> None:
-        """The parent assigns it once the model is loaded and before it makes the context, when a profile must come."""
+        """The parent assigns it when the model is loaded and has no context yet: time for a profile and for n_ctx."""
         self.__dict__["_model"] = model
-        if self._fasa_profile is None:
-            return
-        with contextlib.nullcontext() if self.verbose else quiet_log():
-            loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
-        if not loaded:
-            raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
+        if self._fasa_profile is not None:
+            with contextlib.nullcontext() if self.verbose else quiet_log():
+                loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
+            if not loaded:
+                raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
+        if self.context_params.n_ctx == 0:
+            params = self.model_params, self.context_params
+            n_ctx = automatic_n_ctx(self.model_path, self._fasa_profile, *params, *self._fasa_sizes)
+            model.n_ctx_train = lambda: n_ctx  # which the parent asks for next
 
     def __getstate__(self) -> dict[str, Any]:
         drafts = self.draft_model.model if isinstance(self.draft_model, _Drafts) else self.draft_model
@@ -345,48 +346,6 @@ class Llama(llama_cpp.Llama):
         super().__setstate__(state)
         if configured:
             self.fasa.configure(**configured)
-
-
-def _automatic_n_ctx(model_path: str, type_k: int | None, type_v: int | None, logits_all: bool) -> int:
-    """The context that the model was trained for, as far as memory allows.
-
-    That of ``llama_cpp.Llama`` where there is none: a vocabulary, or a file that does not load.
-
-    Args:
-        model_path: GGUF model.
-        type_k: ``enum ggml_type`` of cached keys; None for f16, the default of llama.cpp.
-        type_v: the same for values.
-        logits_all: whether ``llama_cpp.Llama`` keeps the logits of all cells, too.
-    """
-    with without_weights(model_path) as model:
-        if not model:
-            return _N_CTX_UNKNOWN
-        n_ctx_train = llama_cpp.llama_model_n_ctx_train(model)
-        free = psutil.virtual_memory().available - llama_cpp.llama_model_size(model)
-        types = (llama_cpp.GGML_TYPE_F16 if type_ is None else type_ for type_ in (type_k, type_v))
-        bytes_per_cell = kv_bytes_per_cell(model, *types)
-        if logits_all:
-            bytes_per_cell += 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    fits = int(_KV_MEMORY_SHARE * free / max(bytes_per_cell, 1))
-    return min(n_ctx_train or _N_CTX_UNKNOWN, max(fits // _N_CTX_STEP * _N_CTX_STEP, _N_CTX_STEP))
-
-
-@contextlib.contextmanager
-def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
-    """What the metadata of a GGUF say: a ``llama_model *`` that cannot run; None for a file that does not load."""
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
-    overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-    params.kv_overrides = overrides
-    with quiet_log():
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(model_path), params)
-    try:
-        yield model
-    finally:
-        if model:
-            llama_cpp.llama_model_free(model)
 
 
 def kv_bytes_per_cell(model: int, type_k: int, type_v: int) -> float:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fasa_edge import __version__, _capi
+from fasa_edge._fit import without_weights
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.profile import encode_profile
 from fasa_edge.errors import FasaError
 from fasa_edge.geometry import Geometry
-from fasa_edge.model import without_weights
 from fasa_edge.random_data import RandomFiller
 from fasa_edge.schema import Calibration, Profile, to_metadata
 

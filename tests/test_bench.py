@@ -259,11 +259,13 @@ def test_large_memory_is_filled_from_little(type_name: str, monkeypatch: pytest.
 def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = random_llama(tmp_path)
     own = llm.n_ctx() * 2 * HEADS.n_head_kv * HEADS.n_embd_head * 2 * 2  # layers, K and V, f16
-    limit = lambda n: monkeypatch.setattr(  # noqa: E731
-        bench.psutil, "virtual_memory", lambda: type("Memory", (), {"available": n})()
-    )
+
+    def limit(n: int) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": n})())
+
     limit(own)
-    with pytest.raises(FasaError, match=f"for 1 contexts of 2048 cells.* and {own} are available: lower"):
+    too_little = f"for 1 contexts of 2048 cells.* and {own} are left of the machine's memory: lower"
+    with pytest.raises(FasaError, match=too_little):
         list(bench.run(llm, [100], 1, 1, fill="random"))
     args = ("bench", "--geometry", "smollm2-135m", "--layers", 1, "-d", 2000, "-n", 48)
     assert "for 2 contexts of 2048 cells" in fasa(*args, code=1).stderr
@@ -273,7 +275,7 @@ def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row.label for row in rows] == ["dense, flash attention", "exact", "fasa, budget 512"]
     llm.close()
     limit(1000)
-    with pytest.raises(FasaError, match="1000 are available: measure fewer"):
+    with pytest.raises(FasaError, match="1000 are left of the machine's memory: measure fewer"):
         list(bench_op.run([HEADS], [300], [40], 1, 1))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fasa_edge import _capi
+from fasa_edge import _capi, _memory
 from fasa_edge._capi import Capture
 from fasa_edge._lib import llama_cpp
 from fasa_edge.cache_fill import restore_sequence, save_sequence
@@ -19,7 +19,6 @@ from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.model import Llama, kv_bytes_per_cell
 
 import numpy as np
-import psutil
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ class Runner:
             llm = self._main.llm
             types = llm.context_params.type_k, llm.context_params.type_v
             needed = llama_cpp.llama_model_size(llm.model) + llm.n_ctx() * kv_bytes_per_cell(llm.model, *types)
-            while self._others and psutil.virtual_memory().available < 1.5 * needed:
+            while self._others and _memory.available().n_bytes < 1.5 * needed:
                 self._others.pop(next(iter(self._others))).llm.close()
             context = self._open(fasa_n_tip=n_tip)
         self._others[n_tip] = context

@@ -149,6 +149,24 @@ extern "C" {
     LLAMA_API uint32_t llama_fasa_min_ctx(const struct llama_context * ctx);
 
     //
+    // memory
+    //
+
+    // what a context and its model take of one kind of memory, in bytes; with no_alloc: what they would take
+    struct llama_fasa_memory {
+        ggml_backend_dev_t device;  // whose memory it is; NULL: the host's
+        bool               is_host; // of the host: of the CPU, pinned, or of a device that shares the host's
+        bool               can_map; // weights in it stay in the mapped file, where load_mode maps it
+
+        size_t model;   // weights
+        size_t context; // KV cache and tips, recurrent states, ...
+        size_t compute;
+    };
+
+    // false: fewer kinds than i + 1
+    LLAMA_API bool llama_fasa_get_memory(const struct llama_context * ctx, int32_t i, struct llama_fasa_memory * memory);
+
+    //
     // calibration and evaluation
     //
 

@@ -12,6 +12,7 @@
 #include "llama-version.h"
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 #if defined(_WIN32)
@@ -177,6 +178,38 @@ uint32_t llama_fasa_min_ctx(const llama_context * ctx) {
     const auto * tips = fasa_get_tips(ctx);
 
     return tips ? tips->get_min_ctx(ctx->get_fasa().get_params()) : 0;
+}
+
+//
+// memory
+//
+
+bool llama_fasa_get_memory(const llama_context * ctx, int32_t i, llama_fasa_memory * memory) {
+    const auto breakdown = ctx->memory_breakdown();
+    if (i < 0 || i >= (int32_t) breakdown.size()) {
+        return false;
+    }
+    const auto & [buft, bytes] = *std::next(breakdown.begin(), i);
+
+    // the CPU's buffer type may have none
+    auto * dev = ggml_backend_buft_get_device(buft);
+    auto * cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+
+    ggml_backend_dev_props props;
+    ggml_backend_dev_get_props(dev ? dev : cpu, &props);
+
+    const bool takes_pages = props.caps.buffer_from_host_ptr;
+    const bool is_device   = dev && props.type != GGML_BACKEND_DEVICE_TYPE_CPU && props.type != GGML_BACKEND_DEVICE_TYPE_ACCEL &&
+                             !ggml_backend_buft_is_host(buft);
+
+    memory->device  = is_device && props.memory_total > 0 ? dev : nullptr; // as in load_tensors, which takes the host's for one that says nothing
+    memory->is_host = !memory->device || takes_pages || props.type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+    memory->can_map = is_device ? takes_pages && buft == ggml_backend_dev_buffer_type(dev) : ggml_backend_buft_is_host(buft);
+    memory->model   = bytes.model;
+    memory->context = bytes.context;
+    memory->compute = bytes.compute;
+
+    return true;
 }
 
 //

@@ -1,0 +1,127 @@
+"""Memory that this process may still take: the least of what the machine has and of what its limits leave.
+
+A limit is a control group's, as a container has, of version 1 or 2, or the process' own (``ulimit``); Linux alone has
+them, elsewhere the machine decides. See cgroups(7), proc(5), getrlimit(2).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/")  # of the files of the kernel
+
+_CONTROLLER = "memory"
+
+
+@dataclass(frozen=True)
+class Available:
+    """Bytes that are left, and of what; in a message "1000 are left of the machine's memory".
+
+    Attributes:
+        n_bytes: so many; 0 where more is in use than allowed.
+        of: what sets the limit.
+        is_virtual: what is allocated counts as soon as it is. Otherwise what is written to does, and files that are
+            mapped are as good as free: the kernel reads them again.
+    """
+
+    n_bytes: int
+    of: str
+    is_virtual: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.n_bytes} are left of {self.of}"
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Names of the files of one version of control groups."""
+
+    limits: tuple[str, ...]
+    usage: str
+    caches: tuple[str, ...]  # in memory.stat: pages of files, which the kernel takes back before it says no
+
+    def available(self, folder: Path) -> Iterator[Available]:
+        """What the limits of one group leave; what cannot be read or understood is no limit."""
+        stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+        cached = sum(_number(stat.get(name, "")) or 0 for name in self.caches)
+        used = max((_number(_text(folder / self.usage)) or 0) - cached, 0)
+        for name in self.limits:
+            if (limit := _number(_text(folder / name))) is not None:  # "max": none
+                yield Available(max(limit - used, 0), f"the container's limit ({name})")
+
+
+# Without a limit, a group of version 1 has a number that no machine reaches.
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
+
+
+def available() -> Available:
+    """The least that is left."""
+    return min(limits(), key=lambda limit: limit.n_bytes)
+
+
+def limits() -> list[Available]:
+    """What is left of each limit, the machine's memory the first."""
+    res = [Available(psutil.virtual_memory().available, "the machine's memory")]
+    return [*res, *_of_groups(), *_of_process()] if sys.platform == "linux" else res
+
+
+def _of_groups() -> Iterator[Available]:
+    """What is left to the groups that the process is in, up to the topmost that it can see."""
+    mounts = list(_mounts())
+    for line in _text(_ROOT / "proc/self/cgroup").splitlines():
+        fields = line.split(":", 2)
+        if len(fields) != 3 or (fields[1] and _CONTROLLER not in fields[1].split(",")):
+            continue
+        version, path = _V1 if fields[1] else _V2, Path(fields[2])
+        for mounted, root, point in mounts:
+            if mounted != version:
+                continue
+            # a path outside of what is mounted, as in a container that shares the names of its host: all that is seen
+            below = path.relative_to(root).parts if path.is_relative_to(root) and ".." not in path.parts else ()
+            for n in range(len(below), -1, -1):
+                yield from version.available(point.joinpath(*below[:n]))
+
+
+def _mounts() -> Iterator[tuple[_Version, Path, Path]]:
+    """Hierarchies of groups that account for memory: version, the group at the top, and where it is mounted."""
+    for line in _text(_ROOT / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3:
+            continue
+        root, point = (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field) for field in fields[3:5])
+        if kind[0] == "cgroup2" or (kind[0] == "cgroup" and _CONTROLLER in kind[2].split(",")):
+            yield _V2 if kind[0] == "cgroup2" else _V1, Path(root), _ROOT / point.lstrip("/")
+
+
+def _of_process() -> Iterator[Available]:
+    """What is left to the process of its own limits."""
+    import resource  # not on Windows
+
+    memory = psutil.Process().memory_info()
+    for kind, used, of in (
+        (resource.RLIMIT_AS, memory.vms, "the address space limit (ulimit -v)"),
+        (resource.RLIMIT_DATA, memory.data, "the data limit (ulimit -d)"),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            yield Available(max(limit - used, 0), of, is_virtual=True)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except (OSError, ValueError):  # a path with a NUL
+        return ""
+
+
+def _number(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() else None
