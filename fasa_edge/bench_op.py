@@ -209,6 +209,9 @@ class _Layers:
         self.q = graph.tensor(rng.standard_normal((1, heads.n_head, heads.n_embd_head), np.float32))
         dims = [rng.permutation(heads.n_embd_head)[: 2 * self.n_tip] for _ in range(heads.n_head_kv)]
         self.dims = graph.tensor(np.array(dims, np.int32))
+        ranges = np.zeros((heads.n_head_kv, 2, 2 * self.n_tip), np.float32)
+        ranges[:, 1] = 0.35  # 16 levels over 5.6 standard deviations
+        self.ranges = graph.tensor(ranges)
         self.mask = graph.tensor(np.where(np.arange(self.n_kv) < depth, 0, -np.inf).astype(np.float16)[None])
         self.k, self.v = ([graph.new(type_, self.n_kv, n_embd) for _ in range(self.n)] for type_ in types)
         self.tips = [graph.ggml_fasa_new_tips(self.n_kv, 2 * self.n_tip, heads.n_head_kv, 1) for _ in range(self.n)]
@@ -222,7 +225,7 @@ class _Layers:
         return self.graph.n_bytes(self.tips[0])
 
     def _check_memory(self) -> None:
-        tip_bytes = self.heads.n_head_kv * (2 * self.n_tip + 2 + 2)  # with a scale, and dims filled up to four
+        tip_bytes = self.heads.n_head_kv * (self.n_tip + 4)  # dims are filled up to eight
         n_bytes = self.n * self.n_kv * (self.kv_row_bytes + tip_bytes)
         graph = self.graph
         available = Available(graph.free_memory(), "the GPU's memory") if graph.on_gpu else _memory.available()
@@ -239,7 +242,7 @@ class _Layers:
         rows, cells = graph.new(F32, n, n_embd), graph.tensor(np.arange(n))
         heads = graph.ggml_reshape_3d(rows, self.heads.n_embd_head, self.heads.n_head_kv, n)
         results = [graph.ggml_set_rows(cache, rows, cells) for cache in (*self.k, *self.v)]
-        results += [graph.ggml_fasa_store(tips, heads, self.dims, cells, type_k) for tips in self.tips]
+        results += [graph.ggml_fasa_store(tips, heads, self.dims, self.ranges, cells, type_k) for tips in self.tips]
         plan = graph.plan(*results)
         for start in range(0, self.n_kv, n):
             graph.write(cells, min(start, self.n_kv - n) + np.arange(n))
@@ -306,7 +309,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
         n_fac = min(budget, layers.depth)
         forced = graph.tensor(np.concatenate((first, last))[None, :n_fac].astype(np.int32))
         ids = [
-            graph.ggml_fasa_select(q, tips, layers.dims, mask, forced, heads.n_head_kv, n_fac, scale)
+            graph.ggml_fasa_select(q, tips, layers.dims, layers.ranges, mask, forced, heads.n_head_kv, n_fac, scale)
             for tips in layers.tips
         ]
         given = graph.new(I32, 1, heads.n_head_kv, n_fac)

@@ -16,39 +16,51 @@ F32_MAX = float(np.finfo(np.float32).max)
 MAX_STEP = 1e24 * np.log(2)
 
 
-def store(k: np.ndarray, dims: np.ndarray, k_type: type | None = np.float16) -> np.ndarray:
-    """The tips of keys: the dominant dims of each key in 8 bits, one float16 scale per cell and KV head.
+def store(k: np.ndarray, dims: np.ndarray, ranges: np.ndarray, k_type: type | None = np.float16) -> np.ndarray:
+    """The tips of keys: the dominant dims of each key in 4 bits.
+
+    A dim ``x`` is at level ``floor((x - centre) / step) + 8``, from 0 to 15, which stands for
+    ``centre + (level - 7.5) step``; what is not a number is at level 0.
 
     Args:
         k: float32 [n_kv, n_head_kv, n_embd_head], after RoPE.
         dims: int32 [n_head_kv, n_dim], the dims of each head that are kept (two for every chunk).
+        ranges: float32 [n_head_kv, 2, n_dim], of these dims the centre and the step; step 0: the dim never moves.
         k_type: type of the K cache, to which the key is rounded first; ``None``: not at all.
 
     Returns:
-        float32 [n_kv, n_head_kv, n_dim], dequantized.
+        uint8 [n_kv, n_head_kv, n_dim], the levels.
     """
     dom = np.take_along_axis(np.asarray(k, np.float32), dims[None, :, :], axis=2)
-    if k_type is not None:
-        dom = dom.astype(k_type).astype(np.float32)
-    top = np.abs(dom).max(axis=2, keepdims=True)
-    scale = (np.where(np.isfinite(top), top, np.nan) / np.float32(127)).astype(np.float16).astype(np.float32)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    return np.clip(np.rint(dom * inverse), -127, 127).astype(np.float32) * scale
+    centre, step = ranges[:, 0].astype(np.float32), ranges[:, 1].astype(np.float32)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if k_type is not None:
+            dom = dom.astype(k_type).astype(np.float32)
+        steps = (dom - centre) * inverse
+    return (np.floor(np.clip(np.where(np.isnan(steps), -8, steps), -8, 7)) + 8).astype(np.uint8)
 
 
 def score(
-    q: np.ndarray, tips: np.ndarray, dims: np.ndarray, mask: np.ndarray, scale: float, by_head: bool = False
+    q: np.ndarray,
+    tips: np.ndarray,
+    dims: np.ndarray,
+    ranges: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    by_head: bool = False,
 ) -> np.ndarray:
     """Token importance of every cell for each head that chooses (TIP, arXiv 2602.03152 section 4.2).
 
-    A query head's scores are its logits on the dominant chunks alone, with the query rounded to 8 bits, and scaled down
-    where they might overflow. The heads of a group are made comparable by log-softmax over the visible cells, and the
+    A query head's scores are its logits on the dominant chunks alone, but for a constant: the sum of the levels, each
+    times the query in units of its step, rounded to 8 bits, and scaled down where it might overflow. The heads of a group are made comparable by log-softmax over the visible cells, and the
     greatest counts; one head alone keeps its raw scores, the paper's rule.
 
     Args:
         q: float32 [n_tokens, n_head, n_embd_head].
-        tips: float32 [n_kv, n_head_kv, n_dim] from :func:`store`.
+        tips: uint8 [n_kv, n_head_kv, n_dim] from :func:`store`.
         dims: int32 [n_head_kv, n_dim].
+        ranges: float32 [n_head_kv, 2, n_dim], as the tips were stored with.
         mask: float [n_tokens, n_kv], 0 visible, -inf not.
         scale: of the logits.
         by_head: each query head chooses for itself, not each KV head for its group.
@@ -60,7 +72,8 @@ def score(
     n_head_kv, n_dim = dims.shape
     grouped = q.reshape(n_tokens, n_head_kv, n_head // n_head_kv, n_embd_head)
     dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
+        dom = dom * ranges[None, :, None, 1].astype(np.float32)
         heads = np.einsum("thgd,chd->thgc", _round_to_8_bits(dom, scale), tips.astype(np.float64))
     heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
     if by_head:

@@ -24,14 +24,17 @@ ggml_tensor * ggml_fasa_new_tips(
     return ggml_new_tensor_4d(ctx, GGML_TYPE_I8, fasa_tips_block_size(n_dim), n_cells/FASA_TIPS_CELLS, n_head_kv, n_stream);
 }
 
-// what store and select both ask of the tip cache and of the dims kept in it
-static void fasa_check_tips(const ggml_tensor * tips, const ggml_tensor * dims) {
+// what store and select both ask of the tip cache and of what says which dims are kept in it, and how
+static void fasa_check_tips(const ggml_tensor * tips, const ggml_tensor * dims, const ggml_tensor * ranges) {
     GGML_ASSERT(tips->type == GGML_TYPE_I8);
     GGML_ASSERT(dims->type == GGML_TYPE_I32);
     GGML_ASSERT(ggml_is_contiguous(dims));
     GGML_ASSERT(dims->ne[2] == 1 && dims->ne[3] == 1);
     GGML_ASSERT(tips->ne[0] == (int64_t) fasa_tips_block_size(dims->ne[0]));
     GGML_ASSERT(tips->ne[2] == dims->ne[1]);
+    GGML_ASSERT(ranges->type == GGML_TYPE_F32);
+    GGML_ASSERT(ggml_is_contiguous(ranges));
+    GGML_ASSERT(ranges->ne[0] == dims->ne[0] && ranges->ne[1] == 2 && ranges->ne[2] == dims->ne[1] && ranges->ne[3] == 1);
     GGML_ASSERT(tips->nb[0] == 1 && tips->nb[1] == (size_t) tips->ne[0]);
 }
 
@@ -48,10 +51,11 @@ static ggml_tensor * fasa_store(
         ggml_tensor  * tips,
         ggml_tensor  * k,
         ggml_tensor  * dims,
+        ggml_tensor  * ranges,
         ggml_tensor  * idxs,
         ggml_type      type_k,
         bool           is_cached) {
-    fasa_check_tips(tips, dims);
+    fasa_check_tips(tips, dims, ranges);
 
     GGML_ASSERT(k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_BF16);
     GGML_ASSERT(k->nb[0] == ggml_type_size(k->type));
@@ -71,6 +75,7 @@ static ggml_tensor * fasa_store(
     result->src[1] = k;
     result->src[2] = dims;
     result->src[3] = idxs;
+    result->src[4] = ranges;
 
     return result;
 }
@@ -80,9 +85,10 @@ ggml_tensor * ggml_fasa_store(
         ggml_tensor  * tips,
         ggml_tensor  * k,
         ggml_tensor  * dims,
+        ggml_tensor  * ranges,
         ggml_tensor  * idxs,
         ggml_type      type_k) {
-    return fasa_store(ctx, tips, k, dims, idxs, type_k, false);
+    return fasa_store(ctx, tips, k, dims, ranges, idxs, type_k, false);
 }
 
 ggml_tensor * ggml_fasa_store_cached(
@@ -90,8 +96,9 @@ ggml_tensor * ggml_fasa_store_cached(
         ggml_tensor  * tips,
         ggml_tensor  * k,
         ggml_tensor  * dims,
+        ggml_tensor  * ranges,
         ggml_tensor  * idxs) {
-    return fasa_store(ctx, tips, k, dims, idxs, k->type, true);
+    return fasa_store(ctx, tips, k, dims, ranges, idxs, k->type, true);
 }
 
 ggml_tensor * ggml_fasa_select(
@@ -99,12 +106,13 @@ ggml_tensor * ggml_fasa_select(
         ggml_tensor  * q,
         ggml_tensor  * tips,
         ggml_tensor  * dims,
+        ggml_tensor  * ranges,
         ggml_tensor  * mask,
         ggml_tensor  * forced,
         int64_t        n_head_sel,
         int64_t        n_fac,
         float          scale) {
-    fasa_check_tips(tips, dims);
+    fasa_check_tips(tips, dims, ranges);
 
     const int64_t n_tokens = q->ne[2];
     const int64_t n_stream = q->ne[3];
@@ -135,6 +143,7 @@ ggml_tensor * ggml_fasa_select(
     result->src[2] = dims;
     result->src[3] = mask;
     result->src[4] = forced;
+    result->src[5] = ranges;
 
     return result;
 }

@@ -33,12 +33,15 @@ extern "C" {
 
     // pack the listed dims of each key into the tip cache
     //
-    //   tips: I8           as made by ggml_fasa_new_tips
-    //   k:    F32/F16/BF16 [n_embd_head, n_head_kv, n_tokens] !! after RoPE, before any Hadamard rotation !!
-    //   dims: I32          [n_dim, n_head_kv]                 the dims of each head that are kept
-    //   idxs: I64          [n_tokens]                         stream*n_cells + cell, as for ggml_set_rows in a KV cache
+    //   tips:   I8           as made by ggml_fasa_new_tips
+    //   k:      F32/F16/BF16 [n_embd_head, n_head_kv, n_tokens] !! after RoPE, before any Hadamard rotation !!
+    //   dims:   I32          [n_dim, n_head_kv]                 the dims of each head that are kept
+    //   ranges: F32          [n_dim, 2, n_head_kv]              of each of them the centre, then the step between its 16 levels
+    //   idxs:   I64          [n_tokens]                         stream*n_cells + cell, as for ggml_set_rows in a KV cache
     //   type_k: type of the K cache. F16 and BF16 round the key first, so that tips made again from the cache
     //           are equal to the bit
+    //
+    // a dim is stored as its level floor((k - centre)*(1/step)) + 8, from 0 to 15; a step of 0 means that it never moves
     //
     // returns a view of tips
     GGML_API struct ggml_tensor * ggml_fasa_store(
@@ -46,6 +49,7 @@ extern "C" {
             struct ggml_tensor  * tips,
             struct ggml_tensor  * k,
             struct ggml_tensor  * dims,
+            struct ggml_tensor  * ranges,
             struct ggml_tensor  * idxs,
             enum   ggml_type      type_k);
 
@@ -60,6 +64,7 @@ extern "C" {
             struct ggml_tensor  * tips,
             struct ggml_tensor  * k,
             struct ggml_tensor  * dims,
+            struct ggml_tensor  * ranges,
             struct ggml_tensor  * idxs);
 
     // list the cells that each KV head, or each query head, attends to
@@ -67,6 +72,7 @@ extern "C" {
     //   q:      F32 [n_embd_head, n_head, n_tokens, n_stream]
     //   tips:   I8  the first n_kv cells of the tip cache (a view in dimension 1)
     //   dims:   I32 [n_dim, n_head_kv]
+    //   ranges: F32 [n_dim, 2, n_head_kv], those that the tips were stored with
     //   mask:   F16 [n_kv, n_tokens, 1, n_stream] 0: visible, -INFINITY: not
     //   forced: I32 [n_forced, n_tokens, n_stream] or NULL: visible cells chosen whatever their score, -1: none
     //   n_head_sel: n_head_kv: the query heads of a group share one choice; n_head: each has its own
@@ -81,6 +87,7 @@ extern "C" {
             struct ggml_tensor  * q,
             struct ggml_tensor  * tips,
             struct ggml_tensor  * dims,
+            struct ggml_tensor  * ranges,
             struct ggml_tensor  * mask,
             struct ggml_tensor  * forced,
             int64_t               n_head_sel,

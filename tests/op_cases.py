@@ -30,6 +30,7 @@ class Case:
     k: np.ndarray  # float32 [n_kv, n_head_kv, n_embd_head]
     v: np.ndarray  # float16, the same
     dims: np.ndarray  # int32 [n_head_kv, n_dim]
+    ranges: np.ndarray  # float32 [n_head_kv, 2, n_dim]
     mask: np.ndarray  # float16 [n_tokens, n_kv]
     scale: float
 
@@ -41,6 +42,8 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
     visible = shape.n_kv - shape.n_hidden - np.arange(shape.n_tokens)[::-1]
     mask[np.arange(shape.n_kv)[None, :] >= visible[:, None]] = -np.inf
     mask[:, 3] = -np.inf  # a hole, as seq_rm leaves it
+    ranges = np.stack([rng.uniform(-1, 1, (shape.n_head_kv, shape.n_dim)), rng.uniform(0.2, 0.5, (shape.n_head_kv, shape.n_dim))], 1)
+    ranges[:, 1, -1] = 0  # never moves
     return Case(
         q=normal(shape.n_tokens, shape.n_head, shape.n_embd_head),
         k=normal(shape.n_kv, shape.n_head_kv, shape.n_embd_head),
@@ -48,6 +51,7 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
         dims=np.stack([rng.permutation(shape.n_embd_head)[: shape.n_dim] for _ in range(shape.n_head_kv)]).astype(
             np.int32
         ),
+        ranges=ranges.astype(np.float32),
         mask=mask,
         scale=shape.n_embd_head**-0.5,
     )

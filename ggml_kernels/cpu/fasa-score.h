@@ -51,6 +51,7 @@ struct fasa_select_op {
     const ggml_tensor * dims;
     const ggml_tensor * mask;
     const ggml_tensor * forced;
+    const ggml_tensor * ranges;
     const ggml_tensor * dst;
 
     int64_t n_dim;
@@ -73,9 +74,9 @@ struct fasa_select_op {
     size_t size_query;   // of a thread: rounded query heads of a row
 
     explicit fasa_select_op(const ggml_tensor * dst) :
-        q(dst->src[0]), tips(dst->src[1]), dims(dst->src[2]), mask(dst->src[3]), forced(dst->src[4]), dst(dst) {
+        q(dst->src[0]), tips(dst->src[1]), dims(dst->src[2]), mask(dst->src[3]), forced(dst->src[4]), ranges(dst->src[5]), dst(dst) {
         n_dim      = dims->ne[0];
-        n_quads    = fasa_tips_n_dim(n_dim)/FASA_TIPS_QUAD;
+        n_quads    = 2*fasa_tips_n_pairs(n_dim);
         n_head_sel = dst->ne[1];
         n_shared   = n_head_sel/dims->ne[1];
         n_group    = q->ne[1]/n_head_sel;
@@ -90,7 +91,7 @@ struct fasa_select_op {
         size_cells   = align(n_kv*sizeof(float));
         size_parts   = align(2*sizeof(fasa_part));
         size_scratch = align((n_kv + 1)*sizeof(float));
-        size_query   = align(n_group*(n_quads + 2)*sizeof(int32_t) + 2*n_group*FASA_LANES*sizeof(float));
+        size_query   = align(n_group*(n_quads + 1)*sizeof(int32_t) + 2*n_group*FASA_LANES*sizeof(float));
     }
 
     static size_t align(size_t size) { return GGML_PAD(size, CACHE_LINE_SIZE); }
@@ -112,10 +113,9 @@ struct fasa_select_op {
     }
 };
 
-// the dominant dims of a group's query heads in 8 bits, so that the sums of products are whole numbers
+// the dominant dims of a group's query heads, in units of the steps of the tips, in 8 bits: the sums of products are whole numbers
 struct fasa_query {
     int32_t * quads; // [n_quads, n_group] four dims each
-    int32_t * start; // [n_group] of the sums, see FASA_DOT_BIAS
     float   * scale; // [n_group]
 
     // statistics under way, lane by lane
@@ -124,13 +124,14 @@ struct fasa_query {
 
     // the query heads from the ig-th on
     fasa_query from(int64_t ig, int64_t n_quads) const {
-        return { quads + ig*n_quads, start + ig, scale + ig, max + ig*FASA_LANES, sum + ig*FASA_LANES };
+        return { quads + ig*n_quads, scale + ig, max + ig*FASA_LANES, sum + ig*FASA_LANES };
     }
 };
 
 static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_query & query) {
     const float     scale = ggml_get_op_params_f32(op.dst, 0);
     const int32_t * dims  = (const int32_t *) op.dims->data + op.head_kv(row)*op.n_dim;
+    const float   * steps = (const float *) op.ranges->data + (2*op.head_kv(row) + 1)*op.n_dim;
 
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const float * q_row = (const float *) ((const char *) op.q->data +
@@ -138,19 +139,16 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
 
         float amax = 0.0f;
         for (int64_t i = 0; i < op.n_dim; ++i) {
-            const float x = std::fabs(q_row[dims[i]]);
+            const float x = std::fabs(q_row[dims[i]]*steps[i]);
             amax = x > amax || std::isnan(x) ? x : amax;
         }
         const bool  finite  = std::isfinite(amax);
         const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
 
         int8_t * values = (int8_t *) (query.quads + ig*op.n_quads);
-        int32_t  sum    = 0;
         for (int64_t i = 0; i < FASA_TIPS_QUAD*op.n_quads; ++i) {
-            values[i] = i < op.n_dim && inverse > 0.0f ? (int8_t) std::nearbyint(q_row[dims[i]]*inverse) : 0;
-            sum += values[i];
+            values[i] = i < op.n_dim && inverse > 0.0f ? (int8_t) std::nearbyint(q_row[dims[i]]*steps[i]*inverse) : 0;
         }
-        query.start[ig] = -FASA_DOT_BIAS*sum;
         // a head that is not finite has no say
         query.scale[ig] = finite ? std::clamp(FASA_LOG2_E*scale*amax/127.0f, -FASA_MOST, FASA_MOST) : NAN;
     }
@@ -159,8 +157,7 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
 // scores of N query heads for one block of cells, of head i at i*stride; what is masked does not matter
 template <int N>
 static inline void fasa_score_block(
-        const int8_t * values, const ggml_fp16_t * scales, const ggml_fp16_t * mask, int64_t n_quads,
-        const fasa_query & query, float * scores, int64_t stride) {
+        const char * block, const ggml_fp16_t * mask, int64_t n_quads, const fasa_query & query, float * scores, int64_t stride) {
     static constexpr int N_VECS = 2;
 
     const vec masked = v_set1(FASA_MASKED);
@@ -173,28 +170,30 @@ static inline void fasa_score_block(
         ivec acc[N][N_VECS];
         for (int ih = 0; ih < N; ++ih) {
             for (int iv = 0; iv < N_VECS; ++iv) {
-                acc[ih][iv] = i_set1(query.start[ih]);
+                acc[ih][iv] = i_set1(0);
             }
         }
-        for (int64_t iq = 0; iq < n_quads; ++iq) {
-            ivec t[N_VECS];
+        for (int64_t iq = 0; iq < n_quads; iq += 2) {
+            ivec lower[N_VECS];
+            ivec upper[N_VECS];
             for (int iv = 0; iv < N_VECS; ++iv) {
-                t[iv] = i_tips(values + FASA_TIPS_QUAD*(iq*FASA_TIPS_CELLS + i + iv*FASA_LANES));
+                const ivec t = i_load(block + fasa_tips_offset(iq/2, i + iv*FASA_LANES));
+                lower[iv] = i_lower(t);
+                upper[iv] = i_upper(t);
             }
             for (int ih = 0; ih < N; ++ih) {
-                const ivec q = i_set1(query.quads[ih*n_quads + iq]);
+                const ivec low  = i_set1(query.quads[ih*n_quads + iq]);
+                const ivec high = i_set1(query.quads[ih*n_quads + iq + 1]);
                 for (int iv = 0; iv < N_VECS; ++iv) {
-                    acc[ih][iv] = i_dot(acc[ih][iv], t[iv], q);
+                    acc[ih][iv] = i_dot(acc[ih][iv], lower[iv], upper[iv], low, high);
                 }
             }
         }
         for (int iv = 0; iv < N_VECS; ++iv) {
             const int at       = i + iv*FASA_LANES;
-            const vec scale    = v_load_f16(scales + at);
             const vec mask_vec = v_load_f16(mask + at);
             for (int ih = 0; ih < N; ++ih) {
-                vec score = v_mul(v_mul(v_from(acc[ih][iv]), scale), v_set1(query.scale[ih]));
-                // not by adding: whatever a masked cell holds must not reach the others
+                vec score = v_mul(v_from(acc[ih][iv]), v_set1(query.scale[ih]));
                 score   = v_select_gt(mask_vec, masked, score, masked);
                 max[ih] = v_max(score, max[ih]);
                 v_store(scores + ih*stride + at, score);
@@ -231,8 +230,7 @@ static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, 
             }
 
             const auto score_block = [&](auto n) {
-                fasa_score_block<decltype(n)::value>((const int8_t *) block + fasa_tips_values(), (const ggml_fp16_t *) block, mask + cell,
-                    op.n_quads, heads, scores + (cell - cell0), op.n_kv);
+                fasa_score_block<decltype(n)::value>(block, mask + cell, op.n_quads, heads, scores + (cell - cell0), op.n_kv);
             };
             switch (n_heads) {
                 case 1:  score_block(std::integral_constant<int, 1>()); break;

@@ -273,12 +273,11 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
     auto * parts    = (fasa_part *) (gathered + op.size_cells*op.n_at_work(nth));
     auto * scratch  = (char *) parts    + op.size_parts*nth + (op.size_scratch + op.size_query)*ith;
     auto * quads    = (int32_t *) (scratch + op.size_scratch);
-    auto * start    = quads + op.n_group*op.n_quads;
-    auto * scale    = (float *) start + op.n_group;
+    auto * scale    = (float *) (quads + op.n_group*op.n_quads);
     auto * max      = scale + op.n_group;
     auto * sum      = max   + op.n_group*FASA_LANES;
 
-    const fasa_query query = { quads, start, scale, max, sum };
+    const fasa_query query = { quads, scale, max, sum };
 
     // at: of the rows at work
     const auto set_part = [&](fasa_part & part, int64_t row, int64_t cell0, int64_t cell1, int64_t at) {

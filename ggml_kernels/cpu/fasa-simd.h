@@ -355,105 +355,75 @@ static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) 
 }
 
 //
-// 8-bit integers
+// tips
 //
 // ivec:   FASA_LANES lanes, in each four bytes or a sum
-// i_tips: loads tips, in the form that i_dot takes
-// i_dot:  adds the products of four tips and the four bytes of q in every lane; exact for values from -127 to 127
+// i_load: loads the four bytes of a pair of quads, a cell for each lane; i_lower and i_upper: the levels in their halves
+// i_dot:  adds to every lane the products of these with the bytes of low and of high; exact for values from -127 to 127
 // v_from: as floats
-//
-// FASA_DOT_BIAS: what i_dot adds to a tip, times q: sums start at -FASA_DOT_BIAS*(sum of q)
 
 #if defined(FASA_AVX512)
 
 using ivec = __m512i;
 
-static inline ivec i_set1(int32_t x) { return _mm512_set1_epi32(x); }
-static inline vec  v_from(ivec x)    { return _mm512_cvtepi32_ps(x); }
+static inline ivec i_set1(int32_t x)        { return _mm512_set1_epi32(x); }
+static inline ivec i_load(const char * p)   { return _mm512_loadu_si512(p); }
+static inline vec  v_from(ivec x)           { return _mm512_cvtepi32_ps(x); }
+static inline ivec i_lower(ivec x)          { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+static inline ivec i_upper(ivec x)          { return i_lower(_mm512_srli_epi32(x, 4)); }
 
+static inline ivec i_dot(ivec sum, ivec lower, ivec upper, ivec low, ivec high) {
 #if defined(__AVX512VNNI__)
-
-static constexpr int32_t FASA_DOT_BIAS = 128; // vpdpbusd takes one side unsigned
-
-static inline ivec i_tips(const int8_t * p)         { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int32_t) 0x80808080)); }
-static inline ivec i_dot (ivec sum, ivec t, ivec q) { return _mm512_dpbusd_epi32(sum, t, q); }
-
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, lower, low), upper, high);
 #else
-
-static constexpr int32_t FASA_DOT_BIAS = 0;
-
-static inline ivec i_tips(const int8_t * p) {
-    return _mm512_loadu_si512(p);
-}
-
-// |t| times q with the sign of t: two products of at most 127*127 fit into 16 bits
-static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    const ivec signed_q = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(t), _mm512_setzero_si512(), q);
-    const ivec pairs    = _mm512_maddubs_epi16(_mm512_abs_epi8(t), signed_q);
+    // four products of at most 15*127 fit into 16 bits
+    const ivec pairs = _mm512_add_epi16(_mm512_maddubs_epi16(lower, low), _mm512_maddubs_epi16(upper, high));
     return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-
 #endif
+}
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 using ivec = __m256i;
 
-static inline ivec i_set1(int32_t x) { return _mm256_set1_epi32(x); }
-static inline vec  v_from(ivec x)    { return _mm256_cvtepi32_ps(x); }
+static inline ivec i_set1(int32_t x)        { return _mm256_set1_epi32(x); }
+static inline ivec i_load(const char * p)   { return _mm256_loadu_si256((const __m256i *) p); }
+static inline vec  v_from(ivec x)           { return _mm256_cvtepi32_ps(x); }
+static inline ivec i_lower(ivec x)          { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+static inline ivec i_upper(ivec x)          { return i_lower(_mm256_srli_epi32(x, 4)); }
 
+static inline ivec i_dot(ivec sum, ivec lower, ivec upper, ivec low, ivec high) {
 #if defined(__AVXVNNI__)
-
-static constexpr int32_t FASA_DOT_BIAS = 128;
-
-static inline ivec i_tips(const int8_t * p) {
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) p), _mm256_set1_epi32((int32_t) 0x80808080));
-}
-
-static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    return _mm256_dpbusd_avx_epi32(sum, t, q);
-}
-
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(sum, lower, low), upper, high);
 #else
-
-static constexpr int32_t FASA_DOT_BIAS = 0;
-
-static inline ivec i_tips(const int8_t * p) {
-    return _mm256_loadu_si256((const __m256i *) p);
-}
-
-static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    const ivec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(t), _mm256_sign_epi8(q, t)); // as above
+    const ivec pairs = _mm256_add_epi16(_mm256_maddubs_epi16(lower, low), _mm256_maddubs_epi16(upper, high)); // as above
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
 #endif
+}
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-
-static constexpr int32_t FASA_DOT_BIAS = 0;
 
 using ivec = int32x4_t;
 
 static inline ivec i_set1(int32_t x)        { return vdupq_n_s32(x); }
-static inline ivec i_tips(const int8_t * p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+static inline ivec i_load(const char * p)   { return vreinterpretq_s32_s8(vld1q_s8((const int8_t *) p)); }
 static inline vec  v_from(ivec x)           { return vcvtq_f32_s32(x); }
+static inline ivec i_lower(ivec x)          { return vandq_s32(x, vdupq_n_s32(0x0F0F0F0F)); }
+static inline ivec i_upper(ivec x)          { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
 
-static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    const int8x16_t a = vreinterpretq_s8_s32(t);
-    const int8x16_t b = vreinterpretq_s8_s32(q);
+static inline ivec i_dot(ivec sum, ivec lower, ivec upper, ivec low, ivec high) {
+    const int8x16_t a[2] = { vreinterpretq_s8_s32(lower), vreinterpretq_s8_s32(upper) };
+    const int8x16_t b[2] = { vreinterpretq_s8_s32(low),   vreinterpretq_s8_s32(high) };
 #if defined(__ARM_FEATURE_DOTPROD)
-    return vdotq_s32(sum, a, b);
+    return vdotq_s32(vdotq_s32(sum, a[0], b[0]), a[1], b[1]);
 #else
-    const int32x4_t low  = vpaddlq_s16(vmull_s8(vget_low_s8(a),  vget_low_s8(b)));
-    const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(a), vget_high_s8(b)));
-    return vaddq_s32(sum, vpaddq_s32(low, high));
+    const int16x8_t first  = vmlal_s8(vmull_s8(vget_low_s8 (a[0]), vget_low_s8 (b[0])), vget_low_s8 (a[1]), vget_low_s8 (b[1]));
+    const int16x8_t second = vmlal_s8(vmull_s8(vget_high_s8(a[0]), vget_high_s8(b[0])), vget_high_s8(a[1]), vget_high_s8(b[1]));
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
 #endif
 }
 
 #else
-
-static constexpr int32_t FASA_DOT_BIAS = 0;
 
 struct ivec {
     int32_t lane[FASA_LANES];
@@ -465,19 +435,35 @@ static inline ivec i_set1(int32_t x) {
     return res;
 }
 
-static inline ivec i_tips(const int8_t * p) {
+static inline ivec i_load(const char * p) {
     ivec res;
     memcpy(res.lane, p, sizeof(res.lane));
     return res;
 }
 
-static inline ivec i_dot(ivec sum, ivec t, ivec q) {
-    int8_t a[4*FASA_LANES];
-    int8_t b[4*FASA_LANES];
-    memcpy(a, t.lane, sizeof(a));
-    memcpy(b, q.lane, sizeof(b));
+static inline ivec i_lower(ivec x) {
+    for (int32_t & lane : x.lane) {
+        lane &= 0x0F0F0F0F;
+    }
+    return x;
+}
+
+static inline ivec i_upper(ivec x) {
+    for (int32_t & lane : x.lane) {
+        lane = lane >> 4 & 0x0F0F0F0F;
+    }
+    return x;
+}
+
+static inline ivec i_dot(ivec sum, ivec lower, ivec upper, ivec low, ivec high) {
+    int8_t a[2][4*FASA_LANES];
+    int8_t b[2][4*FASA_LANES];
+    memcpy(a[0], lower.lane, sizeof(a[0]));
+    memcpy(a[1], upper.lane, sizeof(a[1]));
+    memcpy(b[0], low.lane,   sizeof(b[0]));
+    memcpy(b[1], high.lane,  sizeof(b[1]));
     for (int i = 0; i < 4*FASA_LANES; ++i) {
-        sum.lane[i/4] += a[i]*b[i];
+        sum.lane[i/4] += a[0][i]*b[0][i] + a[1][i]*b[1][i];
     }
     return sum;
 }

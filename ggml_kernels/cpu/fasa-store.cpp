@@ -25,11 +25,18 @@ static float round_to_type(float x, ggml_type type) {
     }
 }
 
+// what is not a number is at the lowest level
+static uint8_t key_level(float x, float centre, float step) {
+    const float steps = (x - centre)*(step > 0.0f ? 1.0f/step : 0.0f);
+    return (uint8_t) (std::floor(std::min(std::max(-FASA_TIPS_LEVELS/2.0f, steps), FASA_TIPS_LEVELS/2 - 1.0f)) + FASA_TIPS_LEVELS/2);
+}
+
 void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * tips = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * dims = dst->src[2];
     const ggml_tensor * idxs = dst->src[3];
+    const ggml_tensor * ranges = dst->src[4];
 
     const ggml_type type_k    = (ggml_type) ggml_get_op_params_i32(dst, 0);
     const bool      is_cached = ggml_get_op_params_i32(dst, 1) != 0;
@@ -56,28 +63,18 @@ void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_te
 
         char * block = (char *) tips->data + (cell/FASA_TIPS_CELLS)*tips->nb[1] + ih*tips->nb[2] + is*tips->nb[3];
 
-        const auto key = [&](int64_t i) { return round_to_type(key_element(k_row, k->type, dims_row[i]), type_k); };
+        const float * centres = (const float *) ranges->data + 2*ih*n_dim;
+        const float * steps   = centres + n_dim;
 
-        float amax = 0.0f;
-        for (int64_t i = 0; i < n_dim; ++i) {
-            const float x = std::fabs(key(i));
-            amax = std::isfinite(x) ? std::max(amax, x) : NAN;
-            if (std::isnan(amax)) {
-                break; // as the score will be
+        const auto level = [&](int64_t i) -> uint8_t {
+            return i < n_dim ? key_level(round_to_type(key_element(k_row, k->type, dims_row[i]), type_k), centres[i], steps[i]) : 0;
+        };
+
+        for (int64_t ip = 0; ip < fasa_tips_n_pairs(n_dim); ++ip) {
+            auto * bytes = (uint8_t *) block + fasa_tips_offset(ip, lane);
+            for (int64_t i = 0; i < FASA_TIPS_QUAD; ++i) {
+                bytes[i] = level(ip*FASA_TIPS_PAIR + i) | level(ip*FASA_TIPS_PAIR + FASA_TIPS_QUAD + i) << 4;
             }
-        }
-
-        // the f16 scale is what select multiplies by: quantize against the rounded one
-        const ggml_fp16_t scale = GGML_CPU_FP32_TO_FP16(amax/127.0f);
-        const float       d     = GGML_CPU_FP16_TO_FP32(scale);
-        const float       id_d  = d > 0.0f ? 1.0f/d : 0.0f;
-
-        ((ggml_fp16_t *) block)[lane] = scale;
-
-        int8_t * values = (int8_t *) block + fasa_tips_values();
-        for (int64_t i = 0; i < fasa_tips_n_dim(n_dim); ++i) {
-            const float x = i < n_dim ? std::nearbyint(key(i)*id_d) : 0.0f;
-            values[fasa_tips_offset(i, lane)] = (int8_t) std::min(127.0f, std::max(-127.0f, x));
         }
     }
 }

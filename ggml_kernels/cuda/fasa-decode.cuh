@@ -27,6 +27,7 @@ struct fasa_decode_data {
     const char    * q;
     const char    * tips;
     const int32_t * dims;
+    const float   * ranges;
     const char    * mask;
     const int32_t * forced;
     // as of FASA_ATTEND
@@ -216,7 +217,7 @@ static __device__ __forceinline__ void fasa_decode(const fasa_decode_args & args
     const fasa_attend_args & attend = args.attend;
 
     const fasa_select_memory mem = fasa_divide(select, data.memory);
-    const fasa_row           row = fasa_get_row(select, data.q, data.tips, data.dims, data.mask, at);
+    const fasa_row           row = fasa_get_row(select, data.q, data.tips, data.dims, data.ranges, data.mask, at);
 
     const int64_t n_partial = (int64_t) attend.n_splits*(attend.n_embd_v + 2); // of a query head
     const int32_t n_heads   = fasa_n_tiles(select)*FASA_TILE;
@@ -230,7 +231,7 @@ static __device__ __forceinline__ void fasa_decode(const fasa_decode_args & args
     uint32_t       * counter = data.counters + at.y*(FASA_COUNTERS/sizeof(uint32_t));
 
     // what no launch in front of this one writes is read before they have ended, and tips of earlier steps are on their way
-    const fasa_first_dims dims = fasa_get_first_dims(select, row, at.lane);
+    const fasa_own_dims dims = fasa_get_own_dims(select, row, at.lane);
     fasa_prefetch_tips(select, row, 0, 2*FASA_BATCH*FASA_WARPS, at);
     fasa_wait_for_previous();
 

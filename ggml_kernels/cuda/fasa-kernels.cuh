@@ -48,17 +48,17 @@ extern __shared__ int4 fasa_shared[]; // for its alignment
 //
 
 static __global__ void __launch_bounds__(FASA_THREADS) fasa_store_kernel(
-        fasa_store_args args, char * tips, const char * k, const int32_t * dims, const int64_t * idxs) {
+        fasa_store_args args, char * tips, const char * k, const int32_t * dims, const float * ranges, const int64_t * idxs) {
     fasa_wait_for_previous();
     const fasa_at at = fasa_here();
-    fasa_store_end(args, fasa_store_begin(args, dims, idxs, at), tips, k, dims, at);
+    fasa_store_end(args, fasa_store_begin(args, dims, ranges, idxs, at), tips, k, at);
 }
 
 template <typename T>
 static void fasa_launch_store(T & launcher, const ggml_tensor * op) {
     const fasa_store_plan plan(op);
     launcher.launch(fasa_store_kernel, dim3(plan.n_blocks), 0, plan.args, (char *) op->src[0]->data, (const char *) op->src[1]->data,
-        (const int32_t *) op->src[2]->data, (const int64_t *) op->src[3]->data);
+        (const int32_t *) op->src[2]->data, (const float *) op->src[4]->data, (const int64_t *) op->src[3]->data);
 }
 
 // rows of V to their cells, as SET_ROWS does: a decode step has few
@@ -82,16 +82,16 @@ static __device__ __forceinline__ void fasa_copy_row(const fasa_copy_args & args
     }
 }
 
-// The first n_store blocks make tips, the others copy rows. Dims and indices are inputs of the graph, which no launch in front of
+// The first n_store blocks make tips, the others copy rows. Dims, ranges and indices are inputs of the graph, which no launch in front of
 // this one writes: they are read before it has ended.
 static __global__ void __launch_bounds__(FASA_THREADS) fasa_store_and_copy_kernel(
-        fasa_store_args store, char * tips, const char * k, const int32_t * dims, const int64_t * idxs_k,
+        fasa_store_args store, char * tips, const char * k, const int32_t * dims, const float * ranges, const int64_t * idxs_k,
         fasa_copy_args copy, char * v, const char * rows, const int64_t * idxs_v, int32_t n_store) {
     fasa_at at = fasa_here();
     if (at.x < n_store) {
-        const fasa_store_key key = fasa_store_begin(store, dims, idxs_k, at);
+        const fasa_store_key key = fasa_store_begin(store, dims, ranges, idxs_k, at);
         fasa_wait_for_previous();
-        fasa_store_end(store, key, tips, k, dims, at);
+        fasa_store_end(store, key, tips, k, at);
     } else {
         at.x -= n_store;
         const int64_t id = idxs_v[at.x/copy.n_blocks];
@@ -114,7 +114,7 @@ static void fasa_launch_store_and_copy(T & launcher, const ggml_tensor * store, 
     copy.nb_to    = set_rows->nb[1];
 
     launcher.launch(fasa_store_and_copy_kernel, dim3(plan.n_blocks + copy.n_blocks*from->ne[1]), 0, plan.args, (char *) store->src[0]->data,
-        (const char *) store->src[1]->data, (const int32_t *) store->src[2]->data, (const int64_t *) store->src[3]->data,
+        (const char *) store->src[1]->data, (const int32_t *) store->src[2]->data, (const float *) store->src[4]->data, (const int64_t *) store->src[3]->data,
         copy, (char *) set_rows->data, (const char *) from->data, (const int64_t *) set_rows->src[1]->data, plan.n_blocks);
 }
 
@@ -123,15 +123,15 @@ static void fasa_launch_store_and_copy(T & launcher, const ggml_tensor * store, 
 //
 
 static __global__ void __launch_bounds__(FASA_THREADS) fasa_stats_kernel(
-        fasa_select_args args, const char * q, const char * tips, const int32_t * dims, const char * mask, char * memory) {
+        fasa_select_args args, const char * q, const char * tips, const int32_t * dims, const float * ranges, const char * mask, char * memory) {
     fasa_wait_for_previous();
-    fasa_select_stats(args, q, tips, dims, mask, memory, FASA_SHARED_MEMORY, fasa_here());
+    fasa_select_stats(args, q, tips, dims, ranges, mask, memory, FASA_SHARED_MEMORY, fasa_here());
 }
 
 static __global__ void __launch_bounds__(FASA_THREADS) fasa_keys_kernel(
-        fasa_select_args args, const char * q, const char * tips, const int32_t * dims, const char * mask, const int32_t * forced, char * memory) {
+        fasa_select_args args, const char * q, const char * tips, const int32_t * dims, const float * ranges, const char * mask, const int32_t * forced, char * memory) {
     fasa_wait_for_previous();
-    fasa_select_keys(args, q, tips, dims, mask, forced, memory, FASA_SHARED_MEMORY, fasa_here());
+    fasa_select_keys(args, q, tips, dims, ranges, mask, forced, memory, FASA_SHARED_MEMORY, fasa_here());
 }
 
 static __global__ void __launch_bounds__(FASA_THREADS) fasa_choose_kernel(fasa_select_args args, char * memory, int32_t * ids) {
@@ -155,13 +155,14 @@ static void fasa_launch_select(T & launcher, const ggml_tensor * op) {
     const int32_t * dims   = (const int32_t *) op->src[2]->data;
     const char    * mask   = (const char    *) op->src[3]->data;
     const int32_t * forced = op->src[4] ? (const int32_t *) op->src[4]->data : nullptr;
+    const float   * ranges = (const float   *) op->src[5]->data;
 
     char * memory = (char *) launcher.alloc(plan.memory);
 
     do {
         const dim3 grid(plan.args.n_parts, plan.args.n_rows);
-        launcher.launch(fasa_stats_kernel,  grid, plan.shared_stats, plan.args, q, tips, dims, mask, memory);
-        launcher.launch(fasa_keys_kernel,   grid, plan.shared_keys,  plan.args, q, tips, dims, mask, forced, memory);
+        launcher.launch(fasa_stats_kernel,  grid, plan.shared_stats, plan.args, q, tips, dims, ranges, mask, memory);
+        launcher.launch(fasa_keys_kernel,   grid, plan.shared_keys,  plan.args, q, tips, dims, ranges, mask, forced, memory);
         launcher.launch(fasa_choose_kernel, grid, plan.shared_mark,  plan.args, memory, (int32_t *) op->data);
     } while (plan.next());
 }
@@ -248,6 +249,7 @@ static bool fasa_launch_decode(T & launcher, const ggml_tensor * select, const g
             data.q        = (const char    *) select->src[0]->data;
             data.tips     = (const char    *) select->src[1]->data;
             data.dims     = (const int32_t *) select->src[2]->data;
+            data.ranges   = (const float   *) select->src[5]->data;
             data.mask     = (const char    *) select->src[3]->data;
             data.forced   = select->src[4] ? (const int32_t *) select->src[4]->data : nullptr;
             data.q_attend = (const char    *) attend->src[0]->data;

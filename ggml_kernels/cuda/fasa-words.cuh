@@ -18,7 +18,6 @@
 
 #define FASA_FN        static __device__ __forceinline__
 #define FASA_FN_MEMBER static __device__ __forceinline__
-#define FASA_FN_OUTLINED static __device__ __attribute__((noinline))
 
 #define FASA_GLOBAL
 #define FASA_SHARED
@@ -117,6 +116,7 @@ FASA_FN float    fasa_log2(float x)          { return log2f(x); }
 FASA_FN float    fasa_div(float x, float y)  { return __fdiv_rn(x, y); } // whatever the options say
 FASA_FN float    fasa_mul(float x, float y)  { return __fmul_rn(x, y); } // never fused with what comes behind
 FASA_FN int32_t  fasa_clz(uint32_t x)        { return __clz(x); }
+FASA_FN float    fasa_floor(float x)         { return floorf(x); }
 FASA_FN int32_t  fasa_round(float x)         { return __float2int_rn(x); }
 FASA_FN uint32_t fasa_bits(float x)          { return __float_as_uint(x); }
 FASA_FN float    fasa_float(uint32_t x)      { return __uint_as_float(x); }

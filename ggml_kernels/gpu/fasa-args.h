@@ -7,9 +7,11 @@
 #    include <stdint.h>
 #endif
 
-// cells of a block of tips, and dims that lie together in it (../fasa-tips.h)
+// cells of a block of tips, dims that lie together in it, those that a dot product takes, and levels of a dim (../fasa-tips.h)
 #define FASA_BLOCK_CELLS 32
+#define FASA_PAIR        8
 #define FASA_QUAD        4
+#define FASA_LEVELS      16
 
 // kernels run in blocks of so many threads, if a file does not say otherwise
 #ifndef FASA_THREADS
@@ -45,7 +47,7 @@
 
 struct fasa_store_args {
     int32_t n_dim;
-    int32_t n_quads;
+    int32_t n_pairs;   // of quads
     int32_t n_head_kv;
     int32_t n_tokens;
     int32_t n_stream;
@@ -63,7 +65,7 @@ struct fasa_store_args {
 // a row is what one KV head, or a query head that chooses for itself, does for one token
 struct fasa_select_args {
     int32_t n_dim;
-    int32_t n_quads;
+    int32_t n_pairs;    // of quads
     int32_t n_head_sel; // heads that choose
     int32_t n_shared;   // of them that read one KV head
     int32_t n_group;    // query heads that share a choice

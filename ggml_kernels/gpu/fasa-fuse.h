@@ -46,7 +46,7 @@ static int fasa_fused_attend(const ggml_cgraph * graph, int i) {
     }
     const ggml_tensor * attend = graph->nodes[next];
     if (attend->op != GGML_OP_FASA_ATTEND || attend->src[3] != select ||
-        !ggml_node_has_n_uses(graph, i, 1) || !fasa_is_input(select->src[2])) {
+        !ggml_node_has_n_uses(graph, i, 1) || !fasa_is_input(select->src[2]) || !fasa_is_input(select->src[5])) {
         return -1;
     }
     // what select reads may be dead by the time of attend, whose result then may lie there
@@ -71,7 +71,7 @@ static int fasa_fused_store(const ggml_cgraph * graph, int i) {
         (rows->type == GGML_TYPE_F32 || rows->type == GGML_TYPE_F16 || rows->type == GGML_TYPE_BF16) &&
         from->type == GGML_TYPE_F32 && from->nb[0] == sizeof(float) && ggml_nrows(from) == from->ne[1] &&
         rows->src[1]->type == GGML_TYPE_I64 && ggml_is_vector(rows->src[1]) && ggml_is_contiguous(rows->src[1]) &&
-        fasa_is_input(rows->src[1]) && fasa_is_input(store->src[2]) && fasa_is_input(store->src[3]) &&
+        fasa_is_input(rows->src[1]) && fasa_is_input(store->src[2]) && fasa_is_input(store->src[3]) && fasa_is_input(store->src[4]) &&
         rows->nb[0] == ggml_type_size(rows->type) && ggml_nrows(rows) == rows->ne[1];
     // the rows must not be those that store reads
     return is_copied && from->ne[1] <= 32 && !fasa_overlap(rows, store->src[1]) ? next : -1;

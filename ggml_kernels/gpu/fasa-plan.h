@@ -12,7 +12,7 @@
 #include <cfloat>
 #include <cmath>
 
-static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_QUAD == FASA_TIPS_QUAD, "another layout of tips");
+static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_PAIR == FASA_TIPS_PAIR && FASA_LEVELS == FASA_TIPS_LEVELS, "another layout of tips");
 
 static_assert(FASA_TYPE_F32  == GGML_TYPE_F32,  "wrong type number");
 static_assert(FASA_TYPE_F16  == GGML_TYPE_F16,  "wrong type number");
@@ -54,7 +54,7 @@ static bool fasa_is_aligned(const ggml_tensor * t) {
 
 static bool fasa_store_supported(const ggml_tensor * op) {
     const ggml_tensor * tips = op->src[0];
-    return tips->ne[1]*FASA_TIPS_CELLS*tips->ne[3] <= INT32_MAX;
+    return tips->ne[1]*FASA_TIPS_CELLS*tips->ne[3] <= INT32_MAX && op->src[2]->ne[0] <= FASA_MAX_EMBD;
 }
 
 struct fasa_store_plan {
@@ -67,7 +67,7 @@ struct fasa_store_plan {
         const ggml_tensor * dims = op->src[2];
 
         args.n_dim     = dims->ne[0];
-        args.n_quads   = fasa_tips_n_dim(args.n_dim)/FASA_TIPS_QUAD;
+        args.n_pairs   = fasa_tips_n_pairs(args.n_dim);
         args.n_head_kv = dims->ne[1];
         args.n_tokens  = op->src[3]->ne[0];
         args.n_stream  = tips->ne[3];
@@ -105,7 +105,7 @@ struct fasa_select_plan {
         const ggml_tensor * forced = op->src[4];
 
         args.n_dim      = dims->ne[0];
-        args.n_quads    = fasa_tips_n_dim(args.n_dim)/FASA_TIPS_QUAD;
+        args.n_pairs    = fasa_tips_n_pairs(args.n_dim);
         args.n_head_sel = op->ne[1];
         args.n_shared   = args.n_head_sel/dims->ne[1];
         args.n_group    = q->ne[1]/args.n_head_sel;
@@ -147,7 +147,7 @@ struct fasa_select_plan {
     // bytes of shared memory for the rounded query
     size_t shared_query() const {
         const size_t n_heads = fasa_padded(args.n_group, FASA_TILE);
-        return n_heads*args.n_quads*sizeof(int32_t) + 2*n_heads*sizeof(float);
+        return n_heads*2*args.n_pairs*sizeof(int32_t) + 2*n_heads*sizeof(float);
     }
 
     // bytes that a row has at least from one step to the next

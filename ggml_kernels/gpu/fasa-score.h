@@ -17,6 +17,7 @@ struct fasa_row {
 
     FASA_GLOBAL const char     * q;    // of the first query head
     FASA_GLOBAL const int32_t  * dims;
+    FASA_GLOBAL const float    * steps;
     FASA_GLOBAL const char     * tips;
     FASA_GLOBAL const uint16_t * mask;
 };
@@ -26,6 +27,7 @@ FASA_FN fasa_row fasa_get_row(
         FASA_GLOBAL const char    * q,
         FASA_GLOBAL const char    * tips,
         FASA_GLOBAL const int32_t * dims,
+        FASA_GLOBAL const float   * ranges,
         FASA_GLOBAL const char    * mask,
         fasa_at at) {
     const int32_t row = args.row0 + at.y;
@@ -41,6 +43,7 @@ FASA_FN fasa_row fasa_get_row(
 
     res.q    = q + res.head*args.n_group*args.nb_q1 + res.token*args.nb_q2 + res.stream*args.nb_q3;
     res.dims = dims + head_kv*args.n_dim;
+    res.steps = ranges + (2*head_kv + 1)*args.n_dim;
     res.tips = tips + head_kv*args.nb_tips2 + res.stream*args.nb_tips3;
     res.mask = (FASA_GLOBAL const uint16_t *) (mask + res.token*args.nb_mask1 + res.stream*args.nb_mask3);
     return res;
@@ -72,23 +75,26 @@ FASA_FN void fasa_prefetch_tips(FASA_THREAD const fasa_select_args & args, FASA_
     }
 }
 
-// the dominant dims of a group's query heads in 8 bits, so that the sums of products are whole numbers
+// the dominant dims of a group's query heads, in units of the steps of the tips, in 8 bits: the sums of products are whole numbers
 struct fasa_query {
-    FASA_SHARED int4    * quads; // [n_quads, tiles] four dims of each head of a tile
+    FASA_SHARED int4    * quads; // [2*n_pairs, tiles] four dims of each head of a tile
     FASA_SHARED float   * scale; // [heads of all tiles]
     FASA_SHARED int32_t * has_say; // [heads of all tiles] not one with dims that are not finite
 };
 
-// the dims of a lane's first quad
-struct fasa_first_dims {
-    int32_t ids[FASA_QUAD];
+// a lane's dims: those of two quads, as many as there are of them (../README.md: heads of up to 256 dims)
+struct fasa_own_dims {
+    int32_t ids[FASA_PAIR];   // -1: none
+    float   steps[FASA_PAIR];
 };
 
-FASA_FN fasa_first_dims fasa_get_first_dims(FASA_THREAD const fasa_select_args & args, FASA_THREAD const fasa_row & row, int32_t lane) {
-    fasa_first_dims res;
+FASA_FN fasa_own_dims fasa_get_own_dims(FASA_THREAD const fasa_select_args & args, FASA_THREAD const fasa_row & row, int32_t lane) {
+    fasa_own_dims res;
     FASA_UNROLL
-    for (int32_t i = 0; i < FASA_QUAD; ++i) {
-        res.ids[i] = lane*FASA_QUAD + i < args.n_dim ? row.dims[lane*FASA_QUAD + i] : -1;
+    for (int32_t i = 0; i < FASA_PAIR; ++i) {
+        const bool is = lane*FASA_PAIR + i < args.n_dim;
+        res.ids[i]   = is ? row.dims[lane*FASA_PAIR + i] : -1;
+        res.steps[i] = is ? row.steps[lane*FASA_PAIR + i] : 0.0f;
     }
     return res;
 }
@@ -96,55 +102,50 @@ FASA_FN fasa_first_dims fasa_get_first_dims(FASA_THREAD const fasa_select_args &
 FASA_FN fasa_query fasa_round_query(
         FASA_THREAD const fasa_select_args & args,
         FASA_THREAD const fasa_row         & row,
-        FASA_THREAD const fasa_first_dims  & dims,
+        FASA_THREAD const fasa_own_dims    & dims,
         FASA_SHARED char                   * shared,
         fasa_at at) {
     const int32_t n_tiles = fasa_n_tiles(args);
+    const int32_t n_quads = 2*args.n_pairs;
 
     fasa_query res;
     res.quads = (FASA_SHARED int4 *) shared;
-    res.scale = (FASA_SHARED float *) (res.quads + n_tiles*args.n_quads);
+    res.scale = (FASA_SHARED float *) (res.quads + n_tiles*n_quads);
     res.has_say = (FASA_SHARED int32_t *) (res.scale + n_tiles*FASA_TILE);
 
     FASA_ROLLED
     for (int32_t ig = at.warp; ig < n_tiles*FASA_TILE; ig += FASA_WARPS) {
-        FASA_GLOBAL const float   * q     = (FASA_GLOBAL const float *) (row.q + fasa_min(ig, args.n_group - 1)*args.nb_q1);
-        FASA_SHARED       int32_t * quads = (FASA_SHARED int32_t *) (res.quads + ig/FASA_TILE*args.n_quads) + ig%FASA_TILE;
+        FASA_GLOBAL const uint32_t * q = (FASA_GLOBAL const uint32_t *) (row.q + fasa_min(ig, args.n_group - 1)*args.nb_q1);
 
-        uint32_t bits[FASA_QUAD];
-        float    first[FASA_QUAD];
-        float amax   = 0.0f;
-        bool  finite = true;
+        uint32_t bits[FASA_PAIR];
+        float    x[FASA_PAIR];
+        float    amax   = 0.0f;
+        bool     finite = true;
         FASA_UNROLL
-        for (int32_t i = 0; i < FASA_QUAD; ++i) {
-            bits[i] = dims.ids[i] >= 0 ? ((FASA_GLOBAL const uint32_t *) q)[dims.ids[i]] : 0;
+        for (int32_t i = 0; i < FASA_PAIR; ++i) {
+            bits[i] = q[fasa_max(dims.ids[i], 0)];
         }
         FASA_UNROLL
-        for (int32_t i = 0; i < FASA_QUAD; ++i) {
-            first[i] = fasa_float(bits[i]);
-            finite   = finite && fasa_is_finite(bits[i]);
-            amax     = finite ? fasa_greater(fasa_abs(first[i]), amax) : 0.0f;
-        }
-        FASA_ROLLED
-        for (int32_t i = FASA_WARP*FASA_QUAD + at.lane; i < args.n_dim; i += FASA_WARP) { // few heads have as many
-            const uint32_t more = ((FASA_GLOBAL const uint32_t *) q)[row.dims[i]];
-            finite = finite && fasa_is_finite(more);
-            amax   = finite ? fasa_greater(fasa_abs(fasa_float(more)), amax) : 0.0f;
+        for (int32_t i = 0; i < FASA_PAIR; ++i) {
+            x[i]   = dims.ids[i] >= 0 ? fasa_mul(fasa_float(bits[i]), dims.steps[i]) : 0.0f;
+            finite = finite && fasa_is_finite(fasa_bits(x[i]));
+            amax   = finite ? fasa_greater(fasa_abs(x[i]), amax) : 0.0f;
         }
         amax   = fasa_warp_max(amax);
         finite = fasa_ballot(!finite) == 0;
 
         const float inverse = finite && amax > FASA_LEAST ? fasa_div(127.0f, amax) : 0.0f;
-        FASA_ROLLED
-        for (int32_t iq = at.lane; iq < args.n_quads; iq += FASA_WARP) {
-            uint32_t values = 0;
+        if (at.lane < args.n_pairs) {
             FASA_UNROLL
-            for (int32_t i = 0; i < FASA_QUAD; ++i) {
-                const int32_t id = iq*FASA_QUAD + i;
-                const float   x  = iq == at.lane ? first[i] : id < args.n_dim ? q[row.dims[id]] : 0.0f;
-                values |= (uint32_t) (inverse > 0.0f ? fasa_max(-127, fasa_min(127, fasa_round(x*inverse))) & 0xFF : 0) << 8*i;
+            for (int32_t half = 0; half < 2; ++half) {
+                uint32_t values = 0;
+                FASA_UNROLL
+                for (int32_t i = 0; i < FASA_QUAD; ++i) {
+                    const int32_t value = inverse > 0.0f ? fasa_max(-127, fasa_min(127, fasa_round(x[half*FASA_QUAD + i]*inverse))) : 0;
+                    values |= (uint32_t) (value & 0xFF) << 8*i;
+                }
+                ((FASA_SHARED int32_t *) (res.quads + ig/FASA_TILE*n_quads + 2*at.lane + half))[ig%FASA_TILE] = (int32_t) values;
             }
-            quads[iq*FASA_TILE] = (int32_t) values;
         }
         if (at.lane == 0) {
             res.scale[ig]   = fasa_div(args.scale*(amax < args.max_query ? amax : args.max_query), 127.0f);
@@ -155,11 +156,20 @@ FASA_FN fasa_query fasa_round_query(
     return res;
 }
 
+// the levels of eight dims, as a dot product takes them
+struct fasa_pair {
+    int32_t low;
+    int32_t high;
+};
+
+FASA_FN fasa_pair fasa_unpack(uint32_t word) {
+    return { (int32_t) (word & 0x0F0F0F0Fu), (int32_t) (word >> 4 & 0x0F0F0F0Fu) };
+}
+
 // scores of some blocks of cells, one cell of each block by lane
 struct fasa_scores {
     float of[FASA_BATCH][FASA_TILE];
     bool  visible[FASA_BATCH];
-    bool  finite[FASA_BATCH];
 };
 
 // of its blocks i, i + FASA_WARPS and so on, as far as there are; layout of tips: ../fasa-tips.h
@@ -184,28 +194,25 @@ FASA_FN void fasa_score(
         }
     }
 
-    FASA_SHARED const int4 * quads = query.quads + tile*args.n_quads;
-    #pragma unroll 8
-    for (int32_t iq = 0; iq < args.n_quads; ++iq) {
-        const int4 q = quads[iq];
+    FASA_SHARED const int4 * quads = query.quads + 2*tile*args.n_pairs;
+    #pragma unroll 4
+    for (int32_t ip = 0; ip < args.n_pairs; ++ip) {
+        const int4 low  = quads[2*ip];
+        const int4 high = quads[2*ip + 1];
         FASA_UNROLL
         for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-            const int32_t tip = ((FASA_GLOBAL const int32_t *) (blocks[ib] + FASA_BLOCK_CELLS*sizeof(uint16_t)))[iq*FASA_BLOCK_CELLS + lane];
-            dots[ib][0] = fasa_dot(tip, q.x, dots[ib][0]);
-            dots[ib][1] = fasa_dot(tip, q.y, dots[ib][1]);
-            dots[ib][2] = fasa_dot(tip, q.z, dots[ib][2]);
-            dots[ib][3] = fasa_dot(tip, q.w, dots[ib][3]);
+            const fasa_pair tip = fasa_unpack(((FASA_GLOBAL const uint32_t *) blocks[ib])[ip*FASA_BLOCK_CELLS + lane]);
+            dots[ib][0] = fasa_dot(tip.high, high.x, fasa_dot(tip.low, low.x, dots[ib][0]));
+            dots[ib][1] = fasa_dot(tip.high, high.y, fasa_dot(tip.low, low.y, dots[ib][1]));
+            dots[ib][2] = fasa_dot(tip.high, high.z, fasa_dot(tip.low, low.z, dots[ib][2]));
+            dots[ib][3] = fasa_dot(tip.high, high.w, fasa_dot(tip.low, low.w, dots[ib][3]));
         }
     }
     FASA_UNROLL
     for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-        const uint16_t bits = ((FASA_GLOBAL const uint16_t *) blocks[ib])[lane];
-        res.finite[ib] = fasa_is_finite_f16(bits);
-
-        const float scale = fasa_from_f16(res.finite[ib] ? bits : (uint16_t) 0);
         FASA_UNROLL
         for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
-            res.of[ib][ih] = fasa_mul(fasa_mul((float) dots[ib][ih], scale), query.scale[tile*FASA_TILE + ih]);
+            res.of[ib][ih] = fasa_mul((float) dots[ib][ih], query.scale[tile*FASA_TILE + ih]);
         }
     }
 }
@@ -217,7 +224,6 @@ FASA_FN void fasa_score(
 struct fasa_stats {
     float max[FASA_TILE];
     float sum[FASA_TILE];
-    bool  finite; // no visible cell's score is not
 };
 
 FASA_FN fasa_stats fasa_no_stats() {
@@ -227,17 +233,11 @@ FASA_FN fasa_stats fasa_no_stats() {
         res.max[ih] = -FASA_FLT_MAX;
         res.sum[ih] = 0.0f;
     }
-    res.finite = true;
     return res;
 }
 
-// scores that a lane has seen; from then on, visible means finite as well
-FASA_FN void fasa_add_scores(FASA_THREAD fasa_stats & stats, FASA_THREAD fasa_scores & scores) {
-    FASA_UNROLL
-    for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
-        stats.finite = stats.finite && (scores.finite[ib] || !scores.visible[ib]);
-        scores.visible[ib] = scores.visible[ib] && scores.finite[ib];
-    }
+// scores that a lane has seen
+FASA_FN void fasa_add_scores(FASA_THREAD fasa_stats & stats, FASA_THREAD const fasa_scores & scores) {
     FASA_UNROLL
     for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
         float greatest = stats.max[ih];
@@ -254,17 +254,15 @@ FASA_FN void fasa_add_scores(FASA_THREAD fasa_stats & stats, FASA_THREAD fasa_sc
     }
 }
 
-// two sets of cells together; -1 where a score is not finite
+// two sets of cells together
 FASA_FN void fasa_join_stats(FASA_THREAD float & max, FASA_THREAD float & sum, float max_b, float sum_b) {
     const float greatest = fasa_greater(max_b, max);
-    const float both     = sum*fasa_exp2(max - greatest) + sum_b*fasa_exp2(max_b - greatest);
-    sum = sum < 0.0f || sum_b < 0.0f ? -1.0f : both;
+    sum = sum*fasa_exp2(max - greatest) + sum_b*fasa_exp2(max_b - greatest);
     max = greatest;
 }
 
 // a tile's, of all lanes of a warp; shared: [2, FASA_WARPS, heads of all tiles]
 FASA_FN void fasa_join_lanes(FASA_THREAD fasa_stats & stats, int32_t tile, FASA_SHARED float * shared, fasa_at at) {
-    const bool finite = fasa_ballot(!stats.finite) == 0;
     FASA_UNROLL
     for (int32_t ih = 0; ih < FASA_TILE; ++ih) {
         const float max = fasa_warp_max(stats.max[ih]);
@@ -272,7 +270,7 @@ FASA_FN void fasa_join_lanes(FASA_THREAD fasa_stats & stats, int32_t tile, FASA_
         if (at.lane == 0) {
             FASA_SHARED float * res = shared + 2*((tile*FASA_TILE + ih)*FASA_WARPS + at.warp);
             res[0] = max;
-            res[1] = finite ? sum : -1.0f;
+            res[1] = sum;
         }
     }
 }

@@ -79,16 +79,17 @@ FASA_FN void fasa_select_stats(
         FASA_GLOBAL const char    * q,
         FASA_GLOBAL const char    * tips,
         FASA_GLOBAL const int32_t * dims,
+        FASA_GLOBAL const float   * ranges,
         FASA_GLOBAL const char    * mask,
         FASA_GLOBAL char          * memory,
         FASA_SHARED char          * shared,
         fasa_at at) {
     const fasa_select_memory mem = fasa_divide(args, memory);
-    const fasa_row           row = fasa_get_row(args, q, tips, dims, mask, at);
+    const fasa_row           row = fasa_get_row(args, q, tips, dims, ranges, mask, at);
 
     // the first blocks of tips are on their way while the query is rounded
     fasa_prefetch_tips(args, row, 0, FASA_BATCH*FASA_WARPS, at);
-    const fasa_query query = fasa_round_query(args, row, fasa_get_first_dims(args, row, at.lane), shared, at);
+    const fasa_query query = fasa_round_query(args, row, fasa_get_own_dims(args, row, at.lane), shared, at);
 
     const int32_t n_tiles = fasa_n_tiles(args);
 
@@ -147,14 +148,12 @@ FASA_FN void fasa_compare_heads(
     float best = FASA_NO_SAY;
     FASA_ROLLED
     for (int32_t ig = at.warp; ig < n_heads; ig += FASA_WARPS) {
-        float max    = -FASA_FLT_MAX;
-        float sum    = 0.0f;
-        bool  finite = true;
+        float max = -FASA_FLT_MAX;
+        float sum = 0.0f;
         FASA_ROLLED
         for (int32_t i = at.lane; i < args.n_parts && ig < args.n_group; i += FASA_WARP) {
             const float max_i = stats[2*((int64_t) i*args.n_group + ig) + 0];
             const float sum_i = stats[2*((int64_t) i*args.n_group + ig) + 1];
-            finite = finite && sum_i >= 0.0f;
             fasa_join_stats(max, sum, max_i, sum_i);
         }
         const float greatest = fasa_warp_max(max);
@@ -162,7 +161,7 @@ FASA_FN void fasa_compare_heads(
 
         // alone, a head is compared with itself only: the paper's raw scores, of which each stands for itself
         const bool alone   = args.n_group == 1;
-        const bool has_say = query.has_say[ig] && (alone || (fasa_ballot(!finite) == 0 && sum > 0.0f));
+        const bool has_say = query.has_say[ig] && (alone || sum > 0.0f);
 
         const float log_sum = !has_say ? -FASA_NO_SAY : alone ? 0.0f : greatest + fasa_log2(sum);
         if (at.lane == 0) {
@@ -234,16 +233,17 @@ FASA_FN void fasa_select_keys(
         FASA_GLOBAL const char    * q,
         FASA_GLOBAL const char    * tips,
         FASA_GLOBAL const int32_t * dims,
+        FASA_GLOBAL const float   * ranges,
         FASA_GLOBAL const char    * mask,
         FASA_GLOBAL const int32_t * forced,
         FASA_GLOBAL char          * memory,
         FASA_SHARED char          * shared,
         fasa_at at) {
     const fasa_select_memory mem = fasa_divide(args, memory);
-    const fasa_row           row = fasa_get_row(args, q, tips, dims, mask, at);
+    const fasa_row           row = fasa_get_row(args, q, tips, dims, ranges, mask, at);
 
     fasa_prefetch_tips(args, row, 0, FASA_BATCH*FASA_WARPS, at);
-    const fasa_query query = fasa_round_query(args, row, fasa_get_first_dims(args, row, at.lane), shared, at);
+    const fasa_query query = fasa_round_query(args, row, fasa_get_own_dims(args, row, at.lane), shared, at);
 
     const int32_t n_tiles = fasa_n_tiles(args);
 
@@ -287,8 +287,7 @@ FASA_FN void fasa_select_keys(
         for (int32_t ib = 0; ib < FASA_BATCH; ++ib) {
             const int32_t own = i + ib*FASA_WARPS;
             if (own < row.n_own) {
-                const bool is_visible = scores.visible[ib] && scores.finite[ib];
-                const uint32_t key = is_visible ? fasa_count_key(best_of[ib], best, is_forced[own] >> at.lane & 1, bins) : FASA_KEY_MASKED;
+                const uint32_t key = scores.visible[ib] ? fasa_count_key(best_of[ib], best, is_forced[own] >> at.lane & 1, bins) : FASA_KEY_MASKED;
                 keys[fasa_own_block(args, row, own)*FASA_BLOCK_CELLS + at.lane] = key;
             }
         }

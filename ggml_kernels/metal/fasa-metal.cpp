@@ -67,7 +67,7 @@ struct fasa_metal_encoder {
 
 static void fasa_encode_store(fasa_metal_encoder & e) {
     const fasa_store_plan plan(e.op);
-    e.dispatch("kernel_fasa_store", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3) }, plan.n_blocks, 1, 0);
+    e.dispatch("kernel_fasa_store", plan.args, { e.src(0), e.src(1), e.src(2), e.src(4), e.src(3) }, plan.n_blocks, 1, 0);
 }
 
 static void fasa_encode_select(fasa_metal_encoder & e) {
@@ -78,9 +78,9 @@ static void fasa_encode_select(fasa_metal_encoder & e) {
         if (plan.args.row0 > 0) {
             e.barrier();
         }
-        e.dispatch("kernel_fasa_stats", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra() }, n_parts, n_rows, plan.shared_stats);
+        e.dispatch("kernel_fasa_stats", plan.args, { e.src(0), e.src(1), e.src(2), e.src(5), e.src(3), e.extra() }, n_parts, n_rows, plan.shared_stats);
         e.barrier();
-        e.dispatch("kernel_fasa_keys", plan.args, { e.src(0), e.src(1), e.src(2), e.src(3), e.extra(), e.src(4) }, n_parts, n_rows, plan.shared_keys);
+        e.dispatch("kernel_fasa_keys", plan.args, { e.src(0), e.src(1), e.src(2), e.src(5), e.src(3), e.extra(), e.src(4) }, n_parts, n_rows, plan.shared_keys);
         e.barrier();
         e.dispatch("kernel_fasa_mark", plan.args, { e.extra() }, n_parts, n_rows, plan.shared_mark);
         e.barrier();

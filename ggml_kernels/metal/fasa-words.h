@@ -10,7 +10,6 @@ using namespace metal;
 
 #define FASA_FN        static inline
 #define FASA_FN_MEMBER static inline
-#define FASA_FN_OUTLINED static __attribute__((noinline))
 
 #define FASA_GLOBAL device
 #define FASA_SHARED threadgroup
@@ -81,6 +80,7 @@ FASA_FN float    fasa_log2(float x)        { return metal::log2(x); }
 FASA_FN float    fasa_div(float x, float y) { return precise::divide(x, y); }
 FASA_FN float    fasa_mul(float x, float y) { return x*y; }
 FASA_FN int32_t  fasa_clz(uint32_t x)      { return (int32_t) clz(x); }
+FASA_FN float    fasa_floor(float x)       { return metal::floor(x); }
 FASA_FN int32_t  fasa_round(float x)       { return (int32_t) metal::rint(x); }
 FASA_FN uint32_t fasa_bits(float x)        { return as_type<uint32_t>(x); }
 FASA_FN float    fasa_float(uint32_t x)    { return as_type<float>(x); }

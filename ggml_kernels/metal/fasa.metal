@@ -22,12 +22,13 @@ kernel void kernel_fasa_store(
         device       char    * tips     [[buffer(1)]],
         device const char    * k        [[buffer(2)]],
         device const int32_t * dims     [[buffer(3)]],
-        device const int64_t * idxs     [[buffer(4)]],
+        device const float   * ranges   [[buffer(4)]],
+        device const int64_t * idxs     [[buffer(5)]],
         FASA_PLACE) {
     (void) shared;
     const fasa_at at = FASA_HERE;
     const fasa_store_args own = args;
-    fasa_store_end(own, fasa_store_begin(own, dims, idxs, at), tips, k, dims, at);
+    fasa_store_end(own, fasa_store_begin(own, dims, ranges, idxs, at), tips, k, at);
 }
 
 [[max_total_threads_per_threadgroup(FASA_THREADS)]]
@@ -36,12 +37,13 @@ kernel void kernel_fasa_stats(
         device const char    * q         [[buffer(1)]],
         device const char    * tips      [[buffer(2)]],
         device const int32_t * dims      [[buffer(3)]],
-        device const char    * mask      [[buffer(4)]],
-        device       char    * memory    [[buffer(5)]],
+        device const float   * ranges    [[buffer(4)]],
+        device const char    * mask      [[buffer(5)]],
+        device       char    * memory    [[buffer(6)]],
         FASA_PLACE) {
     const fasa_at at = FASA_HERE;
     const fasa_select_args own = args;
-    fasa_select_stats(own, q, tips, dims, mask, memory, shared, at);
+    fasa_select_stats(own, q, tips, dims, ranges, mask, memory, shared, at);
 }
 
 [[max_total_threads_per_threadgroup(FASA_THREADS)]]
@@ -50,13 +52,14 @@ kernel void kernel_fasa_keys(
         device const char    * q         [[buffer(1)]],
         device const char    * tips      [[buffer(2)]],
         device const int32_t * dims      [[buffer(3)]],
-        device const char    * mask      [[buffer(4)]],
-        device       char    * memory    [[buffer(5)]],
-        device const int32_t * forced    [[buffer(6)]],
+        device const float   * ranges    [[buffer(4)]],
+        device const char    * mask      [[buffer(5)]],
+        device       char    * memory    [[buffer(6)]],
+        device const int32_t * forced    [[buffer(7)]],
         FASA_PLACE) {
     const fasa_at at = FASA_HERE;
     const fasa_select_args own = args;
-    fasa_select_keys(own, q, tips, dims, mask, forced, memory, shared, at);
+    fasa_select_keys(own, q, tips, dims, ranges, mask, forced, memory, shared, at);
 }
 
 [[max_total_threads_per_threadgroup(FASA_THREADS)]]

@@ -122,12 +122,10 @@ ggml_tensor * llama_fasa_attn::build(
     const auto * tips = mctx->get_fasa_tips();
 
     if (tips && tips->get_layer(il).tips) {
-        const auto & layer = tips->get_layer(il);
-
-        ggml_tensor * stored = tips->build_store_cached(ctx0, il, k_idxs, q != q_cur);
-        if (!stored) {
-            stored = ggml_fasa_store(ctx0, layer.tips, k_cur, layer.dims, k_idxs, k->type);
+        if (!inp->store.idxs) {
+            inp->store = tips->build_store_inputs(ctx0, k_idxs, k_idxs->ne[0]);
         }
+        ggml_tensor * stored = tips->build_store(ctx0, il, inp->store);
         graph.cb(stored, "fasa_store", il);
         ggml_build_forward_expand(gf, stored);
     }
@@ -162,6 +160,7 @@ ggml_tensor * llama_fasa_attn::build(
         args.k          = k;
         args.tips       = mctx->get_fasa_tips_view(ctx0, il);
         args.dims       = tips->get_layer(il).dims;
+        args.ranges     = tips->get_layer(il).ranges;
         args.mask       = kq_mask;
         args.forced     = inp->build_forced(ctx0, n_tokens, n_stream);
         args.n_head_sel = by_head ? q->ne[1] : k->ne[1];
@@ -301,6 +300,9 @@ bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
     fasa.last_run = this;
 
+    if (store.rows) {
+        tips->set_store_inputs(store); // its idxs are the attention's, which was built first and has been set
+    }
     if (forced && forced->buffer) {
         set_forced(ubatch);
     }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-fasa-tips.h"
 #include "llama-fasa.h"
 #include "llama-graph.h"
 
@@ -10,7 +11,6 @@ struct llama_fasa_context;
 
 class  llama_kv_cache_context;
 class  llama_fasa_graph_input;
-class  llama_fasa_tips;
 
 // one attention layer of a graph under construction
 class llama_fasa_attn {
@@ -74,6 +74,8 @@ public:
     void add_captured(int32_t il, llama_fasa_capture which, ggml_tensor * cur) { captured[{ il, which }] = cur; }
 
     const ggml_tensor * get_captured(int32_t il, llama_fasa_capture which) const; // nullptr: it was not
+
+    llama_fasa_tips::store_inputs store; // of the cells of the batch
 
     int64_t n_fac = 0; // cells attended to in sparse layers
 

@@ -8,7 +8,7 @@ namespace {
 class policy_fasa : public llama_fasa_policy {
 public:
     ggml_tensor * build(const llama_fasa_policy_args & args) override {
-        return ggml_fasa_select(args.ctx, args.q, args.tips, args.dims, args.mask, args.forced, args.n_head_sel, args.n_fac, args.scale);
+        return ggml_fasa_select(args.ctx, args.q, args.tips, args.dims, args.ranges, args.mask, args.forced, args.n_head_sel, args.n_fac, args.scale);
     }
 };
 

@@ -20,6 +20,7 @@ struct llama_fasa_policy_args {
     ggml_tensor * k;      //     [n_embd_head, n_head_kv, n_kv, n_stream] of the cache
     ggml_tensor * tips;
     ggml_tensor * dims;
+    ggml_tensor * ranges;
     ggml_tensor * mask;
     ggml_tensor * forced; // nullptr: none
 

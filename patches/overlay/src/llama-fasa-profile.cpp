@@ -10,7 +10,7 @@
 #include <set>
 #include <stdexcept>
 
-static constexpr uint32_t FASA_VERSION   = 1;
+static constexpr uint32_t FASA_VERSION   = 2;
 static constexpr uint32_t FASA_MAX_BATCH = 64;
 
 static constexpr uint32_t FASA_EXACT_MAX_BATCH = 16; // without a profile that says
@@ -287,6 +287,20 @@ static std::vector<int32_t> fasa_read_dims(const int32_t * chunks, int32_t n_chu
     return res;
 }
 
+// centres and steps of the same dims; of the ranked chunks two centres and a step each
+static std::vector<float> fasa_read_ranges(const float * centres, const float * steps, int32_t n_chunk, uint32_t n_tip, int32_t n_head_kv) {
+    std::vector<float> res;
+
+    for (int32_t ih = 0; ih < n_head_kv; ++ih, centres += 2*n_chunk, steps += n_chunk) {
+        res.insert(res.end(), centres, centres + 2*n_tip);
+        for (uint32_t rank = 0; rank < n_tip; ++rank) {
+            res.insert(res.end(), 2, steps[rank]);
+        }
+    }
+
+    return res;
+}
+
 std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_context * metadata, const llama_fasa_overrides & overrides, const llama_model & model) {
     fasa_reader reader(metadata, overrides);
 
@@ -295,6 +309,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     if (reader.is_ignored() || !reader.has_keys()) {
         res->has_chunks = false;
         res->dims.resize(model.hparams.n_layer_all);
+        res->ranges.resize(model.hparams.n_layer_all);
         res->params.budget    = 1; // none is used, but all settings are valid ones
         res->params.max_batch = FASA_EXACT_MAX_BATCH;
         reader.override_bool("fasa.exact", res->params.exact);
@@ -311,7 +326,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     uint32_t version;
     reader.read("fasa.version", version);
     if (version != FASA_VERSION) {
-        throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u: convert the model again", version, FASA_VERSION));
+        throw std::runtime_error(format("fasa.version = %u is not supported, this library reads version %u: convert the model again, or ignore the profile with --override-kv fasa.version=int:0", version, FASA_VERSION));
     }
 
     const std::string fingerprint = llama_fasa_model_fingerprint(model);
@@ -344,11 +359,24 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     const auto chunk_count   = reader.array<int32_t>("fasa.chunk_count",   GGUF_TYPE_INT32);
     const auto chunks        = reader.array<int32_t>("fasa.chunks",        GGUF_TYPE_INT32);
     const auto agreement     = reader.array<float>  ("fasa.agreement",     GGUF_TYPE_FLOAT32);
+    const auto centres       = reader.array<float>  ("fasa.tip.centre",    GGUF_TYPE_FLOAT32);
+    const auto steps         = reader.array<float>  ("fasa.tip.step",      GGUF_TYPE_FLOAT32);
 
     const int32_t n_layer = model.hparams.n_layer_all;
     if ((int32_t) head_count_kv.size() != n_layer || (int32_t) chunk_count.size() != n_layer) {
         throw std::runtime_error(format("fasa.head_count_kv has %zu entries and fasa.chunk_count %zu, the model has %d layers: convert the model again",
                 head_count_kv.size(), chunk_count.size(), n_layer));
+    }
+
+    if (centres.size() != 2*chunks.size() || steps.size() != chunks.size()) {
+        throw std::runtime_error(format("fasa.tip.centre has %zu entries and fasa.tip.step %zu, expected %zu and %zu: convert the model again",
+                centres.size(), steps.size(), 2*chunks.size(), chunks.size()));
+    }
+    if (!std::all_of(centres.begin(), centres.end(), [](float value) { return std::isfinite(value); })) {
+        throw std::runtime_error("fasa.tip.centre holds a value that is not finite: convert the model again");
+    }
+    if (!std::all_of(steps.begin(), steps.end(), [](float value) { return std::isfinite(value) && value >= 0.0f; })) {
+        throw std::runtime_error("fasa.tip.step holds a value that is negative or not finite: convert the model again");
     }
 
     size_t offset = 0;
@@ -363,6 +391,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
                 throw std::runtime_error(format("fasa.chunk_count = %d of layer %d, whose fasa.head_count_kv is 0, must be 0: convert the model again", n_chunk, il));
             }
             res->dims.emplace_back();
+            res->ranges.emplace_back();
             continue;
         }
         if (head_count_kv[il] != layer.n_head_kv || n_chunk != layer.n_embd_head/2) {
@@ -378,6 +407,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
             throw std::runtime_error(format("fasa.chunks has %zu entries, layer %d needs more: convert the model again", chunks.size(), il));
         }
         res->dims.push_back(fasa_read_dims(chunks.data() + offset, n_chunk, params.n_tip, layer, il));
+        res->ranges.push_back(fasa_read_ranges(centres.data() + 2*offset, steps.data() + offset, n_chunk, params.n_tip, layer.n_head_kv));
         offset += n;
     }
     if (offset == 0) {

@@ -19,6 +19,9 @@ struct llama_fasa_profile {
     // per layer: I32 [n_dim, n_head_kv], the dims of the n_tip best chunks of each KV head; empty: no chunks
     std::vector<std::vector<int32_t>> dims;
 
+    // per layer: F32 [n_dim, 2, n_head_kv], centre and step of each of these dims (ggml_fasa_store)
+    std::vector<std::vector<float>> ranges;
+
     std::vector<llama_fasa_layer> layers;
 
     // false: all there is to it is `exact`, which needs no chunks and so no profile

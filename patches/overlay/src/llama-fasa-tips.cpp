@@ -53,13 +53,16 @@ static bool fasa_is_supported(const ggml_tensor * k, const ggml_tensor * v, int6
     ggml_tensor * mask    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_kv, 1);
     ggml_tensor * idxs    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, 1);
     ggml_tensor * dims    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
+    ggml_tensor * ranges  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_dim, 2, n_head_kv);
     ggml_tensor * tips    = ggml_fasa_new_tips(ctx.get(), n_kv, n_dim, n_head_kv, 1);
-    ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, mask, nullptr, n_head_kv, n_fac, 1.0f);
+    ggml_tensor * idx     = ggml_fasa_select(ctx.get(), q, tips, dims, ranges, mask, nullptr, n_head_kv, n_fac, 1.0f);
+
+    ggml_tensor * stored  = fasa_can_store_cached(k->type)
+        ? ggml_fasa_store_cached(ctx.get(), tips, k_heads, dims, ranges, idxs)
+        : ggml_fasa_store       (ctx.get(), tips, k_cur,   dims, ranges, idxs, k->type);
 
     return
-        ggml_backend_dev_supports_op(dev, ggml_fasa_store(ctx.get(), tips, k_cur, dims, idxs, k->type)) &&
-        (!fasa_can_store_cached(k->type) ||
-            ggml_backend_dev_supports_op(dev, ggml_fasa_store_cached(ctx.get(), tips, k_heads, dims, idxs))) &&
+        ggml_backend_dev_supports_op(dev, stored) &&
         ggml_backend_dev_supports_op(dev, idx) &&
         ggml_backend_dev_supports_op(dev, ggml_fasa_attend(ctx.get(), q, k_heads, v_heads, idx, nullptr, nullptr, 1.0f, 0.0f));
 }
@@ -112,7 +115,7 @@ llama_fasa_tips::llama_fasa_tips(
         auto & ctx = ctx_map[ggml_backend_buffer_get_type(k->buffer)];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 2*layers_kv.size()*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 3*layers_kv.size()*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -124,6 +127,7 @@ llama_fasa_tips::llama_fasa_tips(
 
         layer.tips = ggml_fasa_new_tips(ctx.get(), k->ne[1], n_dim, n_head_kv, k->ne[2]);
         layer.dims = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dim, n_head_kv);
+        layer.ranges = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, n_dim, 2, n_head_kv);
 
         layer.row_bytes = k->nb[1] + v->nb[1];
         layer.tip_bytes = ggml_row_size(layer.tips->type, layer.tips->ne[0])*n_head_kv/ggml_fasa_cells_per_block();
@@ -131,6 +135,7 @@ llama_fasa_tips::llama_fasa_tips(
 
         ggml_format_name(layer.tips, "cache_fasa_tips_l%d", il);
         ggml_format_name(layer.dims, "fasa_dims_l%d", il);
+        ggml_format_name(layer.ranges, "fasa_ranges_l%d", il);
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -168,14 +173,15 @@ void llama_fasa_tips::clear() {
     }
     for (auto & [il, layer] : layers) {
         if (layer.dims && layer.dims->data) {
-            ggml_backend_tensor_set(layer.dims, profile->dims[il].data(), 0, ggml_nbytes(layer.dims));
+            ggml_backend_tensor_set(layer.dims,   profile->dims[il].data(),   0, ggml_nbytes(layer.dims));
+            ggml_backend_tensor_set(layer.ranges, profile->ranges[il].data(), 0, ggml_nbytes(layer.ranges));
         }
     }
     stale.clear();
 }
 
 const llama_fasa_tips::layer & llama_fasa_tips::get_layer(int32_t il) const {
-    static const layer none = { nullptr, nullptr, nullptr, LLAMA_FASA_REASON_NO_CHUNKS, 0, 0, 0.0f };
+    static const layer none = { nullptr, nullptr, nullptr, nullptr, LLAMA_FASA_REASON_NO_CHUNKS, 0, 0, 0.0f };
 
     const auto it = layers.find(il);
 
@@ -214,19 +220,60 @@ ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, uint32_t
             tips->nb[1], tips->nb[2], tips->nb[3], s0*tips->nb[3]);
 }
 
-ggml_tensor * llama_fasa_tips::build_store_cached(ggml_context * ctx, int32_t il, ggml_tensor * idxs, bool is_rotated) const {
+bool llama_fasa_tips::copies_k() const {
+    return std::any_of(layers.begin(), layers.end(), [](const auto & it) {
+        return it.second.tips && !fasa_can_store_cached(it.second.k->type);
+    });
+}
+
+llama_fasa_tips::store_inputs llama_fasa_tips::build_store_inputs(ggml_context * ctx, ggml_tensor * idxs, int64_t n_cells) const {
+    store_inputs res;
+
+    res.idxs = idxs;
+    if (!idxs) {
+        res.idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_cells);
+        ggml_set_input(res.idxs);
+    }
+    if (copies_k()) {
+        res.rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
+        ggml_set_input(res.rows);
+        res.k_rot = kv.build_input_k_rot(ctx); // only what is quantized is rotated
+    }
+    return res;
+}
+
+void llama_fasa_tips::set_store_inputs(const store_inputs & inputs) const {
+    if (inputs.rows && inputs.rows->buffer) {
+        std::vector<int64_t> idxs(inputs.idxs->ne[0]);
+        ggml_backend_tensor_get(inputs.idxs, idxs.data(), 0, ggml_nbytes(inputs.idxs));
+
+        const std::vector<int32_t> rows(idxs.begin(), idxs.end());
+        ggml_backend_tensor_set(inputs.rows, rows.data(), 0, ggml_nbytes(inputs.rows));
+    }
+    if (inputs.k_rot && inputs.k_rot->buffer) {
+        kv.set_input_k_rot(inputs.k_rot);
+    }
+}
+
+ggml_tensor * llama_fasa_tips::build_store(ggml_context * ctx, int32_t il, const store_inputs & inputs) const {
     const auto & layer = layers.at(il);
 
-    const auto * k = layer.k;
-
-    if (is_rotated || !fasa_can_store_cached(k->type)) {
-        return nullptr;
-    }
+    const int64_t n_embd    = layer.k->ne[0];
     const int64_t n_head_kv = layer.dims->ne[1];
+    const int64_t n_rows    = layer.k->ne[1]*layer.k->ne[2];
 
-    ggml_tensor * k_heads = ggml_reshape_3d(ctx, layer.k, k->ne[0]/n_head_kv, n_head_kv, k->ne[1]*k->ne[2]);
+    if (fasa_can_store_cached(layer.k->type)) {
+        ggml_tensor * k = ggml_reshape_3d(ctx, layer.k, n_embd/n_head_kv, n_head_kv, n_rows);
+        return ggml_fasa_store_cached(ctx, layer.tips, k, layer.dims, layer.ranges, inputs.idxs);
+    }
 
-    return ggml_fasa_store_cached(ctx, layer.tips, k_heads, layer.dims, idxs);
+    ggml_tensor * k = ggml_get_rows(ctx, ggml_reshape_2d(ctx, layer.k, n_embd, n_rows), inputs.rows);
+
+    k = ggml_reshape_3d(ctx, k, n_embd/n_head_kv, n_head_kv, inputs.rows->ne[0]);
+    if (inputs.k_rot) {
+        k = llama_mul_mat_hadamard(ctx, k, inputs.k_rot); // its own inverse
+    }
+    return ggml_fasa_store(ctx, layer.tips, k, layer.dims, layer.ranges, inputs.idxs, layer.k->type);
 }
 
 const std::set<std::pair<llama_pos, uint32_t>> & llama_fasa_tips::get_cells(llama_seq_id seq_id) const {
@@ -268,27 +315,18 @@ namespace {
 
 class fasa_graph_input_cells : public llm_graph_input_i {
 public:
-    fasa_graph_input_cells(const llama_kv_cache & kv, std::vector<int64_t> cells) : kv(kv), cells(std::move(cells)) {}
+    fasa_graph_input_cells(const llama_fasa_tips & tips, ggml_context * ctx, std::vector<int64_t> cells) :
+        store(tips.build_store_inputs(ctx, nullptr, cells.size())), tips(tips), cells(std::move(cells)) {}
 
     void set_input(const llama_ubatch * /*ubatch*/) override {
-        const std::vector<int32_t> rows(cells.begin(), cells.end());
-
-        ggml_backend_tensor_set(idxs, cells.data(), 0, ggml_nbytes(idxs));
-
-        if (k_idxs->buffer) {
-            ggml_backend_tensor_set(k_idxs, rows.data(), 0, ggml_nbytes(k_idxs));
-        }
-        if (k_rot && k_rot->buffer) {
-            kv.set_input_k_rot(k_rot);
-        }
+        ggml_backend_tensor_set(store.idxs, cells.data(), 0, ggml_nbytes(store.idxs));
+        tips.set_store_inputs(store);
     }
 
-    ggml_tensor * k_idxs = nullptr; // I32 [n_cells], of no use where keys are read from the cache itself
-    ggml_tensor * idxs   = nullptr; // I64 [n_cells]
-    ggml_tensor * k_rot  = nullptr; // F32 [n_rot, n_rot], nullptr: K is not rotated
+    const llama_fasa_tips::store_inputs store;
 
 private:
-    const llama_kv_cache     & kv;
+    const llama_fasa_tips    & tips;
     const std::vector<int64_t> cells;
 };
 
@@ -298,39 +336,12 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
     auto * ctx = res->get_ctx();
     auto * gf  = res->get_gf();
 
-    const int64_t n_cells = cells.size();
-
-    auto inp = std::make_unique<fasa_graph_input_cells>(kv, std::move(cells));
-
-    inp->k_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
-    inp->idxs   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_cells);
-    inp->k_rot  = kv.build_input_k_rot(ctx);
-
-    ggml_set_input(inp->k_idxs);
-    ggml_set_input(inp->idxs);
+    auto inp = std::make_unique<fasa_graph_input_cells>(*this, ctx, std::move(cells));
 
     for (const auto & [il, layer] : layers) {
-        if (!layer.tips) {
-            continue;
+        if (layer.tips) {
+            ggml_build_forward_expand(gf, build_store(ctx, il, inp->store));
         }
-
-        if (auto * stored = build_store_cached(ctx, il, inp->idxs, inp->k_rot != nullptr)) {
-            ggml_build_forward_expand(gf, stored);
-            continue;
-        }
-
-        const int64_t n_head_kv = layer.dims->ne[1];
-
-        ggml_tensor * k = ggml_reshape_2d(ctx, layer.k, layer.k->ne[0], layer.k->ne[1]*layer.k->ne[2]);
-
-        k = ggml_get_rows(ctx, k, inp->k_idxs);
-        k = ggml_reshape_3d(ctx, k, k->ne[0]/n_head_kv, n_head_kv, n_cells);
-
-        if (inp->k_rot) {
-            k = llama_mul_mat_hadamard(ctx, k, inp->k_rot); // its own inverse
-        }
-
-        ggml_build_forward_expand(gf, ggml_fasa_store(ctx, layer.tips, k, layer.dims, inp->idxs, layer.k->type));
     }
 
     res->add_input(std::move(inp));
@@ -340,14 +351,13 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
 
 bool llama_fasa_tips::rebuild(llama_context * lctx) {
     const auto has_tips = [](const auto & it) { return it.second.tips != nullptr; };
-    const auto copies_k = [&](const auto & it) { return has_tips(it) && !fasa_can_store_cached(it.second.k->type); };
 
     if (std::none_of(layers.begin(), layers.end(), has_tips)) {
         stale.clear();
         return true;
     }
     // what is quantized (only that is rotated) is copied as f32: no more rows than a micro-batch computes, for which memory is reserved
-    const size_t n_cells_max = std::any_of(layers.begin(), layers.end(), copies_k) ? lctx->n_ubatch() : 8192;
+    const size_t n_cells_max = copies_k() ? lctx->n_ubatch() : 8192;
 
     // what has failed before is named again
     std::sort(stale.begin(), stale.end());

@@ -20,6 +20,7 @@ public:
     struct layer {
         ggml_tensor * tips = nullptr; // see ggml_fasa_new_tips; nullptr: this layer runs dense
         ggml_tensor * dims = nullptr; // I32 [n_dim, n_head_kv]
+        ggml_tensor * ranges = nullptr; // F32 [n_dim, 2, n_head_kv]
         ggml_tensor * k    = nullptr; // the K cache of the layer [n_embd_k_gqa, kv_size, n_stream]
 
         llama_fasa_reason reason = LLAMA_FASA_REASON_NONE; // why there are no tips
@@ -49,9 +50,22 @@ public:
     // the tips of the streams and cells that the current batch attends to
     ggml_tensor * get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
 
-    // writes the tips of these cells, whose keys are in the cache by then, so that RoPE's result has no reader but the
-    // write of K and the two can be fused; nullptr: K is quantized or rotated, the keys themselves are needed
-    ggml_tensor * build_store_cached(ggml_context * ctx, int32_t il, ggml_tensor * idxs, bool is_rotated) const;
+    // what build_store needs to know of cells; input tensors
+    struct store_inputs {
+        ggml_tensor * idxs  = nullptr; // I64 [n_cells], stream by stream
+        ggml_tensor * rows  = nullptr; // I32, the same; nullptr: no layer's keys are copied
+        ggml_tensor * k_rot = nullptr; // F32 [n_rot, n_rot]; nullptr: K is not rotated
+    };
+
+    // idxs: nullptr for an input of its own
+    store_inputs build_store_inputs(ggml_context * ctx, ggml_tensor * idxs, int64_t n_cells) const;
+
+    // after that of idxs has been set
+    void set_store_inputs(const store_inputs & inputs) const;
+
+    // Writes the tips of cells, whose keys are in the cache by then: as it holds them, so that tips made again are the same. And so
+    // RoPE's result has no reader but the write of K, and the two can be fused.
+    ggml_tensor * build_store(ggml_context * ctx, int32_t il, const store_inputs & inputs) const;
 
     // (position, cell) of a sequence, ascending
     const std::set<std::pair<llama_pos, uint32_t>> & get_cells(llama_seq_id seq_id) const;
@@ -69,6 +83,8 @@ public:
     void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
 private:
+    bool copies_k() const; // a layer's keys have to be copied to be read
+
     ggml_cgraph * build_graph_rebuild(llm_graph_result * res, std::vector<int64_t> cells) const;
 
     const llama_model & model;

@@ -105,7 +105,7 @@ struct test_fasa : public test_case {
 };
 
 // GGML_OP_FASA_SELECT: store K, then choose
-// twin: ggml_set_rows, and for every cell the greatest softmax probability among the heads that share a choice
+// twin: ggml_set_rows of the levels, and for every cell the greatest softmax probability among the heads that share a choice
 struct test_fasa_select : public test_fasa {
     const int64_t hsk;                 // K head size
     const int64_t nh;                  // num KV heads
@@ -127,8 +127,10 @@ struct test_fasa_select : public test_fasa {
     ggml_tensor * idxs   = nullptr;
     ggml_tensor * k      = nullptr;
     ggml_tensor * k_kv   = nullptr; // the K cache
+    ggml_tensor * levels = nullptr; // what the tips make of the keys, tests only
     ggml_tensor * dims   = nullptr;
-    ggml_tensor * sel    = nullptr; // F32 [hsk, nh] 1: one of dims
+    ggml_tensor * ranges = nullptr;
+    ggml_tensor * steps  = nullptr; // F32 [hsk, nh] of dims, else 0; tests only
     ggml_tensor * mask   = nullptr;
     ggml_tensor * forced = nullptr;
 
@@ -159,28 +161,30 @@ struct test_fasa_select : public test_fasa {
         k      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh, n_store);
         idxs   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_store);
         dims   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_dim, nh);
+        ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, 2, nh);
         mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb + 1, 1, nr23[1]);
         forced = n_forced ? ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_forced, nb, nr23[1]) : nullptr;
 
         if (cached) {
             k_kv  = ggml_new_tensor_3d(ctx, type_k, hsk, nh, n_cells()*nr23[1]);
-            store = ggml_fasa_store_cached(ctx, tips, k_kv, dims, idxs);
+            store = ggml_fasa_store_cached(ctx, tips, k_kv, dims, ranges, idxs);
         } else {
-            store = ggml_fasa_store(ctx, tips, k, dims, idxs, type_k);
+            store = ggml_fasa_store(ctx, tips, k, dims, ranges, idxs, type_k);
         }
 
         ggml_tensor * tips_kv = view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block());
-        ggml_tensor * select  = ggml_fasa_select(ctx, q, tips_kv, dims, mask, forced, n_head_sel(), n_fac, scale);
+        ggml_tensor * select  = ggml_fasa_select(ctx, q, tips_kv, dims, ranges, mask, forced, n_head_sel(), n_fac, scale);
 
         if (is_compared()) {
-            sel = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hsk, nh);
+            steps  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hsk, nh);
+            levels = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh, n_store);
 
             ggml_tensor * cache = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hsk*nh, n_cells()*nr23[1]);
             ggml_set_name(cache, "zeros");
 
-            ggml_tensor * keys  = ggml_set_rows(ctx, cache, ggml_reshape_2d(ctx, k, hsk*nh, n_store), idxs);
+            ggml_tensor * keys  = ggml_set_rows(ctx, cache, ggml_reshape_2d(ctx, levels, hsk*nh, n_store), idxs);
             keys = view_cells(ctx, ggml_reshape_4d(ctx, keys, hsk, nh, n_cells(), nr23[1]), 2, kv);
-            keys = ggml_permute(ctx, ggml_mul(ctx, keys, sel), 0, 2, 1, 3);
+            keys = ggml_permute(ctx, ggml_mul(ctx, keys, steps), 0, 2, 1, 3);
 
             ggml_tensor * q_one = q_scale == 1.0f ? q : ggml_scale(ctx, q, 1.0f/q_scale);
             ggml_tensor * kq    = ggml_mul_mat(ctx, keys, ggml_permute(ctx, q_one, 0, 2, 1, 3));
@@ -203,18 +207,28 @@ struct test_fasa_select : public test_fasa {
         }
         set_sentinels();
 
+        // ranges of powers of two, so that nothing is rounded; a dim that never moves
         std::vector<int32_t> dims_ids;
-        std::vector<float>   dims_sel(hsk*nh);
+        std::vector<float>   ranges_values;
+        std::vector<float>   dims_centre(hsk*nh);
+        std::vector<float>   dims_step(hsk*nh);
         for (int64_t ih = 0; ih < nh; ++ih) {
             std::vector<int32_t> ids(hsk);
             std::iota(ids.begin(), ids.end(), 0);
             std::shuffle(ids.begin(), ids.end(), rng);
             for (int64_t i = 0; i < n_dim; ++i) {
                 dims_ids.push_back(ids[i]);
-                dims_sel[ih*hsk + ids[i]] = 1.0f;
+                dims_step  [ih*hsk + ids[i]] = i > 0 && i == n_dim - 1 ? 0.0f : ldexpf(1.0f, random(-4, -1));
+                dims_centre[ih*hsk + ids[i]] = dims_step[ih*hsk + ids[i]]*random(-40, 40)/4;
+            }
+            for (const auto * values : { &dims_centre, &dims_step }) {
+                for (int64_t i = 0; i < n_dim; ++i) {
+                    ranges_values.push_back((*values)[ih*hsk + ids[i]]);
+                }
             }
         }
         set(dims, dims_ids);
+        set(ranges, ranges_values);
 
         // cells outside of the view as well
         std::vector<int64_t> cells(n_cells()*nr23[1]);
@@ -237,26 +251,36 @@ struct test_fasa_select : public test_fasa {
             return seen;
         };
 
-        // Multiples of the step that 8 bits have, with a head's greatest among its dims: rounding a query or a tip loses
-        // nothing, and the twin needs no tolerance for it. The extremes are frequent, for sums that saturate.
-        const auto fill = [&](float * head, int64_t ih, float step) {
-            for (int64_t i = 0; i < hsk; ++i) {
-                head[i] = step*(random(0, 3) ? random(-127, 127) : random(0, 1) ? 127 : -127);
-            }
-            head[dims_ids[ih*n_dim]] = step*(random(0, 1) ? 127 : -127);
-        };
-
+        // In units of the steps multiples of what 8 bits have, with a head's greatest among its dims: rounding a query loses nothing, and
+        // the twin needs no tolerance for it. The extremes are frequent, for sums that saturate.
         std::vector<float> queries(ggml_nelements(q));
         for (int64_t i = 0; i < ggml_nrows(q); ++i) {
-            fill(queries.data() + i*hsk, i % q->ne[1] / nr23[0], random(0, 15) ? q_scale*ldexpf(1.0f, random(-7, -4)) : 0.0f);
+            const int64_t ih   = i % q->ne[1] / nr23[0];
+            const float   unit = random(0, 15) ? q_scale*ldexpf(1.0f, random(-10, -6)) : 0.0f;
+            for (int64_t j = 0; j < hsk; ++j) {
+                const float step = dims_step[ih*hsk + j];
+                queries[i*hsk + j] = unit*(random(0, 3) ? random(-127, 127) : random(0, 1) ? 127 : -127)/(step > 0.0f ? step : 1.0f);
+            }
+            const int32_t first = dims_ids[ih*n_dim];
+            queries[i*hsk + first] = unit*(random(0, 1) ? 127 : -127)/dims_step[ih*hsk + first];
         }
         set(q, queries);
 
-        // cells that no token sees hold anything
+        // levels, and keys in the middle of them, or far beyond the first and the last one; cells that no token sees hold anything
         std::vector<float> keys(ggml_nelements(k));
+        std::vector<float> keys_levels(keys.size());
         for (int64_t i = 0; i < ggml_nrows(k); ++i) {
-            const bool is_huge = !is_seen(cells[i/nh]) && random(0, 1);
-            fill(keys.data() + i*hsk, i % nh, is_huge ? 1e30f : random(0, 15) ? ldexpf(1.0f, random(-9, -5)) : 0.0f);
+            const bool is_wild = !is_seen(cells[i/nh]) && random(0, 1);
+            for (int64_t j = 0; j < hsk; ++j) {
+                const int64_t at    = i % nh*hsk + j;
+                const int64_t level = random(0, 3) ? random(0, 15) : random(0, 1) ? 15 : 0;
+                const float   far   = random(0, 7) ? 0.0f : level == 15 ? random(1, 1000) : level == 0 ? -random(1, 1000) : 0.0f;
+                keys       [i*hsk + j] = dims_centre[at] + dims_step[at]*(level - 7.5f + far);
+                keys_levels[i*hsk + j] = level;
+                if (is_wild) {
+                    keys[i*hsk + j] = std::array<float, 4>{ NAN, INFINITY, -INFINITY, 1e30f }[random(0, 3)];
+                }
+            }
         }
         set(k, keys);
 
@@ -276,8 +300,9 @@ struct test_fasa_select : public test_fasa {
         if (forced) {
             set(forced, forced_ids);
         }
-        if (sel) {
-            set(sel, dims_sel);
+        if (levels) {
+            set(levels, keys_levels);
+            set(steps, dims_step);
         }
     }
 
@@ -342,7 +367,7 @@ struct test_fasa_store : public test_fasa_select {
 
     size_t op_size(ggml_tensor * t) override {
         GGML_UNUSED(t);
-        return n_store*nh*ggml_row_size(cached ? type_k : k->type, hsk) + ggml_nbytes(idxs) + n_store*nh*(n_dim + sizeof(ggml_fp16_t));
+        return n_store*nh*ggml_row_size(cached ? type_k : k->type, hsk) + ggml_nbytes(idxs) + n_store*nh*n_dim/2;
     }
 };
 
@@ -545,6 +570,7 @@ struct test_fasa_decode : public test_fasa {
     ggml_tensor * k      = nullptr;
     ggml_tensor * v      = nullptr;
     ggml_tensor * dims   = nullptr;
+    ggml_tensor * ranges = nullptr;
     ggml_tensor * mask   = nullptr;
     ggml_tensor * forced = nullptr;
     ggml_tensor * s      = nullptr;
@@ -575,13 +601,14 @@ struct test_fasa_decode : public test_fasa {
         k      = view_cells(ctx, ggml_new_tensor_4d(ctx, type_K, hsk, nh, kv + 7, nr23[1]), 2, kv);
         v      = view_cells(ctx, ggml_new_tensor_4d(ctx, type_V, hsk, nh, kv + 7, nr23[1]), 2, kv);
         dims   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_dim, nh);
+        ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, 2, nh);
         mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb, 1, nr23[1]);
         forced = n_forced ? ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_forced, nb, nr23[1]) : nullptr;
         s      = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, nh*nr23[0]) : nullptr;
 
         const auto build = [&](bool is_apart) {
-            ggml_tensor * store  = ggml_fasa_store(ctx, tips, keys, dims, idxs, GGML_TYPE_F32);
-            ggml_tensor * select = ggml_fasa_select(ctx, q, view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block()), dims, mask, forced, n_head_sel, n_fac, scale);
+            ggml_tensor * store  = ggml_fasa_store(ctx, tips, keys, dims, ranges, idxs, GGML_TYPE_F32);
+            ggml_tensor * select = ggml_fasa_select(ctx, q, view_cells(ctx, store, 1, kv/ggml_fasa_cells_per_block()), dims, ranges, mask, forced, n_head_sel, n_fac, scale);
             if (is_apart) {
                 ggml_set_output(select); // somebody wants the list: no backend may leave it out
             }
@@ -629,6 +656,11 @@ struct test_fasa_decode : public test_fasa {
             ids.insert(ids.end(), all.begin(), all.begin() + n_dim);
         }
         set(dims, ids);
+        std::vector<float> values(ggml_nelements(ranges));
+        for (size_t i = 0; i < values.size(); ++i) {
+            values[i] = i/n_dim % 2 ? 0.125f : fasa_random(rng, -10, 10)/40.0f; // keys are from -1 to 1
+        }
+        set(ranges, values);
         set_mask(mask, nb, hidden, rng);
         if (forced) {
             std::vector<int32_t> data(ggml_nelements(forced));
