@@ -53,8 +53,9 @@ def score(
     """Token importance of every cell for each head that chooses (TIP, arXiv 2602.03152 section 4.2).
 
     A query head's scores are its logits on the dominant chunks alone, but for a constant: the sum of the levels, each
-    times the query in units of its step, rounded to 8 bits, and scaled down where it might overflow. The heads of a group are made comparable by log-softmax over the visible cells, and the
-    greatest counts; one head alone keeps its raw scores, the paper's rule.
+    times the query in units of its step, rounded to 8 bits, and scaled down where it might overflow. The heads of a
+    group are made comparable by log-softmax over the visible cells, and the greatest counts; one head alone keeps its
+    raw scores, the paper's rule.
 
     Args:
         q: float32 [n_tokens, n_head, n_embd_head].

@@ -199,8 +199,8 @@ def ops(_folder: Path) -> Case:
         forced = rng.integers(-1, n_kv, (n_tokens, int(rng.integers(0, 5))), dtype=np.int32)
         n_fac = int(rng.integers(max(1, forced.shape[1]), n_kv + 1))
         with np.errstate(invalid="ignore", over="ignore"):
-            tips = reference.store(case.k, case.dims)
-        scores = reference.score(case.q, tips, case.dims, case.mask, case.scale, by_head)
+            tips = reference.store(case.k, case.dims, case.ranges)
+        scores = reference.score(case.q, tips, case.dims, case.ranges, case.mask, case.scale, by_head)
         tolerance = 1e-4 + 1e-5 * np.abs(scores[np.isfinite(scores)]).max(initial=0)
         for it, cells in enumerate(forced):
             cells = cells[cells >= 0]

@@ -42,7 +42,9 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
     visible = shape.n_kv - shape.n_hidden - np.arange(shape.n_tokens)[::-1]
     mask[np.arange(shape.n_kv)[None, :] >= visible[:, None]] = -np.inf
     mask[:, 3] = -np.inf  # a hole, as seq_rm leaves it
-    ranges = np.stack([rng.uniform(-1, 1, (shape.n_head_kv, shape.n_dim)), rng.uniform(0.2, 0.5, (shape.n_head_kv, shape.n_dim))], 1)
+    ranges = np.stack(
+        [rng.uniform(-1, 1, (shape.n_head_kv, shape.n_dim)), rng.uniform(0.2, 0.5, (shape.n_head_kv, shape.n_dim))], 1
+    )
     ranges[:, 1, -1] = 0  # never moves
     return Case(
         q=normal(shape.n_tokens, shape.n_head, shape.n_embd_head),

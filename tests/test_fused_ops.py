@@ -32,7 +32,9 @@ def test_rows_of_v_and_tips_in_one_graph(shape: Shape, n_tokens: int, type_v: st
         rows_v *= np.float32(10) ** rng.uniform(-9, 6, rows_v.shape).astype(np.float32)
         rows_v[:, :6] = 0, -0.0, 65519, 65520, -np.inf, 1 + 2**-11
     with Graph() as g:
-        k, dims, idxs_k, idxs_v = (g.tensor(x) for x in (case.k[:n_tokens], case.dims, cells_k, cells_v))
+        k, dims, ranges, idxs_k, idxs_v = (
+            g.tensor(x) for x in (case.k[:n_tokens], case.dims, case.ranges, cells_k, cells_v)
+        )
         rows_k = g.ggml_reshape_3d(k, n_embd, n_tokens, 1)
         size = 4 * (n_embd + 32)
         rows_v = g.ggml_view_4d(g.tensor(rows_v), n_embd, n_tokens, 1, 1, size, size * n_tokens, size * n_tokens, 0)
@@ -44,7 +46,7 @@ def test_rows_of_v_and_tips_in_one_graph(shape: Shape, n_tokens: int, type_v: st
             for written in (k, v, tips):
                 g.write(written, np.full(g.n_bytes(written), 0xFF, np.uint8))
             k_heads = g.ggml_reshape_3d(k, n_embd_head, n_head_kv, 2 * n_kv)
-            stored = g.ggml_fasa_store_cached(tips, k_heads, dims, idxs_k)
+            stored = g.ggml_fasa_store_cached(tips, k_heads, dims, ranges, idxs_k)
             return [g.ggml_set_rows(k, rows_k, idxs_k), g.ggml_set_rows(v, rows_v, idxs_v), stored], [k, v, tips]
 
         apart, wanted = ops()
@@ -62,9 +64,9 @@ def test_rows_of_v_and_tips_in_one_graph(shape: Shape, n_tokens: int, type_v: st
             assert (g.read(y, np.uint8) == written).all() and (written != 0xFF).any()
 
 
-@pytest.mark.parametrize("reads", ["k", "idxs", "dims"])
+@pytest.mark.parametrize("reads", ["k", "idxs", "dims", "ranges"])
 def test_tips_are_made_behind_what_they_read(reads: str, device: str) -> None:
-    """Of rows that were written right before, at indices and of dims that were: in launches of their own."""
+    """Of rows that were written right before, at indices and of dims and ranges that were: in launches of their own."""
     case = make_case(Shape())
     n_kv, n_head_kv, n_embd_head = case.k.shape
     n_embd = n_head_kv * n_embd_head
@@ -75,16 +77,17 @@ def test_tips_are_made_behind_what_they_read(reads: str, device: str) -> None:
             k, v = (g.new(F32, n_kv, n_embd) for _ in range(2))
             for cache in (k, v):
                 g.clear(cache)
-            dims, idxs = g.tensor(case.dims), g.tensor(cell)
+            dims, ranges, idxs = g.tensor(case.dims), g.tensor(case.ranges), g.tensor(cell)
             read_dims = g.ggml_cont(dims) if reads == "dims" else dims
+            read_ranges = g.ggml_cont(ranges) if reads == "ranges" else ranges
             read_idxs = g.ggml_cont(idxs) if reads == "idxs" else idxs
             row = g.ggml_reshape_3d(g.tensor(case.k[0]), n_embd, 1, 1)
             k_heads = g.ggml_reshape_3d(k, n_embd_head, n_head_kv, n_kv)
             rows = [g.ggml_set_rows(k, row, idxs)]
             if reads != "k":
-                rows = [read_dims, read_idxs, *rows, g.ggml_set_rows(v, row, idxs)]
+                rows = [read_dims, read_ranges, read_idxs, *rows, g.ggml_set_rows(v, row, idxs)]
             with launches() as launched:
-                g.run(*rows, g.ggml_fasa_store_cached(tips, k_heads, read_dims, read_idxs))
+                g.run(*rows, g.ggml_fasa_store_cached(tips, k_heads, read_dims, read_ranges, read_idxs))
             return launched
 
         wanted, found = (g.ggml_fasa_new_tips(n_kv, case.dims.shape[1], n_head_kv, 1) for _ in range(2))
@@ -140,7 +143,7 @@ BOTH = [
 def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
     """On CUDA one launch does both, if nobody else wants the list: the same rows, added up in another order.
 
-    Two do where the list is an output or another op reads it, or where the dims are computed.
+    Two do where the list is an output or another op reads it, or where dims or ranges are computed.
     """
     shape = both.shape
     cases = [make_case(shape, seed) for seed in range(both.n_stream)]
@@ -152,9 +155,9 @@ def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
     with Graph() as g:
         stack = lambda name: g.tensor(np.stack([getattr(case, name) for case in cases]))  # noqa: E731
         tips = g.ggml_fasa_new_tips(shape.n_kv, shape.n_dim, shape.n_head_kv, both.n_stream)
-        dims = g.tensor(cases[0].dims)
+        dims, ranges = g.tensor(cases[0].dims), g.tensor(cases[0].ranges)
         cells = g.tensor(np.arange(shape.n_kv * both.n_stream, dtype=np.int64))
-        g.run(g.ggml_fasa_store(tips, g.tensor(np.concatenate([case.k for case in cases])), dims, cells, F32))
+        g.run(g.ggml_fasa_store(tips, g.tensor(np.concatenate([case.k for case in cases])), dims, ranges, cells, F32))
 
         cases = [replace(case, v=case.v.astype(np.float32), mask=case.mask[None]) for case in cases]
         for case in cases if both.n_infinite else ():  # tips are there already
@@ -166,8 +169,8 @@ def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
         forced = g.tensor(forced) if both.n_forced else None
         scale = cases[0].scale
 
-        def select(dims: int = dims) -> int:
-            return g.ggml_fasa_select(q, tips, dims, mask, forced, n_head_sel, both.n_fac, scale)
+        def select(dims: int = dims, ranges: int = ranges) -> int:
+            return g.ggml_fasa_select(q, tips, dims, ranges, mask, forced, n_head_sel, both.n_fac, scale)
 
         def attend(idx: int) -> int:
             return g.ggml_fasa_attend(q, k, v, idx, None, sinks, scale, both.softcap)
@@ -192,9 +195,10 @@ def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
         assert ((found - wanted) ** 2).sum() <= NMSE_REFERENCE * (wanted**2).sum()
 
         apart = {"FASA_SELECT": 1, "FASA_ATTEND": 1} if device != "CPU" else {}
-        output, read, of_computed = select(), select(), select(g.ggml_cont(dims))
+        output, read = select(), select()
+        computed = [select(dims=g.ggml_cont(dims)), select(ranges=g.ggml_cont(ranges))]
         _ggml.base.ggml_set_output(output)
-        for idx, copy in ((output, []), (read, [g.ggml_cont(read)]), (of_computed, [])):
+        for idx, copy in ((output, []), (read, [g.ggml_cont(read)]), *((idx, []) for idx in computed)):
             out = attend(idx)
             assert run(out, *copy) == apart
             assert (g.read(out, np.float32) == wanted).all()
