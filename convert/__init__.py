@@ -4,7 +4,7 @@ Installed as ``fasa_edge.convert``. The runtime never imports it.
 """
 
 from .checkpoint import OUTTYPES
-from .inspect import FileReport, inspect
+from .inspect import FileReport, farthest, inspect, picture
 from .objectives import OBJECTIVES
 from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
 from .plot import write_plot
@@ -19,6 +19,8 @@ __all__ = [
     "ConvertResult",
     "FileReport",
     "convert",
+    "farthest",
     "inspect",
+    "picture",
     "write_plot",
 ]

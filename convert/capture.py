@@ -68,6 +68,19 @@ class ModelRun:
         """Frees the model."""
         self._llm.close()
 
+    def angles(self, il: int, n_ctx: int = 0) -> np.ndarray:
+        """By how many radians one position turns each chunk of a head of a layer, float64 ``[n_chunk]``.
+
+        Args:
+            il: the layer.
+            n_ctx: in a context of that many tokens; 0: in this one.
+        """
+        return _capi.rope_angles(self._llm.ctx, il, self.geometry[il].n_embd_head // 2, n_ctx)
+
+    def window(self, il: int) -> int:
+        """Tokens that a layer with a sliding window attends to; 0: it has none."""
+        return llama_cpp.llama_model_n_swa(self._llm.model) if self.geometry[il].is_swa else 0
+
     def tokenize(self, text: str, n: int) -> list[int]:
         """See :func:`fasa_edge.convert.text.first_tokens`."""
         return first_tokens(self._llm, text, n)

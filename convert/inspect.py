@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fasa_edge.config import tip_bytes
 from fasa_edge.errors import SchemaError
 from fasa_edge.schema import ARRAYS, PREFIX, SCALARS, GGUFValueType, Profile, from_metadata
+
+import numpy as np
 
 from .gguf_header import read_header
 from .split import model_files, read_shards
@@ -59,12 +62,15 @@ class FileReport:
                 "n_head_kv": chunks.shape[0],
                 "n_chunk": chunks.shape[1],
                 "chunks": chunks[:, :n_tip].tolist(),
-                "agreement": agreement[:, :n_tip].tolist(),
+                "agreement": self.profile.agreement[il][:, :n_tip].tolist(),
+                "centre": self.profile.centre[il][:, :n_tip].tolist(),
+                "step": self.profile.step[il][:, :n_tip].tolist(),
             }
-            for il, (chunks, agreement) in enumerate(zip(self.profile.chunks, self.profile.agreement, strict=True))
+            for il, chunks in enumerate(self.profile.chunks)
         ]
         return report | {
             "n_tip": n_tip,
+            "tip_bytes": tip_bytes(n_tip),
             "config": asdict(self.profile.config),
             "calibration": asdict(self.profile.calibration),
             "fingerprint": self.profile.fingerprint,
@@ -101,3 +107,28 @@ def inspect(path: str | Path) -> FileReport:
         n_tensors=sum(shard.n_tensors for shard in shards),
         profile=profile,
     )
+
+
+def picture(chunks: np.ndarray, step: np.ndarray) -> str:
+    """The ranges of a KV head's chunks, a character each, by falling frequency.
+
+    Args:
+        chunks: int32 ``[n_chunk]``, the ranking.
+        step: float32 ``[n_chunk]``, in its order.
+
+    Returns:
+        0 to 9: the step in tenths of the head's largest; ``-``: 0, the chunk is never scored.
+    """
+    by_chunk = np.empty_like(step)
+    by_chunk[chunks] = step
+    tenths = 10 * by_chunk / max(by_chunk.max(), np.finfo(np.float32).tiny)
+    return "".join("-" if size == 0 else str(min(int(size), 9)) for size in tenths)
+
+
+def farthest(chunks: np.ndarray, centre: np.ndarray, step: np.ndarray) -> tuple[int, float]:
+    """Of a KV head the chunk whose keys lie farthest from 0, and how far, in the widths of a range to either side.
+
+    Beyond 1 a range around 0 would not hold them at all. Chunks that are never scored do not count.
+    """
+    size = np.divide(np.abs(centre).max(-1), 8 * step, out=np.zeros_like(step), where=step > 0)
+    return int(chunks[size.argmax()]), float(size.max())

@@ -3,17 +3,19 @@
 An objective sees one layer. It is fed the queries and keys of a calibration text block by block, in order, and then
 ranks all chunks of every KV head, best first, so that any prefix of the ranking is a choice. Chunks are ranked per KV
 head, not per query head as in arXiv 2602.03152, because one packed key serves its whole group. Scores are raw logits
-``q . k``. Equal values go to the lower chunk.
+``q . k``. Equal values go to the lower chunk. What it is fed stands at position 0; the objective stretches it over
+the depths of a context (:mod:`fasa_edge.convert.stretch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from .second_moments import Energy, LeastSquares
+from .stretch import Depth
 from .top_tokens import AttentionMass, ContextualAgreement
 
 
@@ -26,8 +28,8 @@ class Objective(Protocol):
         """Takes the next block of the text.
 
         Args:
-            q: float32 ``[n_tokens, n_head, n_embd_head]``, after RoPE.
-            k: float32 ``[n_tokens, n_head_kv, n_embd_head]``, after RoPE.
+            q: the planes of its queries, turned back to position 0, complex128 ``[n_tokens, n_head, n_chunk]``.
+            k: those of its keys, likewise, complex128 ``[n_tokens, n_head_kv, n_chunk]``.
         """
         ...
 
@@ -36,14 +38,14 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, Callable[[np.ndarray, int, int, int], Objective]] = {
+OBJECTIVES: dict[str, Callable[[int, int, int, int, Sequence[Depth]], Objective]] = {
     "agreement": ContextualAgreement,
     "energy": Energy,
     "lsq": LeastSquares,
     "mass": AttentionMass,
 }
-"""name: class, constructed per layer as ``(dims, n_head_kv, n_tokens, top_k)``.
+"""name: class, constructed per layer as ``(n_head_kv, n_chunk, n_tokens, top_k, depths)``.
 
-``dims`` are the chunks' dimensions (:func:`fasa_edge.convert.rope.chunk_dims`), ``n_tokens`` the length of the
-calibration and ``top_k`` the number of tokens that a query's top tokens are, for the objectives that look at those.
+``n_tokens`` is the length of the calibration, ``top_k`` the number of tokens that a query's top tokens are, for the
+objectives that look at those, and ``depths`` the contexts to stretch over, the greatest last.
 """

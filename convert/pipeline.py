@@ -10,7 +10,7 @@ from typing import Literal
 
 from fasa_edge import __version__
 from fasa_edge._trial import try_model
-from fasa_edge.config import FasaConfig, default_n_tip
+from fasa_edge.config import INT32_MAX, FasaConfig, default_n_tip
 from fasa_edge.errors import ConvertError, ModelError
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 
@@ -64,6 +64,7 @@ def convert(
     n_tip: int | Literal["auto"] | None = None,
     objective: str = "lsq",
     tokens: int = DEFAULT_TOKENS,
+    context: int | None = None,
     top_k: int = DEFAULT_TOP_K,
     config: FasaConfig | None = None,
     check: bool = True,
@@ -87,6 +88,8 @@ def convert(
             the smallest that passes the check, or the default where there can be none.
         objective: a name in :data:`fasa_edge.convert.objectives.OBJECTIVES`.
         tokens: length of the calibration; the model's context and the text limit it further.
+        context: tokens of the longest context that the calibration is stretched over, see
+            :mod:`fasa_edge.convert.stretch`; None for that of the model.
         top_k: how many tokens count as a query's top ones in objectives that look at those.
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
         check: measure the profile on text that it was not calibrated on (:mod:`fasa_edge.convert.selfcheck`). What
@@ -107,6 +110,8 @@ def convert(
         raise ConvertError(f"objective {objective!r} is unknown: choose one of {', '.join(sorted(OBJECTIVES))}")
     if tokens < MIN_TOKENS:
         raise ConvertError(f"tokens = {tokens} is too few to calibrate on: choose at least {MIN_TOKENS}")
+    if context is not None and not MIN_TOKENS <= context <= INT32_MAX:
+        raise ConvertError(f"context = {context} is out of range: choose {MIN_TOKENS} to {INT32_MAX} tokens")
     if top_k < 1:
         raise ConvertError(f"top_k = {top_k} is out of range: choose at least 1")
     if n_tip == "auto" and not check:
@@ -133,7 +138,7 @@ def convert(
         except ModelError as error:
             raise ConvertError(str(error)) from error
         n_given = None if n_tip == "auto" else n_tip
-        made = _make_profile(header, calibration_text, n_given, objective, tokens, top_k, config, progress)
+        made = _make_profile(header, calibration_text, n_given, objective, tokens, context, top_k, config, progress)
         checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress) if check else (None, None)
         made = replace(made, n_tip=checked.n_tip) if checked else made
         metadata = to_metadata(made)
@@ -152,12 +157,14 @@ def _make_profile(
     n_tip: int | None,
     objective: str,
     tokens: int,
+    context: int | None,
     top_k: int,
     config: FasaConfig | None,
     progress: Progress,
 ) -> Profile:
     """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked."""
     name, content = calibration_text
+    context = context or _context_length(header)
     n_ctx = min(tokens, _context_length(header))
     annotated = any(key.startswith(PREFIX) for key in header.entries)
     with ModelRun(header.path, n_ctx, annotated=annotated) as model:
@@ -168,16 +175,19 @@ def _make_profile(
             raise ConvertError(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
-        chunks, agreement = rank_chunks(model, dims, prompt, objective, top_k, progress)
+        rankings = rank_chunks(model, dims, prompt, objective, top_k, context, progress)
         fingerprint = model.fingerprint
     return Profile(
         n_tip=n_tip,
-        chunks=chunks,
-        agreement=agreement,
+        chunks=[ranking.chunks for ranking in rankings],
+        agreement=[ranking.agreement for ranking in rankings],
+        centre=[ranking.centre for ranking in rankings],
+        step=[ranking.step for ranking in rankings],
         config=config or FasaConfig(),
         calibration=Calibration(
             text=name,
             tokens=len(prompt),
+            context=context,
             top_k=top_k if OBJECTIVES[objective].uses_top_k else 0,
             objective=objective,
             tool=f"fasa-edge {__version__}",

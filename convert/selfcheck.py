@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fasa_edge import _capi
+from fasa_edge._capi import Capture
 from fasa_edge.errors import ConvertError
 from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.eval.runner import Runner, Steps
@@ -22,6 +24,9 @@ import numpy as np
 
 from .gguf_header import GgufHeader
 from .profile import encode_profile
+from .ranges import clipped
+from .rope import chunk_dims
+from .stretch import Depth, planes, turn
 from .temporary import work_folder
 from .text import DEFAULT_NAME, first_tokens, read_text
 
@@ -55,6 +60,8 @@ class Check:
             not: the true one may be larger.
         noise: mean KL divergence of dense attention, decoded token by token, to the same decoded in batches, in nats.
         mass: by layer, the mean share of the attention that the chosen cells hold; None for a layer that ran dense.
+        clipped: by layer, the share of the values of keys, turned to positions all over the calibrated context, that
+            lie outside of the range of their tips; None for a layer without chunks or with a sliding window.
     """
 
     text: str
@@ -68,6 +75,12 @@ class Check:
     kl_error: float
     noise: float
     mass: list[float | None]
+    clipped: list[float | None]
+
+    @property
+    def clipped_share(self) -> float:
+        """Mean over the layers."""
+        return float(np.mean([share for share in self.clipped if share is not None]))
 
     @property
     def worst_layer(self) -> int:
@@ -144,7 +157,9 @@ def check_profile(
         path.write_bytes(encode_profile(header, to_metadata(first)))
         with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path) as runner:
             name, tokens = _held_out(runner.llm, profile, content, n_prefix + N_TOKENS)
+            _capi.set_capture(runner.llm.ctx, Capture.K)
             runner.prefill(tokens[:n_prefix])
+            shares = _clipped(runner.llm, profile, n_prefix)
             n_done = 0
             dense, noise = (runner.decode(tokens[n_prefix:], method) for method in (DENSE, Method("noise")))
 
@@ -167,6 +182,7 @@ def check_profile(
                     kl_error=float(kl.std(ddof=1) / np.sqrt(len(kl))),
                     noise=noise_kl,
                     mass=[None if layer is None else float(layer.mean()) for layer in steps.mass],
+                    clipped=[None if layer is None else float(layer[:, :n_tip].mean()) for layer in shares],
                 )
 
             found = smallest_passing(n_tips, measure)
@@ -213,6 +229,27 @@ def _held_out(llm: Llama, profile: Profile, content: str, n: int) -> tuple[str, 
     if len(tokens) < n_more:
         raise ConvertError(f"{name} has {len(tokens)} tokens after those calibrated on and {n_more} are needed")
     return name, begin + tokens
+
+
+def _clipped(llm: Llama, profile: Profile, n_past: int) -> list[np.ndarray | None]:
+    """By layer, the share of each ranked chunk's values that its tips clip, float64 ``[n_head_kv, n_chunk]``.
+
+    Looks at the keys that were captured last, those before position ``n_past``.
+    """
+    res: list[np.ndarray | None] = []
+    for il, layer in enumerate(_capi.layer_geometry(llm.model)):
+        chunks = profile.chunks[il]
+        if not chunks.size or layer.is_swa or (k := _capi.captured(llm.ctx, il, Capture.K)) is None:
+            res.append(None)
+            continue
+        n_chunk = chunks.shape[1]
+        depth = Depth(profile.calibration.context, _capi.rope_angles(llm.ctx, il, n_chunk, profile.calibration.context))
+        k = planes(k, chunk_dims(layer.n_embd_head, layer.n_rot, layer.rope_type))
+        k = turn(k, _capi.rope_angles(llm.ctx, il, n_chunk), -np.arange(n_past - len(k), n_past))
+        k = np.take_along_axis(turn(k, depth.angles, depth.spread(len(k))), chunks[None], 2)
+        values = np.stack([k.real, k.imag], -1)
+        res.append(clipped(values, profile.centre[il], profile.step[il]).mean((0, 3)))
+    return res
 
 
 def _kl(dense: Steps, other: Steps) -> np.ndarray:

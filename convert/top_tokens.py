@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fasa_edge.errors import ConvertError
 
 import numpy as np
 
 from .second_moments import by_value
+from .stretch import Depth, turn
 
 N_QUERIES = 64
 N_BLOCKS = 4  # of queries that are ranked together: more of them hide fewer keys, fewer take fewer calls
@@ -16,29 +19,37 @@ class _SampledQueries:
     """Keeps all keys of a text and some of its queries.
 
     Sampled are the queries at ``N_QUERIES`` positions, evenly spread over those that see at least 2K tokens, of all
-    heads. Each sees the keys up to its own position.
+    heads. Each sees the keys up to its own position. The tokens are stretched over the greatest depth, in their order,
+    so that nearest ones stay nearest.
     """
 
     uses_top_k = True
 
-    def __init__(self, dims: np.ndarray, n_head_kv: int, n_tokens: int, top_k: int) -> None:
+    def __init__(self, n_head_kv: int, n_chunk: int, n_tokens: int, top_k: int, depths: Sequence[Depth]) -> None:
         if n_tokens < 4 * top_k:
             raise ConvertError(
                 f"an objective with top_k = {top_k} needs {4 * top_k} tokens but the calibration has {n_tokens}: "
                 f"use more text, or top_k = {max(n_tokens // 4, 1)}"
             )
-        self._dims = dims
+        self._dims = np.arange(2 * n_chunk).reshape(-1, 2)
         self._top_k = top_k
         self._positions = np.unique(np.linspace(2 * top_k - 1, n_tokens - 1, N_QUERIES).astype(int))
-        self._keys = np.empty((n_head_kv, n_tokens, dims.size), np.float32)
+        self._angles, self._stretched = depths[-1].angles, depths[-1].spread(n_tokens)
+        self._keys = np.empty((n_head_kv, n_tokens, 2 * n_chunk), np.float32)
         self._queries: list[np.ndarray] = []
         self._n_tokens = 0
 
     def update(self, q: np.ndarray, k: np.ndarray) -> None:
         """See :meth:`fasa_edge.convert.objectives.Objective.update`."""
         start, self._n_tokens = self._n_tokens, self._n_tokens + len(k)
+        q, k = (self._stretch(x, self._stretched[start : self._n_tokens]) for x in (q, k))
         self._keys[:, start : self._n_tokens] = k.transpose(1, 0, 2)
         self._queries += [q[i - start] for i in self._positions if start <= i < self._n_tokens]
+
+    def _stretch(self, planes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Planes at position 0 turned to others, as real dims that stand two by two, float32 ``[..., n_embd_head]``."""
+        turned = np.ascontiguousarray(turn(planes, self._angles, positions))
+        return turned.view(np.float64).astype(np.float32)
 
     def _groups(self) -> np.ndarray:
         """The sampled queries by KV head, float32 ``[n_head_kv, n_query, n_group, n_embd_head]``."""

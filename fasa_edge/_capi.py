@@ -135,6 +135,9 @@ _get_layer = _method("llama_fasa_get_layer", ctypes.c_bool, ctypes.c_int32, ctyp
 _chunk_dims = _function(
     "llama_fasa_chunk_dims", ctypes.c_bool, ctypes.POINTER(_Layer), ctypes.c_int32, ctypes.c_int32 * 2
 )
+_get_angles = _method(
+    "llama_fasa_get_angles", ctypes.c_bool, ctypes.c_int32, ctypes.c_uint32, ctypes.POINTER(ctypes.c_float)
+)
 _fingerprint = _method("llama_fasa_fingerprint", ctypes.c_char_p)
 _set_prompt = _method("llama_fasa_set_prompt", None, ctypes.c_bool)
 _set_capture = _method("llama_fasa_set_capture", None, ctypes.c_uint32)
@@ -323,6 +326,28 @@ def chunk_dims(layer: LayerGeometry) -> np.ndarray:
     while _chunk_dims(ctypes.byref(c_layer), len(rows), dims):
         rows.append(tuple(dims))
     return np.array(rows, dtype=np.int32).reshape(-1, 2)
+
+
+def rope_angles(ctx: int, il: int, n_chunk: int, n_ctx: int = 0) -> np.ndarray:
+    """By how much RoPE turns each chunk of a head of layer ``il`` from one position to the next.
+
+    Args:
+        ctx: ``llama_context *``.
+        il: the layer.
+        n_chunk: chunks of a head, half of its dims.
+        n_ctx: for a context of that many cells, on which frequency factors can depend; 0: as many as it has.
+
+    Returns:
+        float64 [n_chunk], radians from -pi to pi, from the chunk's first dim towards its second; 0 where it does not
+        turn, or its two dims do not turn as one.
+
+    Raises:
+        FasaError: RoPE could not be computed; llama.cpp's log says why.
+    """
+    angles = np.empty(n_chunk, np.float32)
+    if not _get_angles(ctx, il, n_ctx, angles.ctypes.data_as(ctypes.POINTER(ctypes.c_float))):
+        raise FasaError(f"the angles of layer {il} could not be computed: the library's log says why")
+    return angles.astype(np.float64)
 
 
 def fingerprint(model: int) -> str:

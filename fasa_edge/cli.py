@@ -28,7 +28,7 @@ from fasa_edge._signals import unwound_by_signals
 from fasa_edge.chat import Chat
 from fasa_edge.cli_bench import bench
 from fasa_edge.cli_eval import evaluate
-from fasa_edge.config import SELECTS, FasaConfig, default_n_tip
+from fasa_edge.config import SELECTS, FasaConfig, default_n_tip, tip_bytes
 from fasa_edge.errors import ChatError, FasaError
 
 import click
@@ -78,13 +78,14 @@ class _NTip(click.ParamType):
     "--text", type=click.Path(dir_okay=False), help="UTF-8 text to calibrate on.  [default: pydoc_data.topics]"
 )
 @click.option("--tokens", type=int, default=convert.DEFAULT_TOKENS, help="Tokens of the text to use.")
+@click.option("--context", type=int, help="Tokens to stretch the text over.  [default: the model's context]")
 @click.option("--objective", type=click.Choice(sorted(convert.OBJECTIVES)), default="lsq", help="Chooses the chunks.")
 @click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objectives `agreement` and `mass`.")
 @click.option(
     "--n-tip",
     type=_NTip(),
     metavar="INTEGER|auto",
-    help="Chunks scored per KV head; auto: as few as pass.  [default: 8 + head size / 16]",
+    help="Chunks scored per KV head; auto: as few as pass.  [default: 24 of 32, half of more]",
 )
 @click.option("--budget", type=int, default=FasaConfig.budget, help="Cells that a decoded token attends to.")
 @click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
@@ -145,7 +146,8 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
     written = " and ".join(str(path) for path in (result.path, result.profile_path) if path)
     echo(
         f"{written}: {size_text(result.n_bytes)}, {profile.n_tip} chunks per KV head, "
-        f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, {report['seconds']} s"
+        f"chosen by {calibration.objective} on {calibration.tokens} tokens of {calibration.text}, stretched over "
+        f"{calibration.context}, {report['seconds']} s"
     )
     if check:
         instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
@@ -153,7 +155,8 @@ def convert_command(src: str, output: str | None, as_json: bool, **options: Any)
             f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
             f"KL to dense {check.kl:.4f} +/- {check.kl_error:.4f} nats (dense token by token: {check.noise:.4f}); "
             f"budget {check.budget}{instead}, "
-            f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}"
+            f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}; "
+            f"{100 * check.clipped_share:.1f} % of the tips' values clipped"
         )
 
 
@@ -178,7 +181,8 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     )
     if profile is None:
         return echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
-    settings = asdict(profile.config) | {"n_tip": profile.n_tip}
+    tips = f"{profile.n_tip}, {tip_bytes(profile.n_tip)} bytes per cell and KV head"
+    settings = asdict(profile.config) | {"n_tip": tips}
     echo(
         tabulate([*settings.items(), *asdict(profile.calibration).items(), ("fingerprint", profile.fingerprint)])
     )
@@ -190,6 +194,15 @@ def inspect(file: str, plot: str | None, force: bool, as_json: bool) -> None:
     echo(
         tabulate(rows, headers=("layer", "KV head", "chunks, best first", f"sum of {profile.calibration.objective}"))
     )
+    rows = []
+    for il, layer in enumerate(profile.chunks):
+        for ih, chunks in enumerate(layer):
+            centre, step = profile.centre[il][ih], profile.step[il][ih]
+            chunk, ranges = convert.farthest(chunks, centre, step)
+            far = f"{ranges:.1f} (chunk {chunk})" if ranges > 0 else ""
+            rows.append((il, ih, convert.picture(chunks, step), f"{step.max():.3g}", far))
+    echo("\nsteps of the tips by chunk, in tenths of the largest; -: the keys never move; centres in halves of a range")
+    echo(tabulate(rows, headers=("layer", "KV head", "steps, by falling frequency", "largest", "farthest centre")))
 
 
 def _reasons(layers_dense: dict[str, int]) -> str:
@@ -430,8 +443,8 @@ def _devices() -> list[str]:
 def _pays_from(bandwidth: float) -> int:
     """Cells from which on the default budget is faster than dense attention, for the heads of an 8B model in f16."""
     n_head_kv, n_embd_head, budget = 8, 128, FasaConfig.budget
-    row_bytes, tip_bytes = n_head_kv * n_embd_head * 2 * 2, n_head_kv * (2 * default_n_tip(n_embd_head) + 2)
-    return max(2 * budget, _ggml.base.ggml_fasa_min_cells(bandwidth, row_bytes, tip_bytes, budget))
+    row_bytes, n_bytes = n_head_kv * n_embd_head * 2 * 2, n_head_kv * tip_bytes(default_n_tip(n_embd_head))
+    return max(2 * budget, _ggml.base.ggml_fasa_min_cells(bandwidth, row_bytes, n_bytes, budget))
 
 
 @main.command()

@@ -6,6 +6,7 @@ arXiv 2602.03152, and its first layer is dense too; sinks and recent tokens insi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fasa_edge.errors import SchemaError
@@ -76,8 +77,15 @@ class FasaConfig:
 
 
 def default_n_tip(n_embd_head: int) -> int:
-    """Chunks per KV head for a head of ``n_embd_head`` dimensions: ``8 + n_embd_head / 16``, at most all of them.
+    """Chunks per KV head for a head of ``n_embd_head`` dimensions: three quarters of them up to 24, then half, if more.
 
-    12 of 32 at head size 64 (our measurement), 16 of 64 at 128 (``N_tip`` of arXiv 2602.03152).
+    24 of 32 at head size 64, 32 of 64 at 128, 64 of 128 at 256; a multiple of 4, as tips are packed, or all.
     """
-    return min(8 + n_embd_head // 16, n_embd_head // 2)
+    n_chunk = n_embd_head // 2
+    n_tip = max(min(24, 3 * n_chunk / 4), n_chunk / 2)
+    return min(4 * math.ceil(n_tip / 4), n_chunk)
+
+
+def tip_bytes(n_tip: int) -> int:
+    """Bytes of the tips of one cell and KV head: four bits for each dim of a chunk, in blocks of eight dims."""
+    return 4 * math.ceil(2 * n_tip / 8)

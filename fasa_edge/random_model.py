@@ -134,8 +134,10 @@ def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:
         n_tip=default_n_tip(heads.n_embd_head),
         chunks=chunks,
         agreement=[np.zeros(layer.shape, np.float32) for layer in chunks],
+        centre=[np.zeros((*layer.shape, 2), np.float32) for layer in chunks],
+        step=[np.full(layer.shape, 0.35, np.float32) for layer in chunks],  # about one is their deviation
         config=FasaConfig(),
-        calibration=Calibration("none", 0, 0, "random", f"fasa-edge {__version__}"),
+        calibration=Calibration("none", 0, 0, 0, "random", f"fasa-edge {__version__}"),
         fingerprint=fingerprint,
     )
 

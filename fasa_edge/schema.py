@@ -1,13 +1,16 @@
 """The ``fasa.*`` metadata of a GGUF: key names, value types and the rules that a valid profile keeps.
 
 A profile says, for every layer and KV head, which RoPE frequency chunks (FCs of arXiv 2602.03152) rank the cached
-tokens best. ``fasa.chunks`` and ``fasa.agreement`` are ragged, so they are stored flat: layer after layer, in each its
-KV heads, in each all its chunks, best first. ``fasa.head_count_kv`` and ``fasa.chunk_count`` hold one entry a layer and
-make the file describe itself. Any prefix of a ranking is a valid set, so ``n_tip`` can be changed at load.
+tokens best, and where their keys lie, for the tips of four bits. ``fasa.chunks``, ``fasa.agreement`` and
+``fasa.tip.*`` are ragged, so they are stored flat: layer after layer, in each its KV heads, in each all its chunks,
+best first, and in ``fasa.tip.centre`` the chunk's two dims. ``fasa.head_count_kv`` and ``fasa.chunk_count`` hold one
+entry a layer and make the file describe itself. Any prefix of a ranking is a valid set, so ``n_tip`` can be changed at
+load.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
@@ -17,7 +20,7 @@ from fasa_edge.errors import SchemaError
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 PREFIX = "fasa."
 
 
@@ -67,6 +70,7 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.select": GGUFValueType.STRING,
     "fasa.calibration.text": GGUFValueType.STRING,
     "fasa.calibration.tokens": GGUFValueType.UINT32,
+    "fasa.calibration.context": GGUFValueType.UINT32,
     "fasa.calibration.top_k": GGUFValueType.UINT32,
     "fasa.calibration.objective": GGUFValueType.STRING,
     "fasa.calibration.tool": GGUFValueType.STRING,
@@ -81,6 +85,8 @@ ARRAYS = {  # every array key and its element type
     "fasa.chunk_count": GGUFValueType.INT32,
     "fasa.chunks": GGUFValueType.INT32,
     "fasa.agreement": GGUFValueType.FLOAT32,
+    "fasa.tip.centre": GGUFValueType.FLOAT32,
+    "fasa.tip.step": GGUFValueType.FLOAT32,
 }
 
 
@@ -91,6 +97,7 @@ class Calibration:
     Attributes:
         text: name of the calibration text.
         tokens: number of its tokens that were run.
+        context: tokens of the longest context that they were stretched over.
         top_k: K of the contextual agreement, in tokens; 0 for an objective without one.
         objective: name in ``fasa_edge.convert.objectives.OBJECTIVES``.
         tool: program and version that wrote the profile.
@@ -98,6 +105,7 @@ class Calibration:
 
     text: str
     tokens: int
+    context: int
     top_k: int
     objective: str
     tool: str
@@ -112,6 +120,10 @@ class Profile:
         chunks: one int32 array ``[n_head_kv, n_chunk]`` a layer, each row a permutation of ``0 .. n_chunk - 1``, best
             first; ``[0, 0]`` for a layer without KV heads.
         agreement: one float32 array a layer, shaped like ``chunks``: what the objective gave each chunk.
+        centre: one float32 array ``[n_head_kv, n_chunk, 2]`` a layer: the keys that lie in the middle of a tip's range,
+            of each chunk's two dims.
+        step: one float32 array a layer, shaped like ``chunks``: from one of a tip's 16 levels to the next, in the unit
+            of the keys; 0 for a chunk whose keys never move, which is never scored.
         config: defaults of the runtime.
         calibration: how the ranking was made.
         fingerprint: of architecture and layer, head and RoPE geometry; a profile fits only the model that has it.
@@ -120,6 +132,8 @@ class Profile:
     n_tip: int
     chunks: list[np.ndarray]
     agreement: list[np.ndarray]
+    centre: list[np.ndarray]
+    step: list[np.ndarray]
     config: FasaConfig
     calibration: Calibration
     fingerprint: str
@@ -134,19 +148,24 @@ def to_metadata(profile: Profile) -> list[tuple[str, GGUFValueType, object]]:
     Raises:
         SchemaError: the profile is not valid; the message names key, value and limit.
     """
-    for il, (chunks, agreement) in enumerate(zip(profile.chunks, profile.agreement, strict=True)):
-        if chunks.ndim != 2 or chunks.shape != agreement.shape:
+    layers = zip(profile.chunks, profile.agreement, profile.centre, profile.step, strict=True)
+    for il, (chunks, agreement, centre, step) in enumerate(layers):
+        whole = chunks.shape == agreement.shape == step.shape and centre.shape == (*chunks.shape, 2)
+        if chunks.ndim != 2 or not whole:
             raise SchemaError(
-                f"layer {il}: chunks have shape {list(chunks.shape)} and agreement {list(agreement.shape)}: "
-                "both must be [n_head_kv, n_chunk]"
+                f"layer {il}: chunks have shape {list(chunks.shape)}, agreement {list(agreement.shape)}, step "
+                f"{list(step.shape)} and centre {list(centre.shape)}: they must be [n_head_kv, n_chunk], and "
+                "of the centre [n_head_kv, n_chunk, 2]"
             )
     values: dict[str, object] = {
         "fasa.version": VERSION,
         "fasa.n_tip": profile.n_tip,
         "fasa.head_count_kv": _array_of([chunks.shape[0] for chunks in profile.chunks], "fasa.head_count_kv"),
         "fasa.chunk_count": _array_of([chunks.shape[1] for chunks in profile.chunks], "fasa.chunk_count"),
-        "fasa.chunks": _array_of([x for chunks in profile.chunks for x in chunks.flat], "fasa.chunks"),
-        "fasa.agreement": _array_of([x for agreement in profile.agreement for x in agreement.flat], "fasa.agreement"),
+        "fasa.chunks": _flat(profile.chunks, "fasa.chunks"),
+        "fasa.agreement": _flat(profile.agreement, "fasa.agreement"),
+        "fasa.tip.centre": _flat(profile.centre, "fasa.tip.centre"),
+        "fasa.tip.step": _flat(profile.step, "fasa.tip.step"),
         **{PREFIX + name: value for name, value in asdict(profile.config).items()},
         **{PREFIX + "calibration." + name: value for name, value in asdict(profile.calibration).items()},
         "fasa.fingerprint": profile.fingerprint,
@@ -167,7 +186,8 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
     """
     version = _scalar(metadata, "fasa.version")
     if version != VERSION:
-        raise SchemaError(f"fasa.version = {version}: only {VERSION} can be read, update fasa-edge or convert again")
+        remedy = "update fasa-edge or " if version > VERSION else "its tips have another layout, "
+        raise SchemaError(f"fasa.version = {version}: only {VERSION} can be read, {remedy}convert the model again")
 
     metadata = {**OPTIONAL, **metadata}
     scalars = {key: _scalar(metadata, key) for key in SCALARS}
@@ -175,9 +195,14 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
     shapes = _shapes(arrays["fasa.head_count_kv"], arrays["fasa.chunk_count"])
     chunks = _split("fasa.chunks", arrays["fasa.chunks"], shapes)
     agreement = _split("fasa.agreement", arrays["fasa.agreement"], shapes)
+    centre = _split("fasa.tip.centre", arrays["fasa.tip.centre"], [(*shape, 2) for shape in shapes])
+    step = _split("fasa.tip.step", arrays["fasa.tip.step"], shapes)
     _check_rankings(chunks)
-    if not np.isfinite(arrays["fasa.agreement"]).all():
-        raise SchemaError("fasa.agreement holds a value that is not finite: convert the model again")
+    for key in ("fasa.agreement", "fasa.tip.centre", "fasa.tip.step"):
+        if not np.isfinite(arrays[key]).all():
+            raise SchemaError(f"{key} holds a value that is not finite: convert the model again")
+    if (steps := arrays["fasa.tip.step"]).min() < 0:
+        raise SchemaError(f"fasa.tip.step holds {steps.min()}, less than 0: convert the model again")
 
     n_chunk = min(n_chunk for n_head_kv, n_chunk in shapes if n_head_kv > 0)
     n_tip = scalars["fasa.n_tip"]
@@ -193,6 +218,8 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
         n_tip=n_tip,
         chunks=chunks,
         agreement=agreement,
+        centre=centre,
+        step=step,
         config=config,
         calibration=Calibration(
             **{field.name: scalars[PREFIX + "calibration." + field.name] for field in fields(Calibration)}
@@ -205,8 +232,12 @@ def _array_of(values: list, key: str) -> np.ndarray:
     return np.array(values, NUMPY_TYPES[ARRAYS[key]])
 
 
-def _split(key: str, flat: np.ndarray, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
-    sizes = [n_head_kv * n_chunk for n_head_kv, n_chunk in shapes]
+def _flat(layers: list[np.ndarray], key: str) -> np.ndarray:
+    return _array_of([x for layer in layers for x in layer.flat], key)
+
+
+def _split(key: str, flat: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    sizes = [math.prod(shape) for shape in shapes]
     if len(flat) != sum(sizes):
         raise SchemaError(
             f"{key} has {len(flat)} entries: fasa.head_count_kv and fasa.chunk_count call for {sum(sizes)}"

@@ -5,6 +5,7 @@ import itertools
 from fasa_edge.convert.objectives import OBJECTIVES
 from fasa_edge.convert.rope import ROPE_NEOX, ROPE_NORM, chunk_dims
 from fasa_edge.convert.second_moments import _rank_least_squares
+from fasa_edge.convert.stretch import Depth, planes
 from fasa_edge.convert.top_tokens import N_QUERIES, _top_k_mask
 from fasa_edge.errors import ConvertError
 
@@ -25,10 +26,17 @@ def random_qk(n_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return q.astype(np.float32), k.astype(np.float32)
 
 
-def run(name: str, q, k, *, top_k: int = 16, block: int = BLOCK, rope_type: int = ROPE_NORM):
-    objective = OBJECTIVES[name](chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, rope_type), N_HEAD_KV, len(q), top_k)
+def still(n: int) -> list[Depth]:
+    """Nothing turns."""
+    return [Depth(n, np.zeros(N_CHUNK))]
+
+
+def run(name: str, q, k, *, top_k: int = 16, block: int = BLOCK, rope_type: int = ROPE_NORM, depths=None):
+    """Queries and keys at position 0."""
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, rope_type)
+    objective = OBJECTIVES[name](N_HEAD_KV, N_CHUNK, len(q), top_k, depths or still(len(q)))
     for start in range(0, len(q), block):
-        objective.update(q[start : start + block], k[start : start + block])
+        objective.update(*(planes(x[start : start + block], dims) for x in (q, k)))
     return objective.rank()
 
 
@@ -37,17 +45,26 @@ def partial_scores(q, k, dims) -> np.ndarray:
     return np.stack([q[:, pair].astype(float) @ k[:, pair].astype(float).T for pair in dims], axis=-1)
 
 
-def covariance_by_loops(q, k, dims) -> np.ndarray:
-    """``A`` from the definition: per query, the covariance over its keys of the chunks' partial scores."""
+def turned(x, dims, angles, position) -> np.ndarray:
+    """Heads of queries or keys ``[..., n_embd_head]`` as RoPE turns them from position 0, in float64."""
+    x = x.astype(float)
+    res = np.empty_like(x)
+    for (a, b), angle in zip(dims, angles * position, strict=True):
+        res[..., a] = x[..., a] * np.cos(angle) - x[..., b] * np.sin(angle)
+        res[..., b] = x[..., a] * np.sin(angle) + x[..., b] * np.cos(angle)
+    return res
+
+
+def covariance_by_loops(q, k, dims, depth: Depth) -> np.ndarray:
+    """``A`` from the definition: per query, the covariance of the chunks' partial scores over keys at all positions."""
     a = np.zeros((N_HEAD_KV, N_CHUNK, N_CHUNK))
+    positions = range(depth.n) if depth.angles.any() else [0]
     for head in range(N_HEAD_KV):
-        covariances = []
-        for start in range(BLOCK, len(q), BLOCK):
-            keys = k[: start + BLOCK, head]
-            for query_head in range(head * 2, head * 2 + 2):
-                scores = partial_scores(q[start : start + BLOCK, query_head], keys, dims)
-                covariances += [np.cov(of_query.T, bias=True) for of_query in scores]
-        a[head] = np.mean(covariances, axis=0)
+        keys = np.concatenate([turned(k[:, head], dims, depth.angles, position) for position in positions])
+        for query_head in range(head * 2, head * 2 + 2):
+            queries = turned(q[BLOCK:, query_head], dims, depth.angles, depth.n)
+            for of_query in partial_scores(queries, keys, dims):
+                a[head] += np.cov(of_query.T, bias=True) / len(queries) / 2
     return a
 
 
@@ -92,23 +109,59 @@ def test_equal_chunks_are_ranked_by_index(name):
     assert np.isfinite(values).all()
 
 
-def test_energy_is_the_variance_of_the_partial_score():
-    q, k = random_qk(256)
-    a = covariance_by_loops(q, k, chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM))
-    variance = np.einsum("hii->hi", a)
-    chunks, values = run("energy", q, k)
-    np.testing.assert_array_equal(chunks, np.argsort(-variance, axis=1))
-    np.testing.assert_allclose(values, -np.sort(-variance / variance.sum(1, keepdims=True), axis=1), rtol=1e-5)
+ANGLES = np.array([2.5, 1.0, 0.4, 0.1, 0.03, 0.004, 0.0, -0.2])
+DEPTHS = {
+    "still": still(256),
+    "one depth": [Depth(37, ANGLES)],
+    "all turn alike": [Depth(20, np.full(N_CHUNK, 0.3))],
+    "two depths, whose angles differ": [Depth(16, ANGLES), Depth(64, ANGLES / 2)],
+}
 
 
-def test_least_squares_values_are_the_variance_each_chunk_removes():
-    q, k = random_qk(256)
-    a = covariance_by_loops(q, k, chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM))
-    chunks, values = run("lsq", q, k)
-    for cov, order, gains in zip(a, chunks, values, strict=True):
-        left = [cov[np.ix_(order[n:], order[n:])].sum() / cov.sum() for n in range(N_CHUNK + 1)]
+@pytest.mark.parametrize("depths", DEPTHS.values(), ids=DEPTHS)
+def test_energy_is_the_variance_of_the_partial_score(depths):
+    q, k = random_qk(96)
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM)
+    share = 0
+    for depth in depths:
+        a = covariance_by_loops(q, k, dims, depth)
+        share = share + np.einsum("hii->hi", a) / a.sum((1, 2))[:, None]
+    share /= share.sum(1, keepdims=True)
+    chunks, values = run("energy", q, k, depths=depths)
+    np.testing.assert_array_equal(chunks, np.argsort(-share, axis=1))
+    np.testing.assert_allclose(values, -np.sort(-share, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("depths", DEPTHS.values(), ids=DEPTHS)
+def test_least_squares_values_are_the_variance_each_chunk_removes(depths):
+    q, k = random_qk(96)
+    dims = chunk_dims(N_EMBD_HEAD, N_EMBD_HEAD, ROPE_NORM)
+    by_depth = [covariance_by_loops(q, k, dims, depth) for depth in depths]
+    chunks, values = run("lsq", q, k, depths=depths)
+    for head, (order, gains) in enumerate(zip(chunks, values, strict=True)):
+        cov = np.mean([a[head] / a[head].sum() for a in by_depth], axis=0)
+        left = [cov[np.ix_(order[n:], order[n:])].sum() for n in range(N_CHUNK + 1)]
         np.testing.assert_allclose(gains, -np.diff(left), rtol=1e-4, atol=1e-5)
         assert gains.sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_slow_chunk_matters_at_long_distances_alone(name):
+    """All keys of chunks 1 and 2 are alike before RoPE, so nothing but distance tells them apart; chunk 0 is content.
+
+    The slow chunk 2 is the largest, but turns by a 50th of a radian over the text and by 3 over the context.
+    """
+    n_text, n_context = 256, 32768
+    angles = np.array([0.0, 0.7, 1e-4, 0, 0, 0, 0, 0])
+    rng = np.random.default_rng(2)
+    q, k = (0.01 * rng.standard_normal((n_text, n, N_EMBD_HEAD)) for n in (N_HEAD, N_HEAD_KV))
+    for x in (q, k):
+        x[..., 2] += 1
+        x[..., 4] += 3
+    q[..., 0] += 1
+    k[..., 0] += 0.3 * rng.standard_normal((n_text, N_HEAD_KV))
+    first = {n: run(name, q, k, depths=[Depth(n, angles)])[0][:, 0].tolist() for n in (n_text, n_context)}
+    assert first[n_text] != [2, 2] and first[n_context] == [2, 2]
 
 
 def test_least_squares_each_step_is_the_best_one_and_sets_are_near_optimal():

@@ -9,9 +9,10 @@ import tempfile
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import OBJECTIVES, capture, inspect, pipeline
 from fasa_edge.convert.gguf_header import read_header
+from fasa_edge.convert.gguf_splice import splice
 from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError, SchemaError
-from fasa_edge.schema import GGUFValueType
+from fasa_edge.schema import VERSION, GGUFValueType
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_convert_writes_a_profile_that_inspect_reads(model, objective):
     report = inspect(result.path)
     profile = report.profile
     assert report.annotated and report.architecture == "llama" and report.n_bytes == result.n_bytes
-    assert profile.config == config and profile.n_tip == 12
+    assert profile.config == config and profile.n_tip == 24
     assert profile.calibration == result.profile.calibration
     assert (profile.calibration.text, profile.calibration.tokens) == ("pydoc_data.topics", TOKENS)
     assert profile.calibration.objective == objective
@@ -51,7 +52,7 @@ def test_convert_writes_a_profile_that_inspect_reads(model, objective):
         np.testing.assert_array_equal(written, read)
 
     plain = report.to_dict()
-    assert plain["layers"][1]["chunks"] == profile.chunks[1][:, :12].tolist()
+    assert plain["layers"][1]["chunks"] == profile.chunks[1][:, :24].tolist()
     assert plain["calibration"]["objective"] == objective and plain["config"]["budget"] == 64
 
 
@@ -108,10 +109,56 @@ def test_text_of_the_user(model, tmp_path):
 
 def test_context_limits_the_calibration(tmp_path):
     model = make_model(tmp_path / "short.gguf", shape=Shape(n_ctx=700))
-    assert convert(model).profile.calibration.tokens == 700
+    calibration = convert(model).profile.calibration
+    assert (calibration.tokens, calibration.context) == (700, 700)
 
 
-@pytest.mark.parametrize(("n_embd_head", "n_tip"), [(32, 10), (128, 16)])
+def test_context_to_stretch_over(model):
+    """Its default is the model's; steps grow with it, where slow chunks turn further."""
+    short, long = (convert(model, context=n, force=True, tokens=TOKENS).profile for n in (512, None))
+    assert (short.calibration.context, long.calibration.context) == (512, 4096)
+    by_chunk = []
+    for profile in (short, long):
+        step = np.empty_like(profile.step[0])
+        np.put_along_axis(step, profile.chunks[0], profile.step[0], 1)
+        by_chunk.append(step)
+    ratio = (by_chunk[1] / by_chunk[0]).mean(0)
+    np.testing.assert_allclose(ratio[:8], 1, atol=0.02)  # many turns either way
+    assert ratio[20:28].max() > 1.04
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_chunks_whose_keys_never_move_come_last(tmp_path, objective):
+    """Chunk 20 of the first KV head is zero, chunk 3 of the second one."""
+    gguf = pytest.importorskip("gguf")
+    path = make_model(tmp_path / "dead.gguf", "qwen2")
+    reader = gguf.GGUFReader(path, "r+")
+    dead = [(0, 20), (1, 3)]
+    for tensor in reader.tensors:
+        if ".attn_k." in tensor.name:
+            heads = tensor.data.reshape(2, 64, *tensor.data.shape[1:])
+            for ih, chunk in dead:
+                heads[ih, [chunk, chunk + 32]] = 0
+    reader.data.flush()
+    profile = convert(path, objective=objective, tokens=TOKENS).profile
+    for il in range(2):
+        assert [(ih, chunk) for ih, chunk in enumerate(profile.chunks[il][:, -1])] == dead
+        assert (profile.step[il][:, -1] == 0).all() and (profile.step[il][:, :-1] > 0).all()
+        assert (profile.centre[il][:, -1] == 0).all() and np.sort(profile.chunks[il]).tolist() == 2 * [[*range(32)]]
+
+
+def test_an_annotation_of_version_1_is_replaced(model, tmp_path):
+    old = tmp_path / "old.gguf"
+    splice(read_header(model), old, [("fasa.version", GGUFValueType.UINT32, 1)])
+    with pytest.raises(SchemaError, match=r"old\.gguf: fasa\.version = 1: .* convert the model again"):
+        inspect(old)
+    with pytest.raises(ConvertError, match="already annotated"):
+        convert(old, tokens=TOKENS)
+    again, fresh = (convert(path, path.with_name("new.gguf"), tokens=TOKENS, force=True).path for path in (old, model))
+    assert inspect(again).profile.calibration.context == 4096 and again.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize(("n_embd_head", "n_tip"), [(32, 12), (128, 32)])
 def test_tip_size_follows_the_head(tmp_path, n_embd_head, n_tip):
     model = make_model(tmp_path / "heads.gguf", "qwen2", Shape(n_embd_head=n_embd_head))
     assert convert(model, tokens=512).profile.n_tip == n_tip
@@ -169,6 +216,8 @@ def test_models_without_chunks(tmp_path, refuses, arch, message):
         ({"objective": "magic"}, "objective 'magic' is unknown: choose one of agreement, energy, lsq, mass"),
         ({"tokens": 511}, "tokens = 511 is too few .* 512"),
         ({"top_k": 0}, "top_k = 0"),
+        ({"context": 511}, "context = 511 is out of range: choose 512 to 2147483647 tokens"),
+        ({"context": 2**31}, "context = 2147483648 is out of range"),
         ({"top_k": 258, "objective": "agreement"}, "needs 1032 tokens but the calibration has 1029"),
         ({"n_tip": 33}, "n_tip = 33 is out of range: choose 1 to 32"),
         ({"n_tip": 0}, "n_tip = 0"),
@@ -222,7 +271,7 @@ def test_files_that_are_no_whole_model(tmp_path, refuses):
 
 
 def test_damaged_profile_is_named_by_inspect(model, monkeypatch, tmp_path):
-    metadata = [("fasa.version", GGUFValueType.UINT32, 1)]
+    metadata = [("fasa.version", GGUFValueType.UINT32, VERSION)]
     monkeypatch.setattr(pipeline, "to_metadata", lambda profile: metadata)
     out = convert(model, tokens=512).path
     with pytest.raises(SchemaError, match=r"tiny-fasa\.gguf: fasa\.n_tip is missing"):

@@ -20,7 +20,7 @@ from tiny_models import make_model
 
 PLANTED = [3, 20]
 CONFIG = FasaConfig(n_dense_layers=0)
-GOOD = Check("text", 2048, 128, 512, 12, 32, 1, kl=0.006, kl_error=0.001, noise=0.003, mass=[None, 0.9, 0.8])
+GOOD = Check("text", 2048, 128, 512, 12, 32, 1, 0.006, 0.001, 0.003, [None, 0.9, 0.8], [None, 0.01, 0.03])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_what_cannot_be_checked_is_written_and_told(model, profile, tmp_path, mo
     monkeypatch.setattr(pipeline, "_make_profile", lambda *_: profile)
     made = convert(model, tmp_path / "copy.gguf", n_tip="auto")
     assert made.check is None and made.unchecked == "no room"
-    assert inspect(made.path).profile.n_tip == 12  # the default
+    assert inspect(made.path).profile.n_tip == 24  # the default
 
 
 def test_auto_takes_the_check(model, tmp_path):
@@ -171,6 +171,6 @@ def test_command_line(model, tmp_path):
     dense = "fasa ran dense in all layers (dense_layer), so there is nothing to compare"
     assert f"warning: not checked: {dense}" in run("--n-dense-layers", "2").stderr
     undecided = run("--n-dense-layers", "2", "--n-tip", "auto").stderr
-    assert f"warning: n_tip auto could not be decided: {dense}; 12, the default, was written" in undecided
+    assert f"warning: n_tip auto could not be decided: {dense}; 24, the default, was written" in undecided
     assert "budget 256 in place of 1025" in run("--budget", "1025", "--n-dense-layers", "0").stdout
     assert "check" not in run("--no-check").output

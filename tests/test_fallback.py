@@ -41,6 +41,8 @@ def annotate(model: Path, out: Path, without: Iterable[int] = ()) -> Path:
         n_tip=4,
         chunks=[np.tile(np.arange(n_chunk, dtype=np.int32), (n_head_kv, 1)) for n_head_kv, n_chunk in shapes],
         agreement=[np.zeros(shape, np.float32) for shape in shapes],
+        centre=[np.zeros((*shape, 2), np.float32) for shape in shapes],
+        step=[np.full(shape, 0.35, np.float32) for shape in shapes],
         config=FasaConfig(n_dense_layers=0, min_ctx=1),
         calibration=Calibration("none", 0, 0, "natural order", "test"),
         fingerprint=fingerprint,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from fasa_edge import schema
-from fasa_edge.config import FasaConfig, default_n_tip
+from fasa_edge.config import FasaConfig, default_n_tip, tip_bytes
 from fasa_edge.errors import SchemaError
 
 import numpy as np
@@ -19,8 +19,10 @@ def make_profile(**changes) -> schema.Profile:
         n_tip=6,
         chunks=chunks,
         agreement=[rng.random(shape).astype(np.float32) for shape in SHAPES],
+        centre=[rng.standard_normal((*shape, 2)).astype(np.float32) for shape in SHAPES],
+        step=[rng.random(shape).astype(np.float32) for shape in SHAPES],
         config=FasaConfig(budget=128, min_ctx=300),
-        calibration=schema.Calibration("some text", 4096, 0, "lsq", "fasa-edge test"),
+        calibration=schema.Calibration("some text", 4096, 32768, 0, "lsq", "fasa-edge test"),
         fingerprint="llama:3:2:16",
     )
     return dataclasses.replace(profile, **changes)
@@ -38,7 +40,8 @@ def test_round_trip():
     for il, shape in enumerate(SHAPES):
         assert read.chunks[il].shape == shape
         np.testing.assert_array_equal(read.chunks[il], profile.chunks[il])
-        np.testing.assert_array_equal(read.agreement[il], profile.agreement[il])
+        for name in ("agreement", "centre", "step"):
+            np.testing.assert_array_equal(getattr(read, name)[il], getattr(profile, name)[il])
 
 
 def test_metadata_names_every_key_with_its_type():
@@ -79,12 +82,18 @@ def test_wrong_type(key, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"fasa.version": 1}, r"fasa\.version = 1: .* another layout, convert the model again"),
         ({"fasa.n_tip": -1}, r"fasa\.n_tip = -1"),
         ({"fasa.budget": 2**32}, r"fasa\.budget = 4294967296"),
         ({"fasa.enabled": 1}, r"fasa\.enabled = 1 has type int: expected bool"),
         ({"fasa.budget": True}, r"fasa\.budget = True has type bool: expected uint32"),
         ({"fasa.calibration.text": "a\0b"}, r"fasa\.calibration\.text = 'a\\x00b' holds a NUL"),
         ({"fasa.head_count_kv": np.array([2, 0, 2], np.int32)}, r"fasa\.chunks has 32 entries.* 48"),
+        ({"fasa.tip.step": np.zeros(31, np.float32)}, r"fasa\.tip\.step has 31 entries.* 32"),
+        ({"fasa.tip.step": np.full(32, np.inf, np.float32)}, r"fasa\.tip\.step holds a value that is not finite"),
+        ({"fasa.tip.step": np.full(32, -1, np.float32)}, r"fasa\.tip\.step holds -1\.0, less than 0"),
+        ({"fasa.tip.centre": np.zeros(32, np.float32)}, r"fasa\.tip\.centre has 32 entries.* 64"),
+        ({"fasa.tip.centre": np.full(64, np.nan, np.float32)}, r"fasa\.tip\.centre holds a value that is not finite"),
     ],
 )
 def test_invalid_value(changes, message):
@@ -96,6 +105,10 @@ def test_invalid_value(changes, message):
 def test_invalid_profile_is_not_written():
     with pytest.raises(SchemaError, match="n_tip = 17"):
         schema.to_metadata(make_profile(n_tip=17))
+    for name in ("centre", "step"):
+        layers = getattr(make_profile(), name)
+        with pytest.raises(SchemaError, match=rf"layer 2: .*\[1, 16\].* {name} \[0, 16"):
+            schema.to_metadata(make_profile(**{name: [*layers[:2], layers[2][:0]]}))
     with pytest.raises(SchemaError, match="layer 0: chunks have shape"):
         schema.to_metadata(make_profile(agreement=[np.zeros((8, 2), np.float32), *make_profile().agreement[1:]]))
 
@@ -108,6 +121,14 @@ def test_config_limits(field, value):
         FasaConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("n_embd_head", "n_tip"), [(8, 4), (64, 12), (128, 16), (256, 24)])
+@pytest.mark.parametrize(
+    ("n_embd_head", "n_tip"),
+    [(2, 1), (8, 4), (10, 4), (16, 8), (32, 12), (48, 20), (64, 24), (80, 24), (96, 24), (128, 32), (256, 64)],
+)
 def test_default_n_tip(n_embd_head, n_tip):
     assert default_n_tip(n_embd_head) == n_tip
+
+
+@pytest.mark.parametrize(("n_tip", "n_bytes"), [(1, 4), (4, 4), (5, 8), (24, 24), (25, 28), (64, 64)])
+def test_tips_are_packed_by_eight_dims(n_tip, n_bytes):
+    assert tip_bytes(n_tip) == n_bytes

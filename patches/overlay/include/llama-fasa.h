@@ -187,6 +187,12 @@ extern "C" {
     // false: no such chunk, a RoPE type whose planes FASA does not know, or an n_rot that does not fit the head
     LLAMA_API bool llama_fasa_chunk_dims(const struct llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]);
 
+    // by how many radians one position turns each chunk of a head, F32 [n_embd_head/2], in (-pi, pi]: 0 where RoPE leaves
+    // the chunk alone, or its two dims do not turn as one. As ggml's RoPE computes it, with base, scale, factors and YaRN of
+    // the model and the context; n_ctx: for a context of that many cells instead, on which factors can depend; 0: its own
+    // false: no such layer, or RoPE failed (the log says how)
+    LLAMA_API bool llama_fasa_get_angles(const struct llama_context * ctx, int32_t il, uint32_t n_ctx, float * angles);
+
     // architecture and head geometry in one line: a profile belongs to the models that share it
     LLAMA_API const char * llama_fasa_fingerprint(const struct llama_model * model);
 
