@@ -246,11 +246,6 @@ def all_of(*changes: Change) -> Change:
     return lambda metadata: reduce(lambda pairs, change: change(pairs), changes, metadata)
 
 
-def array_with(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Metadata with another array in place of one."""
-    return lambda metadata: [(k, t, change(v) if k == key else v) for k, t, v in metadata]
-
-
 def with_array(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
     """Metadata with an array changed."""
     return lambda metadata: [(k, t, change(v) if k == key else v) for k, t, v in metadata]
@@ -269,6 +264,10 @@ def shortened(key: str) -> Change:
 def appended(key: str, value: object) -> Change:
     """Metadata with one more element of an array."""
     return with_array(key, lambda a: np.append(a, np.array(value, a.dtype)))
+
+
+def padded(key: str) -> Change:
+    return appended(key, 0)
 
 
 def continued(key: str, more: str) -> Change:
@@ -293,8 +292,12 @@ N_LAYER, LAYER_SIZE = 2, 2 * 32  # of the tiny model: KV heads by chunks
 
 def without_layer(il: int) -> Change:
     """Metadata without the chunks of one layer."""
-    rows = slice(il * LAYER_SIZE, (il + 1) * LAYER_SIZE)
-    ranked = (with_array(key, lambda a: np.delete(a, rows)) for key in ("fasa.chunks", "fasa.agreement"))
+
+    def left_out(n: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda a: np.delete(a, slice(il * n, (il + 1) * n))
+
+    sizes = {CHUNKS: LAYER_SIZE, AGREEMENT: LAYER_SIZE, CENTRE: 2 * LAYER_SIZE, STEP: LAYER_SIZE}
+    ranked = (with_array(key, left_out(n)) for key, n in sizes.items())
     return all_of(altered("fasa.head_count_kv", il, 0), altered("fasa.chunk_count", il, 0), *ranked)
 
 
@@ -337,6 +340,7 @@ U32 = [key for key, type_ in SCALARS.items() if type_ == T.UINT32]
 TEXTS = [key for key, type_ in SCALARS.items() if type_ == T.STRING]
 KEYS = (*SCALARS, *ARRAYS)
 COUNT, HEADS, CHUNKS, AGREEMENT = "fasa.chunk_count", "fasa.head_count_kv", "fasa.chunks", "fasa.agreement"
+CENTRE, STEP = "fasa.tip.centre", "fasa.tip.step"
 
 CASES = [
     valid("as written", all_of(), **asdict(CONFIG)),
@@ -364,7 +368,8 @@ CASES = [
     valid("budget after a NUL", with_first("\0fasa.budget", T.UINT32, 0), budget=64),
     # settings
     refused("fasa.version", changed("fasa.version", 0), "fasa.version = 0 is not supported"),
-    refused("fasa.version", changed("fasa.version", 2), "fasa.version = 2 is not supported"),
+    refused("fasa.version", changed("fasa.version", 1), "fasa.version = 1 is not supported.*: convert the model again"),
+    refused("fasa.version", changed("fasa.version", 3), "fasa.version = 3 is not supported"),
     *(valid(f"n_tip = {n}", changed("fasa.n_tip", n), n_tip=n) for n in (1, 32)),
     *(
         refused("fasa.n_tip", changed("fasa.n_tip", n), f"fasa.n_tip = {n} is out of range")
@@ -401,9 +406,18 @@ CASES = [
     refused(AGREEMENT, shortened(AGREEMENT), "fasa.agreement has 127 entries, expected 128"),
     refused(AGREEMENT, appended(AGREEMENT, 0), "fasa.agreement has 129 entries, expected 128"),
     *(
-        refused(AGREEMENT, altered(AGREEMENT, 3, x), "holds a value that is not finite")
+        refused(CENTRE, change(CENTRE), "fasa.tip.centre has .* entries, expected 256")
+        for change in (shortened, padded)
+    ),
+    *(refused(STEP, change(STEP), "fasa.tip.step has .* entries, expected 128") for change in (shortened, padded)),
+    *(
+        refused(key, altered(key, 3, x), "holds a value that is .*not finite")
+        for key in (AGREEMENT, CENTRE, STEP)
         for x in (np.nan, np.inf, -np.inf)
     ),
+    refused(STEP, altered(STEP, 3, -1e-30), "holds a value that is negative"),
+    valid("a chunk that never moves", all_of(altered(STEP, 0, 0), altered(STEP, 127, 0))),
+    valid("keys of any size", all_of(altered(STEP, 0, 3e38), altered(CENTRE, 0, -3e38))),
     # layers
     *(valid(f"no chunks in layer {il}", without_layer(il)) for il in (0, 1)),
     refused(HEADS, all_of(without_layer(1), without_layer(0)), "fasa.head_count_kv is 0 in all layers"),

@@ -351,6 +351,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
 
     reader.require("fasa.calibration.text",      GGUF_TYPE_STRING);
     reader.require("fasa.calibration.tokens",    GGUF_TYPE_UINT32);
+    reader.require("fasa.calibration.context",   GGUF_TYPE_UINT32);
     reader.require("fasa.calibration.top_k",     GGUF_TYPE_UINT32);
     reader.require("fasa.calibration.objective", GGUF_TYPE_STRING);
     reader.require("fasa.calibration.tool",      GGUF_TYPE_STRING);
@@ -368,17 +369,6 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
                 head_count_kv.size(), chunk_count.size(), n_layer));
     }
 
-    if (centres.size() != 2*chunks.size() || steps.size() != chunks.size()) {
-        throw std::runtime_error(format("fasa.tip.centre has %zu entries and fasa.tip.step %zu, expected %zu and %zu: convert the model again",
-                centres.size(), steps.size(), 2*chunks.size(), chunks.size()));
-    }
-    if (!std::all_of(centres.begin(), centres.end(), [](float value) { return std::isfinite(value); })) {
-        throw std::runtime_error("fasa.tip.centre holds a value that is not finite: convert the model again");
-    }
-    if (!std::all_of(steps.begin(), steps.end(), [](float value) { return std::isfinite(value) && value >= 0.0f; })) {
-        throw std::runtime_error("fasa.tip.step holds a value that is negative or not finite: convert the model again");
-    }
-
     size_t offset = 0;
     for (int32_t il = 0; il < n_layer; ++il) {
         const auto    layer   = llama_fasa_model_layer(model, il);
@@ -391,7 +381,6 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
                 throw std::runtime_error(format("fasa.chunk_count = %d of layer %d, whose fasa.head_count_kv is 0, must be 0: convert the model again", n_chunk, il));
             }
             res->dims.emplace_back();
-            res->ranges.emplace_back();
             continue;
         }
         if (head_count_kv[il] != layer.n_head_kv || n_chunk != layer.n_embd_head/2) {
@@ -407,7 +396,6 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
             throw std::runtime_error(format("fasa.chunks has %zu entries, layer %d needs more: convert the model again", chunks.size(), il));
         }
         res->dims.push_back(fasa_read_dims(chunks.data() + offset, n_chunk, params.n_tip, layer, il));
-        res->ranges.push_back(fasa_read_ranges(centres.data() + 2*offset, steps.data() + offset, n_chunk, params.n_tip, layer.n_head_kv));
         offset += n;
     }
     if (offset == 0) {
@@ -422,6 +410,24 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     }
     if (!std::all_of(agreement.begin(), agreement.end(), [](float value) { return std::isfinite(value); })) {
         throw std::runtime_error("fasa.agreement holds a value that is not finite: convert the model again");
+    }
+    if (centres.size() != 2*chunks.size()) {
+        throw std::runtime_error(format("fasa.tip.centre has %zu entries, expected %zu: convert the model again", centres.size(), 2*chunks.size()));
+    }
+    if (steps.size() != chunks.size()) {
+        throw std::runtime_error(format("fasa.tip.step has %zu entries, expected %zu: convert the model again", steps.size(), chunks.size()));
+    }
+    if (!std::all_of(centres.begin(), centres.end(), [](float value) { return std::isfinite(value); })) {
+        throw std::runtime_error("fasa.tip.centre holds a value that is not finite: convert the model again");
+    }
+    if (!std::all_of(steps.begin(), steps.end(), [](float value) { return std::isfinite(value) && value >= 0.0f; })) {
+        throw std::runtime_error("fasa.tip.step holds a value that is negative or not finite: convert the model again");
+    }
+
+    offset = 0;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        res->ranges.push_back(fasa_read_ranges(centres.data() + 2*offset, steps.data() + offset, chunk_count[il], params.n_tip, head_count_kv[il]));
+        offset += (size_t) head_count_kv[il]*chunk_count[il];
     }
 
     res->override_report = reader.report();
