@@ -206,14 +206,14 @@ def load(ctx: Context, data: ctypes.Array, seq: int | None = None, ok: bool = Tr
     assert bool(n_read) == ok
 
 
-def annotated_tiny(folder: Path, arch: str = "llama", **shape: int) -> Path:
+def annotated_tiny(folder: Path, arch: str = "llama", n_tip: int | None = None, **shape: int) -> Path:
     """A random model with a profile that keeps ``TINY_BUDGET`` cells in every layer, however short the context.
 
     Its attention is spread wide: whoever attends to other cells gets other logits.
     """
     config = FasaConfig(budget=TINY_BUDGET, n_sink=4, n_recent=8, n_dense_layers=0, min_ctx=1)
     model = make_model(folder / "tiny.gguf", arch, Shape(**shape))
-    return convert(model, folder / "annotated.gguf", tokens=512, config=config).path
+    return convert(model, folder / "annotated.gguf", tokens=512, config=config, n_tip=n_tip).path
 
 
 def fresh_steps(model: Path, prompt: list[int], *steps: int, **params) -> np.ndarray:

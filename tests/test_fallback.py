@@ -44,7 +44,7 @@ def annotate(model: Path, out: Path, without: Iterable[int] = ()) -> Path:
         centre=[np.zeros((*shape, 2), np.float32) for shape in shapes],
         step=[np.full(shape, 0.35, np.float32) for shape in shapes],
         config=FasaConfig(n_dense_layers=0, min_ctx=1),
-        calibration=Calibration("none", 0, 0, "natural order", "test"),
+        calibration=Calibration("none", 0, 0, 0, "natural order", "test"),
         fingerprint=fingerprint,
     )
     splice(read_header(model), out, to_metadata(profile), progress=lambda done, total: None)

@@ -43,7 +43,7 @@ class Layer:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return annotated_tiny(tmp_path_factory.mktemp("tiny"), n_head=N_HEAD, n_head_kv=N_HEAD_KV)
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"), n_tip=8, n_head=N_HEAD, n_head_kv=N_HEAD_KV)
 
 
 @pytest.fixture(scope="module")
@@ -192,22 +192,29 @@ def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -
                 assert cells[selector][cells[selector] >= 0].tolist() == sorted(expected.tolist())
 
 
-def dims_of(model: Path, n_layer: int = N_LAYER) -> list[np.ndarray]:
-    """The dims of the dominant chunks of each layer, int32 [n_head_kv, n_dim]."""
+def tips_of(model: Path, n_layer: int = N_LAYER) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each layer the dims of the dominant chunks, int32 [n_head_kv, n_dim], and their ranges [n_head_kv, 2, n_dim]."""
     profile = inspect(model).profile
     llm = fasa_edge.Llama(str(model), n_ctx=256, verbose=False)
     planes = [_capi.chunk_dims(layer) for layer in _capi.layer_geometry(llm.model)]
     llm.close()
-    chosen = [chunks[:, : profile.n_tip] for chunks in profile.chunks[:n_layer]]
-    return [dims[chunks].reshape(len(chunks), -1) for dims, chunks in zip(planes, chosen, strict=True)]
+    res = []
+    for il, dims in enumerate(planes[:n_layer]):
+        chunks, centre, step = (part[il][:, : profile.n_tip] for part in (profile.chunks, profile.centre, profile.step))
+        steps = np.broadcast_to(step[..., None], centre.shape)
+        ranges = np.stack([part.reshape(len(chunks), -1) for part in (centre, steps)], 1)
+        res.append((dims[chunks].reshape(len(chunks), -1), ranges))
+    return res
 
 
-def assert_reference(layer: Layer, chosen: list[np.ndarray], dims: np.ndarray, select: str, forced: np.ndarray) -> None:
+def assert_reference(
+    layer: Layer, chosen: list[np.ndarray], tips: tuple[np.ndarray, np.ndarray], select: str, forced: np.ndarray
+) -> None:
     """The cells chosen for the last tokens are those of the reference, but for such as tie with the last one taken."""
     n_new, n_kv = len(chosen), len(layer.k)
     mask = np.triu(np.full((n_kv, n_kv), -np.inf), 1)[-n_new:]
-    tips, scale = reference.store(layer.k, dims), layer.q.shape[-1] ** -0.5
-    scores = reference.score(layer.q[-n_new:], tips, dims, mask, scale, by_head=select == "head")
+    levels, scale = reference.store(layer.k, *tips), layer.q.shape[-1] ** -0.5
+    scores = reference.score(layer.q[-n_new:], levels, *tips, mask, scale, by_head=select == "head")
     wanted = reference.select(scores, TINY_BUDGET, forced)
     for it, selector in np.ndindex(wanted.shape[:2]):
         cells, expected = set(chosen[it][selector].tolist()), set(wanted[it, selector].tolist())
@@ -219,8 +226,8 @@ def assert_reference(layer: Layer, chosen: list[np.ndarray], dims: np.ndarray, s
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_fasa_chooses_what_the_reference_does(select: str, ctx: Context, model: Path) -> None:
     forced = np.stack([forced_cells(token) for token in range(N_PROMPT, N_PROMPT + N_STEPS)]).astype(np.int32)
-    for (layer, chosen, _), dims in zip(decode(ctx, 1, policy="fasa", select=select), dims_of(model), strict=True):
-        assert_reference(layer, chosen, dims, select, forced)
+    for (layer, chosen, _), tips in zip(decode(ctx, 1, policy="fasa", select=select), tips_of(model), strict=True):
+        assert_reference(layer, chosen, tips, select, forced)
 
 
 @pytest.mark.parametrize("select", ["group", "head"])
@@ -235,14 +242,14 @@ def test_so_it_does_in_a_real_model(select: str, fasa_model_path: Path) -> None:
         ctx.read([2000, 2001, 2002], start=400)
         steps = captured_layers(ctx, n_layer)
         forced = np.stack([forced_cells(token) for token in range(400, 403)]).astype(np.int32)
-        for il, dims in list(enumerate(dims_of(fasa_model_path, n_layer)))[n_dense:]:
+        for il, tips in list(enumerate(tips_of(fasa_model_path, n_layer)))[n_dense:]:
             chosen = list(_capi.captured(ctx.ctx, il, Capture.CELLS))
-            assert_reference(join((prompt[il], steps[il])), chosen, dims, select, forced)
+            assert_reference(join((prompt[il], steps[il])), chosen, tips, select, forced)
 
 
 def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
     """The sum of a group's softmax, unrounded; and other chunks than the dominant ones."""
-    for (layer, chosen, _), dims in zip(decode(ctx, 1, policy="fasa_sum"), dims_of(model), strict=True):
+    for (layer, chosen, _), (dims, _) in zip(decode(ctx, 1, policy="fasa_sum"), tips_of(model), strict=True):
         masked = [np.isin(np.arange(layer.q.shape[-1]), row) for row in dims]
         for selector in range(N_HEAD_KV):
             kept = Layer(layer.q * masked[selector], layer.k)

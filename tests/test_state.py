@@ -60,7 +60,7 @@ def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_pat
     with Context(model, **params) as ctx:
         ctx.read(TEXTS[2][:N_PROMPT])  # is forgotten
         load(ctx, state)
-        check(wanted, ctx.decode(batch), 2e-4)  # sliding windows are restored to other cells, by stock too
+        check(wanted, ctx.decode(batch), 2e-3)  # sliding windows are restored to other cells, by stock too
         assert nmse(*wanted) > 1e-3
 
 
