@@ -18,6 +18,7 @@
 
 #define FASA_FN        static __device__ __forceinline__
 #define FASA_FN_MEMBER static __device__ __forceinline__
+#define FASA_FN_OUTLINED static __device__ __attribute__((noinline))
 
 #define FASA_GLOBAL
 #define FASA_SHARED

@@ -20,8 +20,10 @@ FASA_FN uint32_t fasa_key_element(int32_t type, int32_t type_k, uint32_t raw) {
     return type_k == FASA_TYPE_BF16 ? fasa_bits(fasa_from_bf16(fasa_to_bf16(fasa_float(bits)))) : bits;
 }
 
-// the level of an element, ../README.md
-FASA_FN uint32_t fasa_key_level(uint32_t bits, float centre, float inverse) {
+// The level of an element, ../README.md. Not inlined: the compiler would make code of its own for every pair of types, 50 KB, which
+// drives the other kernels out of the caches of instructions.
+FASA_FN_OUTLINED uint32_t fasa_key_level(int32_t type, int32_t type_k, uint32_t raw, float centre, float inverse) {
+    const uint32_t bits = fasa_key_element(type, type_k, raw);
     if (!fasa_is_finite(bits)) {
         return bits == 0x7F800000u && inverse > 0.0f ? FASA_LEVELS - 1 : 0;
     }
@@ -98,7 +100,7 @@ FASA_FN void fasa_store_end(
     uint32_t word = 0;
     FASA_UNROLL
     for (int32_t i = 0; i < FASA_PAIR; ++i) {
-        const uint32_t level = fasa_key_level(fasa_key_element(args.type, args.type_k, raw[i]), key.centres[i], key.inverses[i]);
+        const uint32_t level = fasa_key_level(args.type, args.type_k, raw[i], key.centres[i], key.inverses[i]);
         word |= (key.dims[i] < 0 ? 0 : level) << (8*(i%FASA_QUAD) + 4*(i/FASA_QUAD));
     }
     ((FASA_GLOBAL uint32_t *) block)[at.lane*FASA_BLOCK_CELLS + cell%FASA_BLOCK_CELLS] = word;

@@ -10,6 +10,7 @@ using namespace metal;
 
 #define FASA_FN        static inline
 #define FASA_FN_MEMBER static inline
+#define FASA_FN_OUTLINED static __attribute__((noinline))
 
 #define FASA_GLOBAL device
 #define FASA_SHARED threadgroup
