@@ -1,4 +1,4 @@
-// FASA_STORE: a warp packs the dominant dims of one key into its tip, a lane eight of them.
+// FASA_STORE: a warp packs the dominant dims of one key into its tip.
 
 #pragma once
 
@@ -22,8 +22,9 @@ FASA_FN uint32_t fasa_key_element(int32_t type, int32_t type_k, uint32_t raw) {
 
 // The level of an element, ../README.md. Not inlined: the compiler would make code of its own for every pair of types, 50 KB, which
 // drives the other kernels out of the caches of instructions.
-FASA_FN_OUTLINED uint32_t fasa_key_level(int32_t type, int32_t type_k, uint32_t raw, float centre, float inverse) {
-    const uint32_t bits = fasa_key_element(type, type_k, raw);
+FASA_FN_OUTLINED uint32_t fasa_key_level(int32_t type, int32_t type_k, uint32_t raw, float centre, float step) {
+    const uint32_t bits    = fasa_key_element(type, type_k, raw);
+    const float    inverse = step > 0.0f ? fasa_div(1.0f, step) : 0.0f;
     if (!fasa_is_finite(bits)) {
         return bits == 0x7F800000u && inverse > 0.0f ? FASA_LEVELS - 1 : 0;
     }
@@ -33,14 +34,17 @@ FASA_FN_OUTLINED uint32_t fasa_key_level(int32_t type, int32_t type_k, uint32_t 
     return (uint32_t) (fasa_floor(steps > least ? steps < most ? steps : most : least) + FASA_LEVELS/2);
 }
 
+// dims of a lane, at most: each lane has every 32nd
+#define FASA_LANE_DIMS 8
+
 // of a warp's key, what is known before it is there
 struct fasa_store_key {
-    int64_t id;                  // where it lies and its tip belongs, stream by stream; negative: there is none
+    int64_t id;    // where it lies and its tip belongs, stream by stream; negative: there is none
     int32_t token;
     int32_t head;
-    int32_t dims[FASA_PAIR];     // of the lane, -1: none
-    float   centres[FASA_PAIR];
-    float   inverses[FASA_PAIR]; // of the steps
+    int32_t dims    [FASA_LANE_DIMS]; // of the lane, -1: none
+    float   centres [FASA_LANE_DIMS];
+    float   steps   [FASA_LANE_DIMS];
 };
 
 // blocks of threads: FASA_WARPS keys each
@@ -57,17 +61,15 @@ FASA_FN fasa_store_key fasa_store_begin(
     res.head  = ir%args.n_head_kv;
     res.id    = ir < args.n_tokens*args.n_head_kv ? idxs[res.token] : -1;
 
-    FASA_GLOBAL const int32_t * own_dims = dims + res.head*args.n_dim;
-    FASA_GLOBAL const float   * centres  = ranges + 2*res.head*args.n_dim;
-    FASA_GLOBAL const float   * steps    = centres + args.n_dim;
+    dims   += res.head*args.n_dim;
+    ranges += 2*res.head*args.n_dim;
     FASA_UNROLL
-    for (int32_t i = 0; i < FASA_PAIR; ++i) {
-        const int32_t id   = at.lane*FASA_PAIR + i;
-        const bool    is   = id < args.n_dim;
-        const float   step = is ? steps[id] : 0.0f;
-        res.dims[i]     = is ? own_dims[id] : -1;
-        res.centres[i]  = is ? centres[id] : 0.0f;
-        res.inverses[i] = step > 0.0f ? fasa_div(1.0f, step) : 0.0f;
+    for (int32_t i = 0; i < FASA_LANE_DIMS; ++i) {
+        const int32_t dim = i*FASA_WARP + at.lane;
+        const bool    is  = dim < args.n_dim;
+        res.dims   [i] = is ? dims[dim] : -1;
+        res.centres[i] = is ? ranges[dim] : 0.0f;
+        res.steps  [i] = is ? ranges[args.n_dim + dim] : 0.0f;
     }
     return res;
 }
@@ -78,7 +80,7 @@ FASA_FN void fasa_store_end(
         FASA_GLOBAL char       * tips,
         FASA_GLOBAL const char * k,
         fasa_at at) {
-    if (key.id < 0 || key.id >= (int64_t) args.n_cells*args.n_stream || at.lane >= args.n_pairs) {
+    if (key.id < 0 || key.id >= (int64_t) args.n_cells*args.n_stream) {
         return;
     }
     int64_t cell = key.id;
@@ -90,18 +92,25 @@ FASA_FN void fasa_store_end(
     }
     FASA_GLOBAL char       * block = tips + cell/FASA_BLOCK_CELLS*args.nb_tips1 + key.head*args.nb_tips2 + is*args.nb_tips3;
     FASA_GLOBAL const char * row   = k + key.head*args.nb_k1 + (args.cached ? key.id : key.token)*args.nb_k2;
+    FASA_GLOBAL uint32_t   * words = (FASA_GLOBAL uint32_t *) block + cell%FASA_BLOCK_CELLS;
 
-    uint32_t raw[FASA_PAIR]; // all are asked for before any is needed
+    const int32_t i_lane = at.lane%FASA_PAIR; // in a word
     FASA_UNROLL
-    for (int32_t i = 0; i < FASA_PAIR; ++i) {
-        const int32_t id = fasa_max(key.dims[i], 0);
-        raw[i] = args.type == FASA_TYPE_F32 ? ((FASA_GLOBAL const uint32_t *) row)[id] : ((FASA_GLOBAL const uint16_t *) row)[id];
+    for (int32_t i = 0; i < FASA_LANE_DIMS; ++i) {
+        if (i*FASA_WARP < args.n_dim) {
+            const int32_t id   = fasa_max(key.dims[i], 0);
+            const uint32_t raw = args.type == FASA_TYPE_F32 ? ((FASA_GLOBAL const uint32_t *) row)[id] : ((FASA_GLOBAL const uint16_t *) row)[id];
+            const uint32_t own = key.dims[i] < 0 ? 0 : fasa_key_level(args.type, args.type_k, raw, key.centres[i], key.steps[i]);
+
+            uint32_t word = own << (8*(i_lane%FASA_QUAD) + 4*(i_lane/FASA_QUAD));
+            FASA_UNROLL
+            for (int32_t mask = 1; mask < FASA_PAIR; mask *= 2) {
+                word |= fasa_shuffle_xor(word, mask);
+            }
+            const int32_t pair = (i*FASA_WARP + at.lane)/FASA_PAIR;
+            if (i_lane == 0 && pair < args.n_pairs) {
+                words[pair*FASA_BLOCK_CELLS] = word;
+            }
+        }
     }
-    uint32_t word = 0;
-    FASA_UNROLL
-    for (int32_t i = 0; i < FASA_PAIR; ++i) {
-        const uint32_t level = fasa_key_level(args.type, args.type_k, raw[i], key.centres[i], key.inverses[i]);
-        word |= (key.dims[i] < 0 ? 0 : level) << (8*(i%FASA_QUAD) + 4*(i/FASA_QUAD));
-    }
-    ((FASA_GLOBAL uint32_t *) block)[at.lane*FASA_BLOCK_CELLS + cell%FASA_BLOCK_CELLS] = word;
 }
