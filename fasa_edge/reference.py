@@ -75,7 +75,8 @@ def score(
     dom = np.take_along_axis(grouped, np.broadcast_to(dims[None, :, None, :], (*grouped.shape[:3], n_dim)), axis=3)
     with np.errstate(invalid="ignore", over="ignore"):
         dom = dom * ranges[None, :, None, 1].astype(np.float32)
-        heads = np.einsum("thgd,chd->thgc", _round_to_8_bits(dom, scale), tips.astype(np.float64))
+        rounded, unit = _round_to_8_bits(dom, scale)
+        heads = np.einsum("thgd,chd->thgc", rounded, tips.astype(np.float64)) * unit  # of whole numbers: ties are exact
     heads = np.where(mask[:, None, None, :] > MASKED, heads, MASKED)
     if by_head:
         heads = heads.reshape(n_tokens, n_head, 1, -1)
@@ -85,13 +86,13 @@ def score(
     return np.where(np.isnan(heads), MASKED, heads).max(axis=2)
 
 
-def _round_to_8_bits(x: np.ndarray, scale: float) -> np.ndarray:
-    """Rows of float32, scaled, as multiples of a 127th of their greatest magnitude; NaN where a row is not finite."""
+def _round_to_8_bits(x: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of float32 as multiples of a 127th of their greatest magnitude, and that, scaled; NaN where it is not finite."""
     top = np.abs(x).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
         step = np.clip(scale * top.astype(np.float64) / 127, -MAX_STEP, MAX_STEP)
-        return np.where(np.isfinite(top), np.rint(x * inverse) * step, np.nan)
+        return np.nan_to_num(np.rint(x * inverse)), np.where(np.isfinite(top), step, np.nan)
 
 
 def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> np.ndarray:

@@ -60,12 +60,12 @@ def test_min_cells_is_where_the_estimates_meet(bandwidth: float, row_bytes: int,
 
 
 def test_faster_memory_pays_later() -> None:
-    cells = [base.ggml_fasa_min_cells(bandwidth, 4096, 272, 1024) for bandwidth in (250, 500, 1000, 2000, 4000)]
+    cells = [base.ggml_fasa_min_cells(bandwidth, 4096, 256, 1024) for bandwidth in (250, 500, 1000, 2000, 4000)]
     assert cells == sorted(cells) and len(set(cells)) == 5
 
 
 def test_an_unknown_bandwidth_says_nothing() -> None:
-    assert base.ggml_fasa_min_cells(0, 4096, 272, 1024) == 0
+    assert base.ggml_fasa_min_cells(0, 4096, 256, 1024) == 0
 
 
 def test_tips_that_cost_as_much_as_rows_never_pay() -> None:

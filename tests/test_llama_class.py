@@ -188,7 +188,7 @@ def test_all_of_the_context_can_be_used(model: Path, logits_all: bool) -> None:
     llm = load(model, n_ctx=300, logits_all=logits_all)
     assert llm.n_ctx() == 512 == len(llm.input_ids)
     usage = llm.create_completion(TOKENS[:290], max_tokens=None, temperature=0, logit_bias={"2": -100})["usage"]
-    assert usage["total_tokens"] == 512
+    assert usage["total_tokens"] in (512, 513)  # one more where a character of several tokens begins at the end
     with pytest.raises(ValueError, match="exceed context window of 512"):
         llm.create_completion(TOKENS[:512])
     assert pickle.loads(pickle.dumps(llm)).n_ctx() == 512
@@ -392,7 +392,7 @@ def test_drafts_until_the_context_is_full(fasa_model_path: Path, n_batch: int) -
     llm = load(fasa_model_path, n_ctx=300, n_batch=n_batch, draft_model=draft_model, **settings)
     prompt = llm.tokenize(40 * line)[:400]
     usage = llm.create_completion(prompt, max_tokens=None, temperature=0)["usage"]
-    assert usage["total_tokens"] == 512
+    assert usage["total_tokens"] in (512, 513)  # one more where a character of several tokens begins at the end
     again = pickle.loads(pickle.dumps(llm))
     assert again.draft_model.model.num_pred_tokens == 10 and not hasattr(again.draft_model.model, "model")
 

@@ -129,10 +129,10 @@ def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu
 def test_cuda_launches_of_a_decode_step(
     model: Path, simt_devices: dict[str, int], n_gpu_layers: int, types: tuple[str, str]
 ) -> None:
-    """One for the rows of V and the tips, if V is not quantized, and one for all of sparse attention."""
+    """One for the rows of V and the tips, if neither K nor V is quantized, and one for all of sparse attention."""
     n_layer = n_gpu_layers - 1
     params = {"type_k": GGML_TYPES[types[0]], "type_v": GGML_TYPES[types[1]]}
-    stored = {"FASA_STORE" if types[1] == "q8_0" else ROWS_STORE: n_layer}
+    stored = {"FASA_STORE" if "q8_0" in types else ROWS_STORE: n_layer}
     tokens = enumerate(TEXTS[0][N_PROMPT:], N_PROMPT)
 
     with on_device(model, simt_devices["SIMT-CUDA"], n_gpu_layers, **params) as ctx:

@@ -29,6 +29,7 @@ static constexpr size_t  FASA_MAX_SHARED = 32*1024; // bytes of shared memory, a
 static constexpr float   FASA_MOST       = 1e24f; // step of a query, see ../cpu/fasa-score.h
 static constexpr int64_t FASA_MAX_PARTS  = 128; // of a row in select
 static constexpr int64_t FASA_MIN_PART   = 512; // cells
+static constexpr int64_t FASA_MIN_BLOCKS = 2;   // of cells, for a part of what does all in one launch
 static constexpr int64_t FASA_MAX_SPLITS = 64;  // of a list in attend
 static constexpr int64_t FASA_MIN_SPLIT  = 64;  // cells
 static constexpr int64_t FASA_MAX_COUNTERS = 512; // rows of a launch that does all, which cannot take turns
@@ -289,9 +290,8 @@ struct fasa_decode_plan {
         n_rows = select.n_rows;
 
         const int64_t n_blocks = select.args.n_kv/FASA_BLOCK_CELLS;
-        // as many as there are, but a warp has a block of cells to score, and a few less if a warp then reads what there is of
-        // all parts at once
-        const int64_t n_busy  = (n_blocks + FASA_WARPS - 1)/FASA_WARPS;
+        // as many as there are, but each with some blocks of cells, and a few less if a warp then reads what there is of all parts at once
+        const int64_t n_busy  = (n_blocks + FASA_MIN_BLOCKS - 1)/FASA_MIN_BLOCKS;
         const int64_t n_parts = std::min({ (int64_t) n_resident/n_rows, FASA_MAX_PARTS, n_busy, max_parts(select.args) });
 
         select.args.n_rows = n_rows;
