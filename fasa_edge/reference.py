@@ -87,7 +87,7 @@ def score(
 
 
 def _round_to_8_bits(x: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of float32 as multiples of a 127th of their greatest magnitude, and that, scaled; NaN where it is not finite."""
+    """Rows of float32 as multiples of a 127th of their greatest magnitude; that, scaled, or NaN if it is not finite."""
     top = np.abs(x).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)

@@ -193,7 +193,7 @@ def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -
 
 
 def tips_of(model: Path, n_layer: int = N_LAYER) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each layer the dims of the dominant chunks, int32 [n_head_kv, n_dim], and their ranges [n_head_kv, 2, n_dim]."""
+    """By layer, the dims of the dominant chunks, int32 [n_head_kv, n_dim], and their ranges [n_head_kv, 2, n_dim]."""
     profile = inspect(model).profile
     llm = fasa_edge.Llama(str(model), n_ctx=256, verbose=False)
     planes = [_capi.chunk_dims(layer) for layer in _capi.layer_geometry(llm.model)]

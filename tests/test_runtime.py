@@ -239,7 +239,7 @@ def test_overrides_are_taken_or_reported(fasa_model_path) -> None:
         "fasa.n_recnet: no such setting",
     ]
     assert len(warned) == 2
-    assert stats.tips_size < 29 * 512 * 3 * (16 + 2) * 1.1
+    assert stats.tips_size < 29 * 512 * 3 * 8 * 1.1
 
 
 @pytest.mark.parametrize(
