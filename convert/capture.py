@@ -69,11 +69,14 @@ class ModelRun:
         self._llm.close()
 
     def angles(self, il: int, n_ctx: int = 0) -> np.ndarray:
-        """By how many radians one position turns each chunk of a head of a layer, float64 ``[n_chunk]``.
+        """By how many radians one position turns each chunk of a head of a layer that was captured last.
 
         Args:
             il: the layer.
             n_ctx: in a context of that many tokens; 0: in this one.
+
+        Returns:
+            float64 ``[n_chunk]``, see :func:`fasa_edge._capi.rope_angles`.
         """
         return _capi.rope_angles(self._llm.ctx, il, self.geometry[il].n_embd_head // 2, n_ctx)
 

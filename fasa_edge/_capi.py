@@ -331,18 +331,20 @@ def chunk_dims(layer: LayerGeometry) -> np.ndarray:
 def rope_angles(ctx: int, il: int, n_chunk: int, n_ctx: int = 0) -> np.ndarray:
     """By how much RoPE turns each chunk of a head of layer ``il`` from one position to the next.
 
+    As the last micro-batch turned the layer's keys, which must have been captured.
+
     Args:
         ctx: ``llama_context *``.
         il: the layer.
         n_chunk: chunks of a head, half of its dims.
-        n_ctx: for a context of that many cells, on which frequency factors can depend; 0: as many as it has.
+        n_ctx: with the frequency factors of a context of that many cells, where they depend on it; 0: of this one.
 
     Returns:
         float64 [n_chunk], radians from -pi to pi, from the chunk's first dim towards its second; 0 where it does not
         turn, or its two dims do not turn as one.
 
     Raises:
-        FasaError: RoPE could not be computed; llama.cpp's log says why.
+        FasaError: nothing was captured, or RoPE could not be computed; llama.cpp's log says which.
     """
     angles = np.empty(n_chunk, np.float32)
     if not _get_angles(ctx, il, n_ctx, angles.ctypes.data_as(ctypes.POINTER(ctypes.c_float))):

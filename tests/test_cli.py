@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import fasa_edge
 from fasa_edge.cli import main
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny_models import make_model
@@ -26,12 +28,18 @@ def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
     report = json.loads(fasa("convert", model_path, "-o", out, "--n-tip", 10, "--tokens", 512, "--json").stdout)
     assert (report["path"], report["n_tip"]) == (str(out), 10)
     assert report["check"]["n_tip"] == 10 and report["unchecked"] is None
+    assert 0 < np.mean(report["check"]["clipped"]) < 0.02
     assert out.stat().st_size == report["n_bytes"]
 
     report = json.loads(fasa("inspect", out, "--json").stdout)
     assert report["annotated"] and report["calibration"]["tokens"] == 512
+    assert report["calibration"]["context"] == 8192 and report["tip_bytes"] == 12
+    assert np.shape(report["layers"][29]["centre"]) == (3, 10, 2) and np.min(report["layers"][29]["step"]) > 0
     text = fasa("inspect", out).stdout
     assert "layer    KV head  chunks, best first" in text and "llama rope=0 0-29:9/3x64r64" in text
+    assert "10, 12 bytes per cell and KV head" in text
+    ranges = r"(?m)^ +\d+ +[012] +\d{32} +[\d.]+ +[\d.]+ \(chunk \d+\)$"
+    assert len(re.findall(ranges, text)) == 90  # heads
     assert "no FASA profile: make one with" in fasa("inspect", model_path).stdout
 
     error = fasa("convert", model_path, "-o", out, code=1).stderr

@@ -54,6 +54,9 @@ def test_good_chunks_pass(model, profile):
     assert (found.n_tip, found.n_chunk, found.n_dense_layers) == (2, 32, 0)
     assert found.passed and found.warning is None and 0 < found.kl_error < found.kl
     assert len(found.mass) == 2 and all(0.9 < mass <= 1 + 1e-5 for mass in found.mass)
+    assert len(found.clipped) == 2 and all(0 < share < 0.02 for share in found.clipped)
+    halved = check(model, replace(profile, n_tip=2, step=[step / 2 for step in profile.step]))
+    assert halved.clipped_share > 10 * found.clipped_share
 
 
 def test_bad_chunks_warn_and_name_a_layer(model, profile):

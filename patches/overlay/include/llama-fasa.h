@@ -187,12 +187,6 @@ extern "C" {
     // false: no such chunk, a RoPE type whose planes FASA does not know, or an n_rot that does not fit the head
     LLAMA_API bool llama_fasa_chunk_dims(const struct llama_fasa_layer * layer, int32_t chunk, int32_t dims[2]);
 
-    // by how many radians one position turns each chunk of a head, F32 [n_embd_head/2], in (-pi, pi]: 0 where RoPE leaves
-    // the chunk alone, or its two dims do not turn as one. As ggml's RoPE computes it, with base, scale, factors and YaRN of
-    // the model and the context; n_ctx: for a context of that many cells instead, on which factors can depend; 0: its own
-    // false: no such layer, or RoPE failed (the log says how)
-    LLAMA_API bool llama_fasa_get_angles(const struct llama_context * ctx, int32_t il, uint32_t n_ctx, float * angles);
-
     // architecture and head geometry in one line: a profile belongs to the models that share it
     LLAMA_API const char * llama_fasa_fingerprint(const struct llama_model * model);
 
@@ -213,6 +207,13 @@ extern "C" {
     //  0: it was not captured
     // -1: refused, since llama_decode or llama_encode is running, or the shape has become another one (the log says which)
     LLAMA_API int32_t llama_fasa_get_capture(struct llama_context * ctx, int32_t il, enum llama_fasa_capture which, int64_t ne[3], void * dst);
+
+    // by how many radians one position turns each chunk of a head, F32 [n_embd_head/2], in (-pi, pi]: 0 where RoPE leaves
+    // the chunk alone, or its two dims do not turn as one. Computed by ggml's RoPE as the last run applied it to the layer's
+    // keys, which must have been captured: base, scale, frequency factors, YaRN. n_ctx: with the factors of a context of
+    // that many cells, where they depend on it; 0: of this one
+    // false: no such layer or capture, llama_decode is running, or RoPE failed (the log says which)
+    LLAMA_API bool llama_fasa_get_angles(const struct llama_context * ctx, int32_t il, uint32_t n_ctx, float * angles);
 
     //
     // build

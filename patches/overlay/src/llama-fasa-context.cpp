@@ -155,3 +155,14 @@ llama_fasa_context::capture_status llama_fasa_context::get_capture(
 
     return IS_CAPTURED;
 }
+
+std::optional<llama_fasa_rope> llama_fasa_context::get_rope(int32_t il) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+
+    if (is_running || !last_run) {
+        return {};
+    }
+    const auto it = last_run->ropes.find(il);
+
+    return it == last_run->ropes.end() ? std::nullopt : std::make_optional(it->second);
+}

@@ -3,6 +3,7 @@
 #include "llama-fasa.h"
 #include "llama-fasa-observed.h"
 #include "llama-fasa-policy.h"
+#include "llama-fasa-rope.h"
 
 #include <memory>
 #include <mutex>
@@ -67,6 +68,9 @@ struct llama_fasa_context {
     // as llama_fasa_get_capture
     enum capture_status { IS_CAPTURED, NOT_CAPTURED, IS_RUNNING, HAS_CHANGED };
     capture_status get_capture(const llama_context & ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) const;
+
+    // of the keys captured last; nothing: they were not, or a run goes on
+    std::optional<llama_fasa_rope> get_rope(int32_t il) const;
 
 private:
     mutable std::mutex mutex; // of all that follows, and of the transition from one run to the next

@@ -113,6 +113,9 @@ ggml_tensor * llama_fasa_attn::build(
     capture(*inp, LLAMA_FASA_CAPTURE_Q, q_cur);
     if (k_cur) { // null: the layer reads the cache of another one
         capture(*inp, LLAMA_FASA_CAPTURE_K, k_cur);
+        if (fasa->capture & LLAMA_FASA_CAPTURE_K) {
+            inp->ropes[il] = llama_fasa_find_rope(k_cur);
+        }
     }
 
     if (!fasa->profile) {

@@ -2,6 +2,7 @@
 
 #include "llama-fasa-tips.h"
 #include "llama-fasa.h"
+#include "llama-fasa-rope.h"
 #include "llama-graph.h"
 
 #include <map>
@@ -82,6 +83,8 @@ public:
     uint32_t n_layers_exact = 0; // dense layers that take FASA's kernel
 
     std::set<int> layers; // that have been added
+
+    std::map<int32_t, llama_fasa_rope> ropes; // of layers whose keys are captured
 
 private:
     void set_forced(const llama_ubatch * ubatch) const;
