@@ -14,7 +14,7 @@ from fasa_edge.convert.text import read_text
 import numpy as np
 import pytest
 
-N_LAYERS = 3
+N_LAYERS = 6
 N_SHORT, N_LONG = 2048, 8192
 N_QUERIES, BUDGET = 32, 512
 
@@ -88,10 +88,16 @@ def test_stretching_ranks_as_reading_does(layers):
     }
     by_stretching = {il: ranking.chunks for il, ranking in stretched.items()}
     for n_tip in (12, 16, 24):
-        lost = [mean_lost(read, rankings, n_tip) for rankings in (by_stretching, by_reading, by_short)]
-        print(n_tip, lost)
-        assert lost[0] < 1.04 * lost[1] and lost[0] < 1.01 * lost[2]
-    assert mean_lost(read, by_stretching, 12) < mean_lost(read, by_short, 12)
+        assert in_common(by_stretching, by_reading, n_tip) > 0.95
+        assert mean_lost(read, by_stretching, n_tip) < 1.03 * mean_lost(read, by_reading, n_tip)
+    # the fewer the chunks, the more it matters which; here the short text as it stands loses 6 % more
+    assert mean_lost(read, by_stretching, 12) < 0.98 * mean_lost(read, by_short, 12)
+
+
+def in_common(rankings, others, n_tip) -> float:
+    """Share of the chosen chunks that two rankings agree on."""
+    pairs = [heads for il in rankings for heads in zip(rankings[il], others[il], strict=True)]
+    return float(np.mean([np.isin(a[:n_tip], b[:n_tip]).mean() for a, b in pairs]))
 
 
 def values(x: np.ndarray) -> np.ndarray:
@@ -115,7 +121,6 @@ def test_ranges_hold_the_keys_of_the_long_text(layers):
         np.put_along_axis(tips, ranking.chunks[None], (rounded[..., 0] + 1j * rounded[..., 1]).astype(tips.dtype), 2)
         chunks = ranking.chunks
         lost.append([lost_mass(layer, chunks[:, :24], tips), lost_mass(layer, chunks, layer.k)])
-    print(lost, clipped)
     assert np.mean(clipped) < 0.015
     rounded, unrounded = np.mean(lost, axis=0)
     assert rounded < 1.15 * unrounded
