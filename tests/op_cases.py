@@ -57,3 +57,18 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
         mask=mask,
         scale=shape.n_embd_head**-0.5,
     )
+
+
+def unpack(tips: np.ndarray, n_head_kv: int, n_dim: int) -> np.ndarray:
+    """The levels in a tip cache of one stream, uint8 [n_kv, n_head_kv, n_dim]; what fills them up must be 0.
+
+    Args:
+        tips: its bytes; ``ggml_kernels/fasa-tips.h`` has their order.
+        n_head_kv: KV heads.
+        n_dim: dims kept of each.
+    """
+    blocks = tips.reshape(n_head_kv, -1, -(-n_dim // 8), 32, 4)  # [head, block, eight dims, cell, byte]
+    halves = np.stack([blocks & 15, blocks >> 4], 4)
+    levels = halves.transpose(1, 3, 0, 2, 4, 5).reshape(-1, n_head_kv, halves.shape[2] * 8)
+    assert (levels[..., n_dim:] == 0).all()
+    return levels[..., :n_dim]

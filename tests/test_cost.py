@@ -52,7 +52,7 @@ def test_sparse_where_it_is_faster(figure: dict) -> None:
 @pytest.mark.parametrize("row_bytes", [1024, 4096, 16384])
 @pytest.mark.parametrize("budget", [256, 1024, 4096])
 def test_min_cells_is_where_the_estimates_meet(bandwidth: float, row_bytes: int, budget: int) -> None:
-    tip_bytes = row_bytes // 15
+    tip_bytes = row_bytes // 16
     n = base.ggml_fasa_min_cells(bandwidth, row_bytes, tip_bytes, budget)
     dense = [base.ggml_fasa_us_dense(bandwidth, row_bytes, cells) for cells in (n - 100, n + 100)]
     sparse = [base.ggml_fasa_us_sparse(bandwidth, row_bytes, tip_bytes, cells, budget) for cells in (n - 100, n + 100)]

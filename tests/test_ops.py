@@ -9,7 +9,7 @@ from fasa_edge import _ggml, reference
 import numpy as np
 import pytest
 from ggml_graph import BF16, CACHE_TYPES, F16, F32, Graph
-from op_cases import NMSE_REFERENCE, Case, Shape, make_case
+from op_cases import NMSE_REFERENCE, Case, Shape, make_case, unpack
 
 NMSE_STOCK = 5e-4  # what test-backend-ops allows FLASH_ATTN_EXT
 
@@ -492,20 +492,27 @@ def test_attend_minds_no_row_whose_weight_is_too_small_for_f32() -> None:
 
 
 @pytest.mark.parametrize("type_k", ["f32", "f16", "bf16"])
-def test_levels_of_keys_that_are_not_finite(type_k: str) -> None:
-    """What is infinite is clipped as what is far away, what is not a number is at the lowest level."""
-    case = make_case(Shape(n_head=3))
-    case.ranges[:, 1, -1] = 1
-    found = []
-    for values in ((np.nan, np.inf, -np.inf), (-1e4, 1e4, -1e4)):
-        case.k[7:10] = np.array(values, np.float32)[:, None, None]
-        with Graph() as g:
-            tips, _, stored = run_store(g, case, case.k, CACHE_TYPES[type_k])
-            g.run(stored)
-            found.append(g.read(tips, np.uint8))
-    assert (found[0] == found[1]).all()
-    levels = reference.store(case.k, case.dims, case.ranges)
-    assert (levels[[7, 9]] == 0).all() and (levels[8] == 15).all()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stored_levels_are_the_reference(shape: Shape, type_k: str) -> None:
+    """Between the levels, on their edges and beyond them; not finite, where the step is 0, too."""
+    case = make_case(shape)
+    rng = np.random.default_rng(5)
+    centre, step = case.ranges[:, 0], case.ranges[:, 1]
+    edges = centre + rng.integers(-10, 11, (shape.n_kv // 4, *centre.shape)) * step
+    for ih, dims in enumerate(case.dims):
+        case.k[: len(edges), ih, dims] = edges[:, ih]
+    for i, value in enumerate((np.nan, np.inf, -np.inf, 3e38, -3e38, 7e4)):
+        case.k[8 + i] = value
+    with np.errstate(over="ignore"):
+        rounded = to_bf16(case.k) if type_k == "bf16" else case.k
+        wanted = reference.store(rounded, case.dims, case.ranges, np.float16 if type_k == "f16" else None)
+    with Graph() as g:
+        tips, _, stored = run_store(g, case, case.k, CACHE_TYPES[type_k])
+        g.run(stored)
+        found = unpack(g.read(tips, np.uint8), shape.n_head_kv, shape.n_dim)
+    assert (found == wanted).all()
+    moves = step > 0
+    assert (wanted[8][moves] == 0).all() and (wanted[9][moves] == 15).all() and (wanted[10][moves] == 0).all()
 
 
 @pytest.mark.parametrize("device", ["CPU"], indirect=True)

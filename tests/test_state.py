@@ -14,7 +14,7 @@ from fasa_edge._lib import llama_cpp
 
 import numpy as np
 import pytest
-from runtime import GGML_TYPES, TEXTS, Context, annotated_tiny, check, fresh_steps, last_logits, load, nmse, save
+from runtime import GGML_TYPES, SAME, TEXTS, Context, annotated_tiny, check, fresh_steps, last_logits, load, nmse, save
 
 N_PROMPT = 700
 PROMPT, NEXT = TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT]
@@ -60,8 +60,9 @@ def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_pat
     with Context(model, **params) as ctx:
         ctx.read(TEXTS[2][:N_PROMPT])  # is forgotten
         load(ctx, state)
-        check(wanted, ctx.decode(batch), 2e-3)  # sliding windows are restored to other cells, by stock too
-        assert nmse(*wanted) > 1e-3
+        # sliding windows are restored to other cells, by stock too, and what that rounds puts some keys at other levels
+        check(wanted, ctx.decode(batch), tolerance := 2e-3 if arch == "gemma3" else SAME)
+        assert nmse(*wanted) > 10 * tolerance
 
 
 def test_tips_are_made_again_in_pieces(tmp_path: Path) -> None:

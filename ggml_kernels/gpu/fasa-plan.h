@@ -12,7 +12,8 @@
 #include <cfloat>
 #include <cmath>
 
-static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_PAIR == FASA_TIPS_PAIR && FASA_LEVELS == FASA_TIPS_LEVELS, "another layout of tips");
+static_assert(FASA_BLOCK_CELLS == FASA_TIPS_CELLS && FASA_QUAD == FASA_TIPS_QUAD &&
+    FASA_PAIR == FASA_TIPS_PAIR && FASA_LEVELS == FASA_TIPS_LEVELS, "another layout of tips");
 
 static_assert(FASA_TYPE_F32  == GGML_TYPE_F32,  "wrong type number");
 static_assert(FASA_TYPE_F16  == GGML_TYPE_F16,  "wrong type number");
@@ -23,7 +24,7 @@ static_assert(FASA_TYPE_Q4_0 == GGML_TYPE_Q4_0, "wrong type number");
 // in the second dimension of a grid
 static constexpr int64_t FASA_MAX_ROWS = 65535;
 
-static constexpr int64_t FASA_MAX_EMBD   = 256;
+static constexpr int64_t FASA_MAX_EMBD   = 256; // a warp holds as many dims of a query
 static constexpr size_t  FASA_MAX_MEMORY = 64 << 20; // bytes for select: rows that need more come in several launches
 static constexpr size_t  FASA_MAX_SHARED = 32*1024; // bytes of shared memory, as many as Metal has
 static constexpr float   FASA_MOST       = 1e24f; // step of a query, see ../cpu/fasa-score.h
@@ -166,7 +167,7 @@ struct fasa_select_plan {
 
 static bool fasa_select_supported(const ggml_tensor * op) {
     const fasa_select_plan plan(op);
-    return std::max({ plan.shared_stats, plan.shared_keys, plan.shared_mark }) <= FASA_MAX_SHARED &&
+    return std::max({ plan.shared_stats, plan.shared_keys, plan.shared_mark }) <= FASA_MAX_SHARED && plan.args.n_dim <= FASA_MAX_EMBD &&
         op->src[1]->ne[1]*FASA_TIPS_CELLS <= INT32_MAX/2;
 }
 

@@ -128,7 +128,7 @@ FASA_FN fasa_query fasa_round_query(
         FASA_UNROLL
         for (int32_t i = 0; i < FASA_PAIR; ++i) {
             x[i]   = dims.ids[i] >= 0 ? fasa_mul(fasa_float(bits[i]), dims.steps[i]) : 0.0f;
-            finite = finite && fasa_is_finite(fasa_bits(x[i]));
+            finite = finite && (dims.ids[i] < 0 || fasa_is_finite(bits[i])) && fasa_is_finite(fasa_bits(x[i])); // or too great
             amax   = finite ? fasa_greater(fasa_abs(x[i]), amax) : 0.0f;
         }
         amax   = fasa_warp_max(amax);
