@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -132,7 +133,11 @@ class GgufHeader:
 
         It compares keys as C strings: a key ends at its first NUL, and of several that are equal so the first counts.
         """
-        return _find(self.entries, key)
+        return self._by_c_string.get(key)
+
+    @cached_property
+    def _by_c_string(self) -> dict[str, Entry]:
+        return _by_c_string(self.entries)
 
     def get_string(self, key: str) -> str | None:
         """The text of a key, None where the file has no such key.
@@ -300,12 +305,15 @@ def _read_entry(reader: _Reader) -> Entry:
     return Entry(key=key, raw=b"".join((head, body)), type=type_, count=count, value_offset=len(head))
 
 
-def _find(entries: dict[str, Entry], key: str) -> Entry | None:
-    return next((entry for name, entry in entries.items() if name.partition("\0")[0] == key), None)
+def _by_c_string(entries: dict[str, Entry]) -> dict[str, Entry]:
+    res: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        res.setdefault(name.partition("\0")[0], entry)
+    return res
 
 
 def _alignment(reader: _Reader, entries: dict[str, Entry]) -> int:
-    entry = _find(entries, "general.alignment")
+    entry = _by_c_string(entries).get("general.alignment")
     if entry is None:
         return DEFAULT_ALIGNMENT
     if entry.type != GGUFValueType.UINT32 or entry.count is not None:

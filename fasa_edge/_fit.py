@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from fasa_edge import _capi, _memory
 from fasa_edge._lib import llama_cpp
-from fasa_edge._log import quiet_log
+from fasa_edge._log import unheard
 
 _N_CTX_UNKNOWN = 512
 N_CTX_STEP = 256
@@ -18,9 +18,6 @@ N_CTX_STEP = 256
 _HOST_SHARE = 0.5
 """Of the host's memory that is free beside weights and compute buffers, what a context takes: KV cache, tips, and
 logits if kept. The rest is for all else that runs there."""
-
-_THREAD = 72 << 20
-"""Bytes of address space that a thread takes: a stack and an arena of malloc's, as glibc and Linux make them."""
 
 _DEVICE_RESERVE = 1 << 30
 """Bytes of a GPU that are left free, or a quarter if that is less: ggml takes buffers while it computes."""
@@ -73,13 +70,17 @@ def automatic_n_ctx(
 
         def fits(n_ctx: int) -> bool:
             kinds = usage(n_ctx)
-            logits = (n_ctx if logits_all else n_batch) * logits_row
+            n_batched = min(n_ctx, n_batch)
+            # of all cells in the bindings, and of a batch in the library, which makes room for them as they come
+            kept = (n_ctx + n_batched) * logits_row if logits_all else 0
             # each token of the bindings' batch has room for as many sequences as there are cells
-            untouched = (0 if logits_all else logits) + 4 * min(n_ctx, n_batch) * n_ctx + n_threads * _THREAD
-            return kinds is not None and room.holds(kinds, logits if logits_all else 0, untouched)
+            untouched = (0 if logits_all else n_batch * logits_row) + 4 * n_batched * n_ctx
+            return kinds is not None and room.holds(kinds, kept, untouched)
 
-        n_threads = max(context_params.n_threads, context_params.n_threads_batch) - 1
-        room = _Room(maps=model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP))
+        room = _Room(
+            maps=model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP),
+            n_threads=max(context_params.n_threads, context_params.n_threads_batch) - 1,
+        )
         sizes = range(N_CTX_STEP, n_most + 1, N_CTX_STEP)
         if fits(n_most):
             return n_most
@@ -91,10 +92,12 @@ class _Room:
 
     Args:
         maps: weights that can stay in the mapped file do.
+        n_threads: that will be started.
     """
 
-    def __init__(self, maps: bool) -> None:
+    def __init__(self, maps: bool, n_threads: int) -> None:
         self._maps = maps
+        self._n_threads = n_threads
         self._limits = _memory.limits()
         self._on_device: dict[int, int] = {}
 
@@ -103,18 +106,19 @@ class _Room:
 
         Args:
             kinds: what it takes.
-            logits: bytes that the bindings keep besides.
-            untouched: bytes that are allocated and hardly written to.
+            logits: bytes of logits that are kept besides.
+            untouched: bytes that are allocated and hardly written to, but for threads'.
         """
         host = [kind for kind in kinds if kind.is_host]
         mapped = sum(kind.model for kind in host if kind.can_map) if self._maps else 0
         computing = sum(kind.compute for kind in host)
         context = sum(kind.context for kind in host) + logits
         devices = {kind.device for kind in kinds if kind.device}
-        return all(
-            context <= _HOST_SHARE * (limit.n_bytes - computing - (untouched if limit.is_virtual else mapped))
-            for limit in self._limits
-        ) and all(
+
+        def besides(limit: _memory.Available) -> int:
+            return computing + (untouched + self._n_threads * limit.by_thread if limit.is_virtual else mapped)
+
+        return all(context <= _HOST_SHARE * (limit.n_bytes - besides(limit)) for limit in self._limits) and all(
             sum(kind.context + kind.compute for kind in kinds if kind.device == device) <= self._free(device)
             for device in devices
         )
@@ -139,16 +143,16 @@ def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
 
 @contextlib.contextmanager
 def _weightless(model_path: str | os.PathLike[str], model_params: llama_cpp.llama_model_params) -> Iterator[int | None]:
-    """A ``llama_model *`` that was given no memory, quietly; None for a file that does not load."""
+    """A ``llama_model *`` that was given no memory; None for a file that does not load. Nobody hears of it."""
     params = type(model_params).from_buffer_copy(model_params)
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     if params.split_mode == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
         params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_LAYER  # much the same on each device, and can be asked about
-    with quiet_log():
+    with unheard():
         model = llama_cpp.llama_model_load_from_file(os.fsencode(model_path), params)
     try:
-        with quiet_log():
+        with unheard():
             yield model
     finally:
         if model:

@@ -100,6 +100,18 @@ def quiet_log() -> Iterator[None]:
             _thread.is_quiet = before
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """As :func:`quiet_log`, and errors of this thread are not collected either: something is only tried."""
+    before = _thread.listeners
+    with quiet_log():
+        _thread.listeners = ()
+        try:
+            yield
+        finally:
+            _thread.listeners = before
+
+
 def _suppress_stdout_stderr(disable: bool = True) -> AbstractContextManager:
     return nullcontext() if disable else quiet_log()
 

@@ -1,7 +1,8 @@
 """Memory that this process may still take: the least of what the machine has and of what its limits leave.
 
 A limit is a control group's, as a container has, of version 1 or 2, or the process' own (``ulimit``); Linux alone has
-them, elsewhere the machine decides. See cgroups(7), proc(5), getrlimit(2).
+them, elsewhere the machine decides. A group's ``memory.high`` refuses nothing, but whoever exceeds it is slowed down
+until nothing goes on. See cgroups(7), proc(5), getrlimit(2).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ _ROOT = Path("/")  # of the files of the kernel
 
 _CONTROLLER = "memory"
 
+_UNKNOWN = sys.maxsize  # bytes of memory, where the system does not say
+_STACK, _ARENA = 8 << 20, 64 << 20  # bytes of a thread: its stack, and address space that glibc's malloc sets aside
+
 
 @dataclass(frozen=True)
 class Available:
@@ -28,11 +32,13 @@ class Available:
         of: what sets the limit.
         is_virtual: what is allocated counts as soon as it is. Otherwise what is written to does, and files that are
             mapped are as good as free: the kernel reads them again.
+        by_thread: bytes that each thread takes of it, where what is allocated counts.
     """
 
     n_bytes: int
     of: str
     is_virtual: bool = False
+    by_thread: int = 0
 
     def __str__(self) -> str:
         return f"{self.n_bytes} are left of {self.of}"
@@ -63,12 +69,26 @@ _V2 = _Version(("memory.max", "memory.high"), "memory.current", ("active_file", 
 
 def available() -> Available:
     """The least that is left."""
-    return min(limits(), key=lambda limit: limit.n_bytes)
+    return _least(limits())
+
+
+def limit_of_failure() -> Available:
+    """What an allocation that failed most likely exceeded: a limit of the process, if it has any."""
+    every = limits()
+    return _least([limit for limit in every if limit.is_virtual] or every)
+
+
+def _least(every: list[Available]) -> Available:
+    return min(every, key=lambda limit: limit.n_bytes)
 
 
 def limits() -> list[Available]:
-    """What is left of each limit, the machine's memory the first."""
-    res = [Available(psutil.virtual_memory().available, "the machine's memory")]
+    """What is left of each limit, the machine's memory the first; what cannot be read is no limit."""
+    try:
+        n_bytes = psutil.virtual_memory().available
+    except (OSError, psutil.Error):  # no /proc, no file descriptor left
+        n_bytes = _UNKNOWN
+    res = [Available(n_bytes, "the machine's memory")]
     return [*res, *_of_groups(), *_of_process()] if sys.platform == "linux" else res
 
 
@@ -105,14 +125,17 @@ def _of_process() -> Iterator[Available]:
     """What is left to the process of its own limits."""
     import resource  # not on Windows
 
-    memory = psutil.Process().memory_info()
-    for kind, used, of in (
-        (resource.RLIMIT_AS, memory.vms, "the address space limit (ulimit -v)"),
-        (resource.RLIMIT_DATA, memory.data, "the data limit (ulimit -d)"),
+    try:
+        memory = psutil.Process().memory_info()
+    except (OSError, psutil.Error):
+        return
+    for kind, used, of, by_thread in (
+        (resource.RLIMIT_AS, memory.vms, "the address space limit (ulimit -v)", _STACK + _ARENA),
+        (resource.RLIMIT_DATA, memory.data, "the data limit (ulimit -d)", _STACK),  # an arena counts as it is used
     ):
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:
-            yield Available(max(limit - used, 0), of, is_virtual=True)
+            yield Available(max(limit - used, 0), of, is_virtual=True, by_thread=by_thread)
 
 
 def _text(path: Path) -> str:

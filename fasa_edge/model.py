@@ -164,6 +164,18 @@ class _Drafts(LlamaDraftModel):
         return self.model(input_ids, **kwargs)[: self._n_max]
 
 
+def _exceeded(error: Exception, lines: Sequence[str]) -> list[str]:
+    """What of memory was too little for a model, if that is why it did not load.
+
+    Args:
+        error: that ended it.
+        lines: errors that llama.cpp logged.
+    """
+    limit = _memory.limit_of_failure()
+    is_refused = limit.is_virtual and any("alloc" in line for line in lines)  # bad_alloc, "failed to allocate ..."
+    return [f"{limit}, in bytes"] if is_refused or isinstance(error, MemoryError) else []
+
+
 class Llama(llama_cpp.Llama):
     """``llama_cpp.Llama`` with FASA: the same constructor and methods, plus ``fasa_*`` settings and :attr:`fasa`.
 
@@ -266,10 +278,9 @@ class Llama(llama_cpp.Llama):
                 if self.lora_path and not self._lora_adapter:  # the parent compares a null pointer with None
                     raise RuntimeError(f"Failed to load LoRA adapter: {self.lora_path}")
             except (ValueError, RuntimeError, MemoryError) as error:
-                limit = _memory.available()  # of the address space: what is allocated then fails, for whatever reason
-                of = [f"{limit}, in bytes"] if limit.is_virtual or isinstance(error, MemoryError) else []
-                reason = "; ".join([str(error), *dict.fromkeys(errors), *of])
-                raise (AdapterError if isinstance(error, RuntimeError) else ModelError)(reason) from error
+                is_adapter = isinstance(error, RuntimeError) and "LoRA" in str(error)
+                reason = "; ".join([str(error), *dict.fromkeys(errors), *_exceeded(error, errors)])
+                raise (AdapterError if is_adapter else ModelError)(reason) from error
 
         if draft_model is not None:
             self.draft_model = _Drafts(draft_model, self.n_batch)

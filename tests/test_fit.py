@@ -1,19 +1,17 @@
 """How large a context is without ``n_ctx``: what it takes fits into what the host and each device have.
 
-Devices are emulated GPUs, whose free memory is made up; so is the host's, but for a process under a real limit.
+Devices are emulated GPUs, whose free memory is made up, and so is the host's; under real limits: ``test_memory.py``.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _capi, _memory
+from fasa_edge import _capi, _fit, _memory
 from fasa_edge._lib import llama_cpp
 
 import pytest
@@ -57,7 +55,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Says how many bytes the host and devices have."""
 
     def say(*, host: int = PLENTY, address_space: int = PLENTY, on_device: int = PLENTY) -> None:
-        virtual = [_memory.Available(address_space, "the address space limit (ulimit -v)", is_virtual=True)]
+        virtual = [_memory.Available(address_space, "the address space limit", is_virtual=True, by_thread=72 << 20)]
         limits = [_memory.Available(host, "the machine's memory"), *virtual]
         monkeypatch.setattr(_memory, "limits", lambda: limits)
         monkeypatch.setattr(_capi, "device_memory", lambda device: on_device)
@@ -178,46 +176,17 @@ def test_a_device_that_shares_the_hosts_memory(model: Path, device: int, free) -
     assert load(model, n_gpu_layers=-1).n_ctx() > 10240
 
 
-_LIMITED = """
-import resource, sys
-import psutil
-import fasa_edge
-limit = psutil.Process().memory_info().vms + (int(sys.argv[2]) << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-llm = fasa_edge.Llama(sys.argv[1], n_threads=2, n_threads_batch=2, verbose=False)
-print(llm.n_ctx(), len(llm("Hello", max_tokens=4, temperature=0)["choices"][0]["text"]))
-"""
+GIB = 1 << 30
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no address space")
-@pytest.mark.parametrize("mib, least", [(1000, 1 << 16), (300, 256)])
-def test_under_a_limit_of_the_address_space(tmp_path: Path, mib: int, least: int) -> None:
-    """The context that the model was trained for takes 2 GiB."""
-    model = annotated_tiny(tmp_path, n_ctx=1 << 21)
-    command = [sys.executable, "-c", _LIMITED, model, str(mib)]
-    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    n_ctx, n_text = map(int, child.stdout.split())
-    assert least <= n_ctx < 1 << 20 and n_text > 0
+@pytest.mark.parametrize("n_free, n_left", [(8 * GIB, GIB), (4 * GIB, GIB), (2 * GIB, GIB // 2), (0, 0)])
+def test_what_a_device_keeps(monkeypatch: pytest.MonkeyPatch, n_free: int, n_left: int) -> None:
+    """A gigabyte, or a quarter, for what ggml takes while it computes."""
+    monkeypatch.setattr(_capi, "device_memory", lambda device: n_free)
+    room = _fit._Room(maps=True, n_threads=0)
 
+    def kind(context: int) -> _capi.Memory:
+        return _capi.Memory(device=1, is_host=False, can_map=False, model=0, context=context, compute=0)
 
-_TOO_LITTLE = """
-import resource, sys
-import psutil
-import fasa_edge
-limit = psutil.Process().memory_info().vms + (64 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    fasa_edge.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), n_threads=1, n_threads_batch=1, verbose=False)
-except fasa_edge.FasaError as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no address space")
-@pytest.mark.parametrize("n_ctx", [1 << 18, 1 << 14])
-def test_the_error_names_the_limit(model: Path, tmp_path: Path, n_ctx: int) -> None:
-    """The greater is refused by llama.cpp, of the smaller an array of the bindings does not fit."""
-    command = [sys.executable, "-c", _TOO_LITTLE, model, str(n_ctx)]
-    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert child.stdout.startswith("ModelError ") and "are left of the address space limit (ulimit -v)" in child.stdout
+    assert room.holds([kind(n_free - n_left)], 0, 0)
+    assert not room.holds([kind(n_free - n_left + 1)], 0, 0)

@@ -400,12 +400,18 @@ def test_drafts_until_the_context_is_full(fasa_model_path: Path, n_batch: int) -
 def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = load(model, n_ctx=1024)
     kinds = _capi.memory(probe.ctx)
-    kept = sum(kind.context for kind in kinds) + 4 * 1024 * probe.n_vocab()
+    kept = sum(kind.context for kind in kinds) + 4 * (1024 + 512) * probe.n_vocab()  # of all cells, and of a batch
     free = sum(kind.model + kind.compute for kind in kinds) + 2 * kept
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
     assert load(model, n_ctx=0, logits_all=True).n_ctx() == 1024
     assert load(model, n_ctx=0, draft_model=LlamaPromptLookupDecoding()).n_ctx() == 1024
-    assert load(model, n_ctx=0).n_ctx() > 1024
+    alone = load(model, n_ctx=0).n_ctx()
+
+    def fits(n_ctx: int) -> bool:
+        llm = load(model, n_ctx=n_ctx)
+        return sum(2 * kind.context + kind.model + kind.compute for kind in _capi.memory(llm.ctx)) <= free
+
+    assert alone > 1024 and fits(alone) and not fits(alone + 256)
 
 
 # The end

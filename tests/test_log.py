@@ -13,7 +13,7 @@ from threading import Barrier
 
 import fasa_edge
 from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log, quiet_log
+from fasa_edge._log import error_log, quiet_log, unheard
 from fasa_edge.errors import ModelError
 
 import pytest
@@ -132,6 +132,15 @@ def test_a_callback_set_during_a_load_stays(application: Application) -> None:
     with error_log() as lines:
         load_missing("a.gguf")
     assert application.is_set and "a.gguf" in lines[0] and any("a.gguf" in line for line, _ in application.lines)
+
+
+def test_errors_of_what_is_only_tried_are_not_collected(application: Application) -> None:
+    with error_log() as lines:
+        with unheard():
+            load_missing("a.gguf")
+        assert not lines
+        load_missing("b.gguf")
+    assert "b.gguf" in lines[0] and any("a.gguf" in line for line, _ in application.lines)
 
 
 def test_threads_that_load_at_once_keep_their_errors_apart(application: Application) -> None:

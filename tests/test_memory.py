@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import fasa_edge
 from fasa_edge import _memory
 
+import psutil
 import pytest
+from runtime import annotated_tiny
 
 if sys.platform != "linux":
     pytest.skip("limits are Linux'", allow_module_level=True)
@@ -138,9 +142,12 @@ def test_what_is_no_limit(kernel, files) -> None:
 
 def test_the_least_is_named(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     own = _memory.Available(390, "the address space limit (ulimit -v)", is_virtual=True)
-    monkeypatch.setattr(_memory, "_of_process", lambda: iter([own]))
+    monkeypatch.setattr(_memory, "_of_process", lambda: iter([own, _memory.Available(500, "data", is_virtual=True)]))
     assert str(kernel(of_v2("/a") | v2("/a", 1000, 600))) == "390 are left of the address space limit (ulimit -v)"
-    assert [limit.n_bytes for limit in _memory.limits()] == [MACHINE, 400, 390]
+    assert [limit.n_bytes for limit in _memory.limits()] == [MACHINE, 400, 390, 500]
+    assert _memory.limit_of_failure() == own
+    monkeypatch.setattr(_memory, "_of_process", lambda: iter([replace(own, n_bytes=450)]))
+    assert _memory.limit_of_failure().n_bytes == 450 > _memory.available().n_bytes  # a group refuses no allocation
 
 
 _LIMITED = """
@@ -168,6 +175,70 @@ def test_limits_of_the_process(limit: str, used: str, of: str, tmp_path: Path) -
     lines = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
     left, taken = map(int, lines[1].split())
     assert lines[0] == of and 90 <= left <= 100 and 39 <= taken <= 50
+
+
+@pytest.mark.parametrize("error", [OSError(24, "too many open files"), psutil.NoSuchProcess(1)], ids=repr)
+def test_what_the_system_does_not_tell_is_no_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("psutil.virtual_memory", fail)
+    monkeypatch.setattr("psutil.Process", fail)
+    monkeypatch.setattr(_memory, "_ROOT", tmp_path)
+    assert _memory.limits() == [_memory.Available(sys.maxsize, "the machine's memory")]
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    with pytest.raises(fasa_edge.ModelError, match="damaged.gguf"):
+        fasa_edge.Llama(str(tmp_path / "damaged.gguf"), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The context that it was trained for takes 2 GiB."""
+    return annotated_tiny(tmp_path_factory.mktemp("tiny"), n_layer=4, n_ctx=1 << 21)
+
+
+_IN_A_LIMIT = """
+import resource, sys
+import psutil
+import fasa_edge
+limit = psutil.Process().memory_info().vms + (int(sys.argv[2]) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+n_threads = int(sys.argv[4])
+try:
+    llm = fasa_edge.Llama(
+        sys.argv[1], n_ctx=int(sys.argv[3]), n_threads=n_threads, n_threads_batch=n_threads, verbose=False
+    )
+    print(llm.n_ctx(), len(llm("Hello", max_tokens=4, temperature=0)["choices"][0]["text"]))
+except fasa_edge.FasaError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def in_a_limit(folder: Path, model: Path, mib: int, n_ctx: int, n_threads: int) -> str:
+    """What a child prints that loads a model with so much address space beyond what it has."""
+    command = [sys.executable, "-c", _IN_A_LIMIT, model, *map(str, (mib, n_ctx, n_threads))]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("mib, least", [(1000, 1 << 15), (400, 1 << 9)])
+def test_an_automatic_context_fits_into_the_address_space(tmp_path: Path, model: Path, mib: int, least: int) -> None:
+    n_ctx, n_text = map(int, in_a_limit(tmp_path, model, mib, 0, 2).split())
+    assert least <= n_ctx < 1 << 20 and n_text > 0
+
+
+ADDRESS_SPACE = "are left of the address space limit (ulimit -v)"
+
+
+@pytest.mark.parametrize("n_ctx", [1 << 18, 1 << 14])
+def test_the_error_names_the_limit(tmp_path: Path, model: Path, n_ctx: int) -> None:
+    """The greater is refused by llama.cpp, of the smaller an array of the bindings does not fit."""
+    said = in_a_limit(tmp_path, model, 64, n_ctx, 1)
+    assert said.startswith("ModelError ") and ADDRESS_SPACE in said
+
+
+def test_other_errors_do_not(tmp_path: Path) -> None:
+    said = in_a_limit(tmp_path, tmp_path / "missing.gguf", 400, 512, 1)
+    assert said.startswith("ModelError ") and "missing.gguf" in said and "ulimit" not in said
 
 
 def test_memory_is_asked_for_in_one_place() -> None:
