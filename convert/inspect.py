@@ -12,6 +12,7 @@ from fasa_edge.schema import ARRAYS, PREFIX, SCALARS, GGUFValueType, Profile, fr
 import numpy as np
 
 from .gguf_header import read_header
+from .ranges import N_LEVEL
 from .split import model_files, read_shards
 
 
@@ -130,5 +131,5 @@ def farthest(chunks: np.ndarray, centre: np.ndarray, step: np.ndarray) -> tuple[
 
     Beyond 1 a range around 0 would not hold them at all. Chunks that are never scored do not count.
     """
-    size = np.divide(np.abs(centre).max(-1), 8 * step, out=np.zeros_like(step), where=step > 0)
+    size = np.divide(np.abs(centre).max(-1), N_LEVEL / 2 * step, out=np.zeros_like(step), where=step > 0)
     return int(chunks[size.argmax()]), float(size.max())

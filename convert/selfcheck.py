@@ -8,6 +8,7 @@ layer, which a mean would hide, the attention that the chosen cells hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ costs the small real model, .010 at 256 and .003 at 512."""
 N_PREFIX = 2048
 N_TOKENS = 128
 N_NOISE = 32
-"""Tokens decoded one by one, which took longer than all else that the check decodes."""
+"""Tokens decoded one by one: a whole window of them would take longer than all else that the check decodes."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Check:
             not: the true one may be larger.
         noise: mean KL divergence of dense attention, its first tokens decoded one by one, to the same decoded at once,
             in nats.
+        noise_error: its standard error, likewise.
         mass: by layer, the mean share of the attention that the chosen cells hold; None for a layer that ran dense.
         clipped: by layer, the share of the values of keys, turned to positions all over the calibrated context, that
             lie outside of the range of their tips; None for a layer without chunks or with a sliding window.
@@ -77,6 +79,7 @@ class Check:
     kl: float
     kl_error: float
     noise: float
+    noise_error: float
     mass: list[float | None]
     clipped: list[float | None]
 
@@ -98,7 +101,7 @@ class Check:
     @property
     def passed_clearly(self) -> bool:
         """Whether both hold with a standard error to spare: of many ``n_tip`` tried, some pass by luck."""
-        return self.passed and self.kl + self.kl_error - self.noise <= self.max_kl
+        return self.passed and self.kl - self.noise + math.hypot(self.kl_error, self.noise_error) <= self.max_kl
 
     @property
     def max_kl(self) -> float:
@@ -166,13 +169,13 @@ def check_profile(
             n_done = 0
             dense = runner.decode(tokens[n_prefix:], DENSE, batch=N_TOKENS)  # at once: a fraction of the time
             noise = runner.decode(tokens[n_prefix : n_prefix + N_NOISE], Method("noise"))
-            noise_kl = float(_kl(dense, noise).mean())
+            noise_kl, noise_error = _mean(_kl(dense, noise))
 
             def measure(n_tip: int) -> Check:
                 nonlocal n_done
                 steps = runner.decode(tokens[n_prefix:], Method("fasa", budget, n_tip), mass=True)
                 progress(n_done := n_done + 1, n_most)
-                kl = _kl(dense, steps)
+                kl, kl_error = _mean(_kl(dense, steps))
                 return Check(
                     text=name,
                     n_prefix=n_prefix,
@@ -181,9 +184,10 @@ def check_profile(
                     n_tip=n_tip,
                     n_chunk=n_chunk,
                     n_dense_layers=profile.config.n_dense_layers,
-                    kl=float(kl.mean()),
-                    kl_error=float(kl.std(ddof=1) / np.sqrt(len(kl))),
+                    kl=kl,
+                    kl_error=kl_error,
                     noise=noise_kl,
+                    noise_error=noise_error,
                     mass=[None if layer is None else float(layer.mean()) for layer in steps.mass],
                     clipped=[None if layer is None else float(layer[:, :n_tip].mean()) for layer in shares],
                 )
@@ -191,6 +195,11 @@ def check_profile(
             found = smallest_passing(n_tips, measure)
     progress(n_most, n_most)  # bisection may need fewer
     return found
+
+
+def _mean(x: np.ndarray) -> tuple[float, float]:
+    """And its standard error."""
+    return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
 
 
 def smallest_passing(n_tips: Sequence[int], measure: Callable[[int], Check]) -> Check:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.calibrate import plan_chunks, rank_chunks
 from fasa_edge.convert.capture import ModelRun
+from fasa_edge.convert.ranges import CLIP, N_LEVEL
 from fasa_edge.convert.second_moments import LeastSquares
 from fasa_edge.convert.stretch import Depth, planes
 from fasa_edge.convert.text import read_text
@@ -112,7 +113,7 @@ def test_ranges_hold_the_keys_of_the_long_text(layers):
         ranking = stretched[il]
         k = np.take_along_axis(layer.k, ranking.chunks[None], 2)
         deviation = np.sqrt(values(k).var(0).mean(-1))
-        assert np.median(np.abs(2 * 2.8 * deviation / 16 / ranking.step - 1)) < 0.1
+        assert np.median(np.abs(2 * CLIP * deviation / N_LEVEL / ranking.step - 1)) < 0.1
         step = ranking.step[..., None]
         levels = np.floor((values(k) - ranking.centre) / step) + 8
         clipped.append(((levels < 0) | (levels > 15)).mean())

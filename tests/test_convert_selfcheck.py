@@ -20,7 +20,7 @@ from tiny_models import make_model
 
 PLANTED = [3, 20]
 CONFIG = FasaConfig(n_dense_layers=0)
-GOOD = Check("text", 2048, 128, 512, 12, 32, 1, 0.006, 0.001, 0.003, [None, 0.9, 0.8], [None, 0.01, 0.03])
+GOOD = Check("text", 2048, 128, 512, 12, 32, 1, 0.006, 0.001, 0.003, 0.0005, [None, 0.9, 0.8], [None, 0.01, 0.03])
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,12 @@ def test_gates(change, message):
         assert re.search(message, found.warning)
 
 
-@pytest.mark.parametrize(("kl_error", "clearly"), [(0.002, True), (0.004, False), (float("nan"), False)])
-def test_auto_wants_a_standard_error_to_spare(kl_error, clearly):
-    found = replace(GOOD, kl=0.008, kl_error=kl_error)
+@pytest.mark.parametrize(
+    ("kl_error", "noise_error", "clearly"),
+    [(0.002, 0, True), (0.002, 0.002, True), (0.002, 0.003, False), (0.004, 0, False), (float("nan"), 0, False)],
+)
+def test_auto_wants_a_standard_error_to_spare(kl_error, noise_error, clearly):
+    found = replace(GOOD, kl=0.008, kl_error=kl_error, noise_error=noise_error)
     assert found.passed and found.warning is None and found.passed_clearly == clearly
     assert smallest_passing([12, 14], lambda n_tip: replace(found, n_tip=n_tip)).n_tip == (12 if clearly else 14)
 

@@ -111,10 +111,12 @@ def steps(ctx: Context) -> np.ndarray:
     return np.stack([ctx.step(token, N_PROMPT + i) for i, token in enumerate(STEPS)])
 
 
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
 @pytest.mark.parametrize("n_gpu_layers", [2, N_LAYER + 1])
-def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu_layers: int) -> None:
-    wanted = fresh_steps(model, TEXTS[0][:N_PROMPT], *STEPS)
-    with called(device, b"GPU"), on_device(model, device, n_gpu_layers) as ctx:
+def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu_layers: int, type_k: str) -> None:
+    types = {"type_k": GGML_TYPES[type_k]}
+    wanted = fresh_steps(model, TEXTS[0][:N_PROMPT], *STEPS, **types)
+    with called(device, b"GPU"), on_device(model, device, n_gpu_layers, **types) as ctx:
         ctx.read(TEXTS[0][:N_PROMPT])
         state = save(ctx)
         check(wanted, steps(ctx))

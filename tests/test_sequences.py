@@ -8,7 +8,7 @@ from fasa_edge._lib import llama_cpp
 
 import numpy as np
 import pytest
-from runtime import TEXTS, Context, annotated_tiny, check, fresh_steps, nmse
+from runtime import GGML_TYPES, TEXTS, Context, annotated_tiny, check, fresh_steps, nmse
 
 N_PROMPT = 700
 OTHER = 1e-3  # NMSE of attending to other cells
@@ -65,20 +65,28 @@ def test_a_token_of_several_sequences(model: Path) -> None:  # one stream: llama
     check(fresh_steps(model, TEXTS[0][:N_PROMPT], TEXTS[1][0]), rows[1:])
 
 
+@pytest.mark.parametrize("type_kv", ["f16", "q8_0"])
 @STREAMS
-def test_copy_and_keep(model: Path, kv_unified: bool) -> None:
-    with Context(model, n_seq_max=3, kv_unified=kv_unified) as ctx:
+def test_copy_and_keep(model: Path, kv_unified: bool, type_kv: str) -> None:
+    types = {"type_k": GGML_TYPES[type_kv], "type_v": GGML_TYPES[type_kv]}
+    with Context(model, n_seq_max=3, kv_unified=kv_unified, **types) as ctx:
         for seq in (2, 0):
             ctx.read(TEXTS[seq][:N_PROMPT], seq)
         llama_cpp.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
-        check(fresh_steps(model, TEXTS[0][:N_PROMPT], TEXTS[1][0])[0], ctx.step(TEXTS[1][0], N_PROMPT, 1))
-        check(fresh_steps(model, TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT])[0], ctx.step(TEXTS[0][N_PROMPT], N_PROMPT, 0))
+        check(fresh_steps(model, TEXTS[0][:N_PROMPT], TEXTS[1][0], **types)[0], ctx.step(TEXTS[1][0], N_PROMPT, 1))
+        check(
+            fresh_steps(model, TEXTS[0][:N_PROMPT], TEXTS[0][N_PROMPT], **types)[0],
+            ctx.step(TEXTS[0][N_PROMPT], N_PROMPT, 0),
+        )
         llama_cpp.llama_memory_seq_keep(ctx.memory, 1)
         llama_cpp.llama_memory_seq_rm(ctx.memory, 0, -1, -1)  # seq_keep looks at one stream only
-        wanted = fresh_steps(model, TEXTS[0][:N_PROMPT], *TEXTS[1][:2])[1]
+        wanted = fresh_steps(model, TEXTS[0][:N_PROMPT], *TEXTS[1][:2], **types)[1]
         check(wanted, ctx.step(TEXTS[1][1], N_PROMPT + 1, 1))
         ctx.read(TEXTS[2][:N_PROMPT], 0)  # into the cells that became free
-        check(fresh_steps(model, TEXTS[2][:N_PROMPT], TEXTS[2][N_PROMPT])[0], ctx.step(TEXTS[2][N_PROMPT], N_PROMPT, 0))
+        check(
+            fresh_steps(model, TEXTS[2][:N_PROMPT], TEXTS[2][N_PROMPT], **types)[0],
+            ctx.step(TEXTS[2][N_PROMPT], N_PROMPT, 0),
+        )
 
 
 def test_removed_tokens_leave_no_trace(model: Path) -> None:

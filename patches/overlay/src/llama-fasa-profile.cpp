@@ -404,25 +404,17 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     if (offset != chunks.size()) {
         throw std::runtime_error(format("fasa.chunks has %zu entries, expected %zu: convert the model again", chunks.size(), offset));
     }
-    // for tools only, but damage here tells of damage elsewhere
-    if (agreement.size() != chunks.size()) {
-        throw std::runtime_error(format("fasa.agreement has %zu entries, expected %zu: convert the model again", agreement.size(), chunks.size()));
-    }
-    if (!std::all_of(agreement.begin(), agreement.end(), [](float value) { return std::isfinite(value); })) {
-        throw std::runtime_error("fasa.agreement holds a value that is not finite: convert the model again");
-    }
-    if (centres.size() != 2*chunks.size()) {
-        throw std::runtime_error(format("fasa.tip.centre has %zu entries, expected %zu: convert the model again", centres.size(), 2*chunks.size()));
-    }
-    if (steps.size() != chunks.size()) {
-        throw std::runtime_error(format("fasa.tip.step has %zu entries, expected %zu: convert the model again", steps.size(), chunks.size()));
-    }
-    if (!std::all_of(centres.begin(), centres.end(), [](float value) { return std::isfinite(value); })) {
-        throw std::runtime_error("fasa.tip.centre holds a value that is not finite: convert the model again");
-    }
-    if (!std::all_of(steps.begin(), steps.end(), [](float value) { return std::isfinite(value) && value >= 0.0f; })) {
-        throw std::runtime_error("fasa.tip.step holds a value that is negative or not finite: convert the model again");
-    }
+    const auto check_values = [](const char * key, const std::vector<float> & values, size_t n, bool is_signed) {
+        if (values.size() != n) {
+            throw std::runtime_error(format("%s has %zu entries, expected %zu: convert the model again", key, values.size(), n));
+        }
+        if (!std::all_of(values.begin(), values.end(), [&](float value) { return std::isfinite(value) && (is_signed || value >= 0.0f); })) {
+            throw std::runtime_error(format("%s holds a value that is %snot finite: convert the model again", key, is_signed ? "" : "negative or "));
+        }
+    };
+    check_values("fasa.agreement",  agreement, chunks.size(),   true); // for tools only, but damage here tells of damage elsewhere
+    check_values("fasa.tip.centre", centres,   2*chunks.size(), true);
+    check_values("fasa.tip.step",   steps,     chunks.size(),   false);
 
     offset = 0;
     for (int32_t il = 0; il < n_layer; ++il) {
