@@ -1,6 +1,6 @@
 """The converter: measures which RoPE frequency chunks rank tokens as the full head does, and writes them into a GGUF.
 
-Installed as ``fasa_edge.convert``. The runtime never imports it.
+Installed as ``fasa_edge.convert``. Only the commands import it.
 """
 
 from .checkpoint import OUTTYPES

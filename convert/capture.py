@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fasa_edge import _capi
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log
-from fasa_edge.errors import ConvertError
+from fasa_edge.errors import ConvertError, FasaError
+from fasa_edge.runtime import capi, sequence
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log
 
 import numpy as np
-
-from .text import first_tokens
 
 BLOCK = 512  # tokens decoded at a time, as one micro-batch
 
@@ -27,7 +25,7 @@ class ModelRun:
     """A model loaded for calibration; close it, or use it as a context manager.
 
     Attributes:
-        geometry: one ``fasa_edge._capi.LayerGeometry`` a layer.
+        geometry: one ``fasa_edge.runtime.capi.LayerGeometry`` a layer.
         fingerprint: of the model's architecture and geometry.
 
     Raises:
@@ -55,8 +53,8 @@ class ModelRun:
                 raise ConvertError(
                     f"{path} cannot be run by llama.cpp: {reason}; check that the file is complete and fits the memory"
                 ) from error
-        self.geometry = _capi.layer_geometry(self._llm.model)
-        self.fingerprint: str = _capi.fingerprint(self._llm.model)
+        self.geometry = capi.layer_geometry(self._llm.model)
+        self.fingerprint: str = capi.fingerprint(self._llm.model)
 
     def __enter__(self) -> ModelRun:
         return self
@@ -76,16 +74,16 @@ class ModelRun:
             n_ctx: in a context of that many tokens; 0: in this one.
 
         Returns:
-            float64 ``[n_chunk]``, see :func:`fasa_edge._capi.rope_angles`.
+            float64 ``[n_chunk]``, see :func:`fasa_edge.runtime.capi.rope_angles`.
         """
-        return _capi.rope_angles(self._llm.ctx, il, self.geometry[il].n_embd_head // 2, n_ctx)
+        return capi.rope_angles(self._llm.ctx, il, self.geometry[il].n_embd_head // 2, n_ctx)
 
     def window(self, il: int) -> int:
         """Tokens that a layer with a sliding window attends to; 0: it has none."""
         return llama_cpp.llama_model_n_swa(self._llm.model) if self.geometry[il].is_swa else 0
 
     def tokenize(self, text: str, n: int) -> list[int]:
-        """See :func:`fasa_edge.convert.text.first_tokens`."""
+        """See :func:`first_tokens`."""
         return first_tokens(self._llm, text, n)
 
     def capture(
@@ -107,22 +105,22 @@ class ModelRun:
         Raises:
             ConvertError: decoding failed, or a captured value is not finite.
         """
-        self._llm.reset()
-        _capi.set_capture(self._llm.ctx, Capture.Q, Capture.K)
+        sequence.clear(self._llm.ctx)
+        capi.set_capture(self._llm.ctx, Capture.Q, Capture.K)
         try:
             for start in range(0, len(tokens), n_block):
                 block = tokens[start : start + n_block]
                 try:
-                    self._llm.eval(block)
-                except RuntimeError as error:
+                    sequence.decode(self._llm.ctx, block, n_logits=1)
+                except FasaError as error:
                     raise ConvertError(f"{self._path} failed at token {start} of {len(tokens)}: {error}") from error
                 for il in layers:
-                    q, k = (_capi.captured(self._llm.ctx, il, which) for which in (Capture.Q, Capture.K))
+                    q, k = (capi.captured(self._llm.ctx, il, which) for which in (Capture.Q, Capture.K))
                     if q is not None and k is not None:
                         self._check(il, q, k, len(block))
                         yield start + len(block), il, q, k
         finally:
-            _capi.set_capture(self._llm.ctx)
+            capi.set_capture(self._llm.ctx)
 
     def _check(self, il: int, q: np.ndarray, k: np.ndarray, n_tokens: int) -> None:
         layer = self.geometry[il]
@@ -135,3 +133,16 @@ class ModelRun:
                 )
             if not np.isfinite(values).all():
                 raise ConvertError(f"{self._path}: {name} of layer {il} is not finite; the weights are damaged")
+
+
+def first_tokens(llm: llama_cpp.Llama, text: str, n: int) -> list[int]:
+    """The first ``n`` tokens of a text, or all where it has fewer, after that with which the model begins a text.
+
+    Special tokens of the model come as text.
+    """
+    n_chars = 8 * n
+    while True:
+        tokens = llm.tokenize(text[:n_chars].encode("utf-8"), add_bos=True, special=False)
+        if len(tokens) > n or n_chars >= len(text):  # one more, so that the cut is not felt
+            return tokens[:n]
+        n_chars *= 4

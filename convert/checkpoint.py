@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fasa_edge.errors import ConvertError
-
-from .temporary import work_folder
+from fasa_edge.io.temporary import work_folder
+from fasa_edge.runtime.library import installed
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")  # --outtype of the script
 
-_SCRIPT = Path(__file__).parent.parent / "llama.cpp" / "convert_hf_to_gguf.py"
+_SCRIPT = installed("llama.cpp") / "convert_hf_to_gguf.py"
 _NEEDS = ("torch", "transformers", "sentencepiece")
 _REMEDY = "run pip install '.[hf]' in the clone of fasa-edge"
 _CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_MODULES_CACHE")  # which would count for more than HF_HOME
@@ -37,7 +37,7 @@ def check_packages(name: str) -> None:
     if missing := [package for package in _NEEDS if importlib.util.find_spec(package) is None]:
         raise ConvertError(f"{name} is a checkpoint, which takes {', '.join(missing)} to convert: {_REMEDY}")
     if not _SCRIPT.is_file():
-        raise ConvertError(f"{_SCRIPT} is missing: reinstall fasa-edge (a source tree on sys.path has no converter)")
+        raise ConvertError(f"{_SCRIPT} is missing: reinstall fasa-edge")
 
 
 @contextmanager

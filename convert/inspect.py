@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fasa_edge.config import tip_bytes
 from fasa_edge.errors import SchemaError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.split import model_files, read_shards
 from fasa_edge.schema import ARRAYS, PREFIX, SCALARS, GGUFValueType, Profile, from_metadata
 
 import numpy as np
 
-from .gguf_header import read_header
 from .ranges import N_LEVEL
-from .split import model_files, read_shards
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def inspect(path: str | Path) -> FileReport:
     """Reads the header of a GGUF model or profile, and those of the files that belong to the first of a split model.
 
     Raises:
-        ConvertError: the file is not a readable GGUF, or as :func:`fasa_edge.convert.split.read_shards`.
+        ConvertError: the file is not a readable GGUF, or as :func:`fasa_edge.io.split.read_shards`.
         SchemaError: its ``fasa.*`` keys are not valid; the message names file, key, value and limit.
     """
     header = read_header(path)

@@ -8,23 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from fasa_edge import __version__
-from fasa_edge._trial import try_model
 from fasa_edge.config import INT32_MAX, FasaConfig, default_n_tip
 from fasa_edge.errors import ConvertError, ModelError
+from fasa_edge.io.gguf_header import GgufHeader, read_header
+from fasa_edge.io.gguf_splice import check_destination, splice
+from fasa_edge.io.output import check_outputs, write_bytes
+from fasa_edge.io.profile import encode_profile
+from fasa_edge.io.split import output_paths, read_shards
+from fasa_edge.io.text import read_text
+from fasa_edge.runtime.trial import try_model
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
+from fasa_edge.version import __version__
 
 from .calibrate import plan_chunks, rank_chunks
 from .capture import ModelRun
-from .gguf_header import GgufHeader, read_header
-from .gguf_splice import check_destination, splice
 from .objectives import OBJECTIVES
-from .output import check_outputs, write_bytes
-from .profile import encode_profile
 from .selfcheck import Check, check_profile
 from .source import find_source, local_gguf
-from .split import output_paths, read_shards
-from .text import read_text
 
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
 MIN_TOKENS = 512

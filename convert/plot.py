@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasa_edge._figure import new_figure, to_png
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.figure import new_figure, to_png
+from fasa_edge.io.output import check_outputs, write_bytes
+from fasa_edge.io.split import model_files
 from fasa_edge.schema import Profile
 
 import numpy as np
 
 from .inspect import FileReport
-from .output import check_outputs, write_bytes
-from .split import model_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,24 +12,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fasa_edge import _capi
-from fasa_edge._capi import Capture
 from fasa_edge.errors import ConvertError
 from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.eval.runner import Runner, Steps
 from fasa_edge.eval.text import log_softmax
-from fasa_edge.model import Llama
+from fasa_edge.io.gguf_header import GgufHeader
+from fasa_edge.io.profile import encode_profile
+from fasa_edge.io.temporary import work_folder
+from fasa_edge.io.text import DEFAULT_NAME, read_text
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.llama import Llama
 from fasa_edge.schema import Profile, to_metadata
 
 import numpy as np
 
-from .gguf_header import GgufHeader
-from .profile import encode_profile
+from .capture import first_tokens
 from .ranges import clipped
 from .rope import chunk_dims
 from .stretch import Depth, planes, turn
-from .temporary import work_folder
-from .text import DEFAULT_NAME, first_tokens, read_text
 
 MIN_MASS = 0.75
 """Of the attention, what the worst layer must recall. On the small real model at a budget of 256 the worst layer of the
@@ -163,7 +164,7 @@ def check_profile(
         path.write_bytes(encode_profile(header, to_metadata(first)))
         with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path) as runner:
             name, tokens = _held_out(runner.llm, profile, content, n_prefix + N_TOKENS)
-            _capi.set_capture(runner.llm.ctx, Capture.K)
+            capi.set_capture(runner.llm.ctx, Capture.K)
             runner.prefill(tokens[:n_prefix])
             shares = _clipped(runner.llm, profile, n_prefix)
             n_done = 0
@@ -249,15 +250,15 @@ def _clipped(llm: Llama, profile: Profile, n_past: int) -> list[np.ndarray | Non
     Looks at the keys that were captured last, those before position ``n_past``.
     """
     res: list[np.ndarray | None] = []
-    for il, layer in enumerate(_capi.layer_geometry(llm.model)):
+    for il, layer in enumerate(capi.layer_geometry(llm.model)):
         chunks = profile.chunks[il]
-        if not chunks.size or layer.is_swa or (k := _capi.captured(llm.ctx, il, Capture.K)) is None:
+        if not chunks.size or layer.is_swa or (k := capi.captured(llm.ctx, il, Capture.K)) is None:
             res.append(None)
             continue
         n_chunk = chunks.shape[1]
-        depth = Depth(profile.calibration.context, _capi.rope_angles(llm.ctx, il, n_chunk, profile.calibration.context))
+        depth = Depth(profile.calibration.context, capi.rope_angles(llm.ctx, il, n_chunk, profile.calibration.context))
         k = planes(k, chunk_dims(layer.n_embd_head, layer.n_rot, layer.rope_type))
-        k = turn(k, _capi.rope_angles(llm.ctx, il, n_chunk), -np.arange(n_past - len(k), n_past))
+        k = turn(k, capi.rope_angles(llm.ctx, il, n_chunk), -np.arange(n_past - len(k), n_past))
         k = np.take_along_axis(turn(k, depth.angles, depth.spread(len(k))), chunks[None], 2)
         values = np.stack([k.real, k.imag], -1)
         res.append(clipped(values, profile.centre[il], profile.step[il]).mean((0, 3)))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.output import check_outputs
+from fasa_edge.io.split import parse_name
 
 from .checkpoint import OUTTYPES, check_packages, made_gguf
-from .output import check_outputs
-from .split import parse_name
 
 Progress = Callable[[str, int, int], None]
 
@@ -102,7 +102,7 @@ def local_gguf(
 
     Raises:
         ConvertError: ``outtype`` is unknown, or set for a GGUF; or as
-            :func:`fasa_edge.convert.output.check_outputs`, :meth:`fasa_edge.convert.hub.HubModel.download` and
+            :func:`fasa_edge.io.output.check_outputs`, :meth:`fasa_edge.convert.hub.HubModel.download` and
             :func:`fasa_edge.convert.checkpoint.made_gguf`.
     """
     if outtype not in OUTTYPES:

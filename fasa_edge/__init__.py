@@ -10,22 +10,30 @@ A program that keeps using ``llama_cpp.Llama`` decodes sparsely as well, if the 
 attention is on.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from fasa_edge import _lib  # noqa: F401  first: it decides which libllama the process gets
 from fasa_edge.config import FasaConfig
-from fasa_edge.errors import AdapterError, ChatError, ConvertError, FasaError, LibraryError, ModelError, SchemaError
-from fasa_edge.model import Fasa, FasaStats, Llama
+from fasa_edge.errors import (
+    AdapterError,
+    ChatError,
+    ConvertError,
+    EvalError,
+    FasaError,
+    LibraryError,
+    ModelError,
+    SchemaError,
+)
+from fasa_edge.runtime.llama import Fasa, FasaStats, Llama
+from fasa_edge.version import __version__
 
-try:
-    __version__ = version("fasa-edge")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.0.0"
+if not Path(__file__).with_name("convert").is_dir():  # in a clone it lies beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "AdapterError",
     "ChatError",
     "ConvertError",
+    "EvalError",
     "Fasa",
     "FasaConfig",
     "FasaError",

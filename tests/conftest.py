@@ -46,10 +46,10 @@ def rpc_lib() -> Path:
 @pytest.fixture(scope="session")
 def simt_devices() -> dict[str, int]:
     """``ggml_backend_dev_t`` by name: devices that run the GPU kernels in an emulator (tests/simt)."""
-    from fasa_edge import _lib
+    from fasa_edge.runtime import library
 
     # not by ggml_backend_load: ggml's registry would offer the devices to all other tests, too
-    base, simt = _lib.ggml(_lib.llama_cpp, "ggml-base"), ctypes.CDLL(str(_built("fasa-simt.so")))
+    base, simt = library.ggml(library.llama_cpp, "ggml-base"), ctypes.CDLL(str(_built("fasa-simt.so")))
     for function in (simt.ggml_backend_init, base.ggml_backend_reg_dev_get):
         function.restype = ctypes.c_void_p
     base.ggml_backend_reg_dev_count.restype = ctypes.c_size_t
@@ -65,14 +65,14 @@ def gpu(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Callab
     """Makes one of these devices the GPU that graphs run on."""
 
     def use(name: str) -> None:
-        from fasa_edge import _ggml
+        from fasa_edge.runtime import ggml
 
         import ggml_graph
 
         device = ctypes.c_void_p(simt_devices[name])
-        _ggml.base.ggml_backend_dev_init.restype = ctypes.c_void_p
-        init = lambda *_: _ggml.base.ggml_backend_dev_init(device, None)  # noqa: E731
-        monkeypatch.setattr(_ggml._registry, "ggml_backend_init_by_type", init)
+        ggml.base.ggml_backend_dev_init.restype = ctypes.c_void_p
+        init = lambda *_: ggml.base.ggml_backend_dev_init(device, None)  # noqa: E731
+        monkeypatch.setattr(ggml._registry, "ggml_backend_init_by_type", init)
         monkeypatch.setattr(ggml_graph.Graph, "ON_GPU", True)
 
     return use

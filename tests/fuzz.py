@@ -19,14 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fasa_edge import _capi, reference
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log
 from fasa_edge.convert import inspect
-from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.errors import FasaError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log
 
 import numpy as np
+import reference
 from op_cases import NMSE_REFERENCE, Shape, make_case
 from runtime import TEXTS, Context, annotated_tiny, save
 from test_ops import assert_same_cells, run_attend, run_select
@@ -80,7 +81,7 @@ def profiles(folder: Path) -> Case:
         path.write_bytes(damaged(rng, data))
         is_refused = refused(lambda: inspect(path))
         with error_log() as errors:
-            is_loaded = _capi.load_profile(model.model, path)
+            is_loaded = capi.load_profile(model.model, path)
         if not is_loaded:
             assert is_refused or re.search("another model|the model has|holds no FASA profile", errors[-1])
         else:
@@ -142,8 +143,8 @@ def settings(folder: Path) -> Case:
     """Settings, captures and enumerators of any value, between decoded tokens."""
     ctx = Context(annotated_tiny(folder), n_ctx=512)
     decode_some(ctx)
-    start = _capi.get_params(ctx.ctx)
-    what = [*map(int, _capi.Capture), 0, 3, -1, 2**31 - 1]
+    start = capi.get_params(ctx.ctx)
+    what = [*map(int, capi.Capture), 0, 3, -1, 2**31 - 1]
 
     def case(rng: np.random.Generator) -> None:
         number = lambda: int(NUMBERS[rng.integers(len(NUMBERS))] if rng.random() < 0.7 else rng.integers(2**32))  # noqa: E731
@@ -151,17 +152,17 @@ def settings(folder: Path) -> Case:
         for name, kind in rng.permutation(np.array(params._fields_, object))[: rng.integers(1, 5)]:
             value = number()
             setattr(params, name, bool(value & 1) if kind is llama_cpp.ctypes.c_bool else kind(value).value)
-        refused(lambda: _capi.set_params(ctx.ctx, params))
-        _capi._set_capture(ctx.ctx, number())
-        layer = _capi.layer_geometry(ctx.model)[0]
+        refused(lambda: capi.set_params(ctx.ctx, params))
+        capi._set_capture(ctx.ctx, number())
+        layer = capi.layer_geometry(ctx.model)[0]
         assert layer.n_head_kv == 2
-        _capi.reset_stats(ctx.ctx)
+        capi.reset_stats(ctx.ctx)
         decode_some(ctx)
-        stats = _capi.get_stats(ctx.ctx)
+        stats = capi.get_stats(ctx.ctx)
         assert sum(stats.n_layers) == 2 * (stats.n_steps_prompt + stats.n_steps_decode)
         for il in (0, 1, 2, -1, number() - 2**31):
-            refused(lambda il=il: _capi.captured(ctx.ctx, il, what[rng.integers(len(what))]))
-        _capi.set_params(ctx.ctx, start)
+            refused(lambda il=il: capi.captured(ctx.ctx, il, what[rng.integers(len(what))]))
+        capi.set_params(ctx.ctx, start)
 
     return case
 

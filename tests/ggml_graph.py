@@ -1,12 +1,12 @@
-"""ggml functions that the op tests need besides those of :mod:`fasa_edge._ggml`."""
+"""ggml functions that the op tests need besides those of :mod:`fasa_edge.runtime.ggml`."""
 
 from __future__ import annotations
 
 import ctypes
 
-from fasa_edge import _ggml
-from fasa_edge._capi import cache_type
-from fasa_edge._ggml import F16, F32, declare, f32, i64, ptr
+from fasa_edge.runtime import ggml
+from fasa_edge.runtime.capi import cache_type
+from fasa_edge.runtime.ggml import F16, F32, declare, f32, i64, ptr
 
 __all__ = ["BF16", "CACHE_TYPES", "F16", "F32", "Graph"]
 
@@ -32,7 +32,7 @@ declare(
 )
 
 
-class Graph(_ggml.Graph):
+class Graph(ggml.Graph):
     """With what takes no context as its first argument; on the CPU, or wherever the fixture ``gpu`` says."""
 
     ON_GPU = False
@@ -42,8 +42,8 @@ class Graph(_ggml.Graph):
 
     def supports(self, op: int) -> bool:
         """Whether the device can run an op."""
-        return _ggml.base.ggml_backend_dev_supports_op(self._device, op)
+        return ggml.base.ggml_backend_dev_supports_op(self._device, op)
 
     def add_sinks(self, flash_attn: int, sinks: int) -> None:
         """Give a flash attention op its attention sinks."""
-        _ggml.base.ggml_flash_attn_ext_add_sinks(flash_attn, sinks)
+        ggml.base.ggml_flash_attn_ext_add_sinks(flash_attn, sinks)

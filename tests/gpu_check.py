@@ -56,10 +56,12 @@ NEEDED = ("numpy", "psutil", "click", "rich", "tabulate", "tqdm", "yaml", "jinja
 # are noted as they come: its table is printed at the end, which a time limit may cut off.
 _FASA_EDGE = """
 import json, os
-from fasa_edge import _lib, bench, bench_op
+from fasa_edge.runtime import library
+from fasa_edge.bench import models
+from fasa_edge.bench import ops
 from fasa_edge.cli import main
 if path := os.environ.get("GGML_BACKEND_PATH"):
-    _lib.ggml(_lib.llama_cpp).ggml_backend_load(path.encode())
+    library.ggml(library.llama_cpp).ggml_backend_load(path.encode())
 def noting(run):
     def rows(*args, **kwargs):
         for row in run(*args, **kwargs):
@@ -68,7 +70,7 @@ def noting(run):
             yield row
     return rows
 if "FASA_CHECK_ROWS" in os.environ:
-    bench.run, bench_op.run = noting(bench.run), noting(bench_op.run)
+    models.run, ops.run = noting(models.run), noting(ops.run)
 main()
 """
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fasa_edge import _capi
-from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig
 from fasa_edge.eval.text import log_softmax
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 from tiny_models import Shape, make_model
@@ -169,21 +169,21 @@ class Context:
 
     def stats(self):
         """Counters, and their reset."""
-        stats = _capi.get_stats(self.ctx)
-        _capi.reset_stats(self.ctx)
+        stats = capi.get_stats(self.ctx)
+        capi.reset_stats(self.ctx)
         return stats
 
     def reasons(self) -> dict[str, int]:
         """Layers run since the last look, by the reason why they ran dense; "none": sparse."""
-        counts = zip(_capi.REASONS, self.stats().n_layers, strict=True)
+        counts = zip(capi.REASONS, self.stats().n_layers, strict=True)
         return {name: n for (name, _), n in counts if n}
 
     def configure(self, **settings) -> None:
         """Change settings of FASA."""
-        params = _capi.get_params(self.ctx)
+        params = capi.get_params(self.ctx)
         for name, value in settings.items():
             setattr(params, name, value)
-        _capi.set_params(self.ctx, params)
+        capi.set_params(self.ctx, params)
 
 
 def save(ctx: Context, seq: int | None = None) -> ctypes.Array:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import psutil

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
 import fasa_edge
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest

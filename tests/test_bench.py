@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _bandwidth, _capi, _ggml, bench, bench_op
-from fasa_edge._ggml import Graph
-from fasa_edge.bench_plot import draw_models, draw_ops
-from fasa_edge.cache_fill import StateLayout, restore_sequence, save_sequence
+from fasa_edge.bench import bandwidth, models, ops
+from fasa_edge.bench.cache_fill import StateLayout
+from fasa_edge.bench.geometry import GEOMETRIES, Geometry, Heads, find_heads
+from fasa_edge.bench.plot import draw_models, draw_ops
+from fasa_edge.bench.random_data import RandomFiller, random_data
+from fasa_edge.bench.random_model import write_random_model
 from fasa_edge.errors import FasaError
-from fasa_edge.geometry import GEOMETRIES, Geometry, Heads, find_heads
-from fasa_edge.random_data import RandomFiller, random_data
-from fasa_edge.random_model import write_random_model
+from fasa_edge.runtime import capi, ggml, sequence
+from fasa_edge.runtime.ggml import Graph
 
 import gguf
 import numpy as np
@@ -30,7 +31,7 @@ TINY = Geometry("llama", 2, 256, 512, HEADS, 300, 1e4, True)
 
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bandwidth, "N_BYTES", 1 << 20)
+    monkeypatch.setattr(bandwidth, "N_BYTES", 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +85,17 @@ def on_gpu(request: pytest.FixtureRequest) -> bool:
 def test_all_ops_attend_to_the_same_caches(types: tuple[str, str], on_gpu: bool) -> None:
     """With a budget of all cells FASA is dense attention, in every layer and whatever is padding."""
     with Graph(on_gpu=on_gpu) as graph:
-        layers = bench_op._Layers(graph, HEADS, 9000, *types, n_tip=None, n_layers=2)
+        layers = ops._Layers(graph, HEADS, 9000, *types, n_tip=None, n_layers=2)
         assert layers.n_kv == 9216
         outputs, firsts = {}, []
-        _ggml.base.ggml_graph_node.restype = ctypes.c_void_p
-        for op in bench_op._ops(layers, [9000], 2):
+        ggml.base.ggml_graph_node.restype = ctypes.c_void_p
+        for op in ops._ops(layers, [9000], 2):
             graph.compute(op.plan)
             dtype = np.int32 if op.row.op == "fasa_select" else np.float32
             first, second = (graph.read(result, dtype) for result in op.results)
             assert (first == second).all()
             outputs[op.row.op] = first
-            firsts.append(_ggml.base.ggml_graph_node(ctypes.c_void_p(op.plan), 0))
+            firsts.append(ggml.base.ggml_graph_node(ctypes.c_void_p(op.plan), 0))
     assert len(set(firsts)) == len(firsts)  # or ggml-cuda takes them for one that changes each time
     assert (outputs.pop("fasa_select").reshape(2, -1) == np.arange(9000)).all()
     stock = outputs.pop("flash_attn_ext")
@@ -103,7 +104,7 @@ def test_all_ops_attend_to_the_same_caches(types: tuple[str, str], on_gpu: bool)
 
 
 def test_bench_of_ops_on_a_gpu(on_gpu: bool) -> None:
-    rows = list(bench_op.run([HEADS], [300], [40], 2, 2, n_layers=2, on_gpu=on_gpu))
+    rows = list(ops.run([HEADS], [300], [40], 2, 2, n_layers=2, on_gpu=on_gpu))
     assert [row.op for row in rows] == ["flash_attn_ext", "exact", "fasa", "fasa_select", "fasa_attend"]
     for row in rows:
         assert len(row.samples_ns) == 2 and row.bandwidth > 0
@@ -111,9 +112,9 @@ def test_bench_of_ops_on_a_gpu(on_gpu: bool) -> None:
 
 
 def test_bench_of_ops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ggml._registry, "ggml_backend_init_by_type", lambda *_: None)
+    monkeypatch.setattr(ggml._registry, "ggml_backend_init_by_type", lambda *_: None)
     with pytest.raises(FasaError, match="no GPU.*GGML_CUDA=ON"):
-        list(bench_op.run([HEADS], [300], [40], 2, 2, on_gpu=True))
+        list(ops.run([HEADS], [300], [40], 2, 2, on_gpu=True))
 
 
 @pytest.mark.parametrize("fill", ["random", "prefill"])
@@ -141,12 +142,12 @@ def test_random_models_decode_from_random_caches(arch: str, tied: bool, tmp_path
     llm = random_llama(tmp_path, replace(TINY, arch=arch, tied=tied), fasa_min_ctx=1, fasa_budget=1024)
     logits = []
     for settings in ({"enabled": False}, {"budget": 1024, "enabled": True}, {"budget": 64}):
-        bench._fill([llm], 1000, [5])
+        models._fill([llm], 1000, [5])
         llm.fasa.configure(**settings)
         llm.fasa.reset_stats()
-        bench._decode(llm, [7], 1)
+        sequence.decode(llm.ctx, [7], n_logits=1)
         assert bool(llm.fasa.stats().n_layers_sparse) == (settings.get("enabled") is not False)
-        logits.append(np.ctypeslib.as_array(fasa_edge._lib.llama_cpp.llama_get_logits(llm.ctx), (300,)).copy())
+        logits.append(sequence.logits(llm.ctx, 1)[0])
     check(logits[0], logits[1], 5e-4)
     assert np.isfinite(logits[2]).all() and nmse(logits[0], logits[2]) > 1e-3
     llm.close()
@@ -157,7 +158,7 @@ def test_random_models_decode_from_random_caches(arch: str, tied: bool, tmp_path
 )
 def test_a_state_is_written_as_llama_cpp_does(model: Path, types: tuple[str, str], flash_attn: int) -> None:
     """What a state's layout says makes the same bytes again, and random cells in their place are cells."""
-    type_k, type_v = map(_capi.cache_type, types)
+    type_k, type_v = map(capi.cache_type, types)
     params = {"type_k": type_k, "type_v": type_v, "flash_attn_type": flash_attn}
     tokens = TEXTS[0][:601]
     with Context(model, **params) as ctx:
@@ -165,7 +166,7 @@ def test_a_state_is_written_as_llama_cpp_does(model: Path, types: tuple[str, str
         layout = StateLayout.of(ctx.ctx)
         assert layout.v_trans == 1 - flash_attn and len(layout.sections) == 4
         ctx.read(tokens[1:600], start=1)
-        state = save_sequence(ctx.ctx)
+        state = sequence.save(ctx.ctx)
         wanted = ctx.step(tokens[600], 600)
         mine = state.copy()
         layout.adopt(mine, 600)
@@ -173,23 +174,23 @@ def test_a_state_is_written_as_llama_cpp_does(model: Path, types: tuple[str, str
         with pytest.raises(FasaError, match="is not of 599 cells"):
             layout.adopt(mine, 599)
     with Context(model, **params) as ctx:
-        restore_sequence(ctx.ctx, state)
+        sequence.restore(ctx.ctx, state)
         tolerance = SAME if type_k < 2 or type_k == 30 else 1e-2
         check(wanted, ctx.step(tokens[600], 600), tolerance)
-        restore_sequence(ctx.ctx, layout.random_state(900))
+        sequence.restore(ctx.ctx, layout.random_state(900))
         found = ctx.step(tokens[600], 900)
         assert np.isfinite(found).all() and nmse(wanted, found) > 0.01
         assert bool(ctx.stats().n_layers[0]) == bool(flash_attn)
         with pytest.raises(FasaError, match="cannot restore"):
-            restore_sequence(ctx.ctx, layout.random_state(5000))
+            sequence.restore(ctx.ctx, layout.random_state(5000))
 
 
 def test_one_random_state_serves_all_contexts(tmp_path: Path) -> None:
     """Flash attention or not: the same keys, so only what V became differs."""
     llm = random_llama(tmp_path)
-    stocks = [bench._stock(llm, flash_attn).llm for flash_attn in (True, False)]
-    bench._fill([llm, *stocks], 500, [5])
-    states = [save_sequence(one.ctx) for one in (llm, *stocks)]
+    stocks = [models._stock(llm, flash_attn).llm for flash_attn in (True, False)]
+    models._fill([llm, *stocks], 500, [5])
+    states = [sequence.save(one.ctx) for one in (llm, *stocks)]
     assert (states[0] == states[1]).all() and len(states[2]) == len(states[0])
     assert 0 < np.count_nonzero(states[0] != states[2]) < 200
     for one in (llm, *stocks):
@@ -200,23 +201,23 @@ def test_one_random_state_serves_all_contexts(tmp_path: Path) -> None:
 def test_other_memories_are_prefilled(arch: str, tmp_path: Path) -> None:
     llm = fasa_edge.Llama(str(annotated_tiny(tmp_path, arch)), n_ctx=1024, verbose=False)
     with pytest.warns(UserWarning, match="not one plain KV cache"):
-        rows = list(bench.run(llm, [100], 1, 1, fill="random"))
+        rows = list(models.run(llm, [100], 1, 1, fill="random"))
     assert {row.fill for row in rows} == {"prefill"} and rows[-1].layers_sparse > 0
     llm.close()
 
 
 def test_the_figures_show_the_rows() -> None:
-    ops = list(bench_op.run([HEADS], [300, 600], [40], 1, 2, n_layers=1))
-    (axes,) = draw_ops(ops).axes
+    rows = list(ops.run([HEADS], [300, 600], [40], 1, 2, n_layers=1))
+    (axes,) = draw_ops(rows).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["flash_attn_ext", "exact", "fasa, budget 40"]
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     drawn = {tuple(line.get_ydata()) for line in lines}
     for op in ("flash_attn_ext", "exact", "fasa"):
-        mine = [row for row in ops if row.op == op]
+        mine = [row for row in rows if row.op == op]
         assert tuple(1e-6 * row.median_ns for row in mine) in drawn
         assert tuple(1e-6 * row.floor_ns for row in mine) in drawn
 
-    row = bench.BenchRow("m.gguf", 1, 1, 2, "f16", "f16", True, 0, 4, 100, "random", "fasa", False, 64)
+    row = models.BenchRow("m.gguf", 1, 1, 2, "f16", "f16", True, 0, 4, 100, "random", "fasa", False, 64)
     row.samples_ts = [3.0, 1.0, 2.0]
     (axes,) = draw_models([row]).axes
     assert axes.get_title() == "m.gguf, 2 threads" and axes.get_legend().get_texts()[0].get_text() == "fasa, budget 64"
@@ -229,25 +230,25 @@ def test_what_a_state_is_not() -> None:
     assert StateLayout.parse(np.full(200, 255, np.uint8)) is None
 
 
-@pytest.mark.parametrize("type_name", _capi.CACHE_TYPES)
+@pytest.mark.parametrize("type_name", capi.CACHE_TYPES)
 def test_random_data(type_name: str) -> None:
     n, std = 1 << 16, 0.25
     data = random_data(np.random.default_rng(0), type_name, n, std)
-    ggml_type = _capi.cache_type(type_name)
-    assert len(data) == n * _capi.bytes_per_element(ggml_type)
+    ggml_type = capi.cache_type(type_name)
+    assert len(data) == n * capi.bytes_per_element(ggml_type)
     values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(ggml_type)).reshape(-1)
     assert len(values) == n and np.isfinite(values).all()
     assert abs(values.mean()) < 0.02 * std and values.std() == pytest.approx(std, rel=0.02)
 
 
-@pytest.mark.parametrize("type_name", _capi.CACHE_TYPES)
+@pytest.mark.parametrize("type_name", capi.CACHE_TYPES)
 def test_large_memory_is_filled_from_little(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasa_edge.random_data._N_DIRECT", 1 << 10)
-    monkeypatch.setattr("fasa_edge.random_data._N_DRAWN", 1 << 15)
-    ggml_type, rng = _capi.cache_type(type_name), np.random.default_rng(0)
+    monkeypatch.setattr("fasa_edge.bench.random_data._N_DIRECT", 1 << 10)
+    monkeypatch.setattr("fasa_edge.bench.random_data._N_DRAWN", 1 << 15)
+    ggml_type, rng = capi.cache_type(type_name), np.random.default_rng(0)
     filler, outs = RandomFiller(rng), []
     for n in (32, 1 << 17, 1 << 17):  # directly; from the same numbers, but otherwise
-        outs.append(np.full(int(n * _capi.bytes_per_element(ggml_type)), 255, np.uint8))
+        outs.append(np.full(int(n * capi.bytes_per_element(ggml_type)), 255, np.uint8))
         filler.fill(type_name, outs[-1], 0.25)
     assert (outs[1] != outs[2]).mean() > 0.1
     for out in outs[1:]:
@@ -266,24 +267,24 @@ def test_rivals_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     limit(own)
     too_little = f"for 1 contexts of 2048 cells.* and {own} are left of the machine's memory: lower"
     with pytest.raises(FasaError, match=too_little):
-        list(bench.run(llm, [100], 1, 1, fill="random"))
+        list(models.run(llm, [100], 1, 1, fill="random"))
     args = ("bench", "--geometry", "smollm2-135m", "--layers", 1, "-d", 2000, "-n", 48)
     assert "for 2 contexts of 2048 cells" in fasa(*args, code=1).stderr
     limit(3 * own)
     with pytest.warns(UserWarning, match="without flash attention is left out"):
-        rows = list(bench.run(llm, [100], 1, 1, fill="random"))
+        rows = list(models.run(llm, [100], 1, 1, fill="random"))
     assert [row.label for row in rows] == ["dense, flash attention", "exact", "fasa, budget 512"]
     llm.close()
     limit(1000)
     with pytest.raises(FasaError, match="1000 are left of the machine's memory: measure fewer"):
-        list(bench_op.run([HEADS], [300], [40], 1, 1))
+        list(ops.run([HEADS], [300], [40], 1, 1))
 
 
 def test_settings_are_as_before(tmp_path: Path) -> None:
     llm = random_llama(tmp_path, fasa_budget=100)
     settings = llm.fasa.settings
     with warnings.catch_warnings(action="error"):
-        list(bench.run(llm, [0], 1, 1, budgets=[64, 80], fill="random"))
+        list(models.run(llm, [0], 1, 1, budgets=[64, 80], fill="random"))
     assert llm.fasa.settings == settings
     llm.close()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from fasa_edge import _capi
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.rope import chunk_dims
 from fasa_edge.convert.stretch import planes, turn
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
 
 import gguf
 import numpy as np
@@ -24,15 +24,15 @@ N_CTX = 512
 def context(path, **options):
     """A model and its context, in which keys were captured."""
     llm = llama_cpp.Llama(str(path), **({"n_ctx": N_CTX, "verbose": False} | options))
-    _capi.set_capture(llm.ctx, Capture.K)
+    capi.set_capture(llm.ctx, Capture.K)
     llm.eval([70, 71])
     yield llm
     llm.close()
 
 
 def angles(llm, il: int = 0, n_ctx: int = 0) -> np.ndarray:
-    layer = _capi.layer_geometry(llm.model)[il]
-    return _capi.rope_angles(llm.ctx, il, layer.n_embd_head // 2, n_ctx)
+    layer = capi.layer_geometry(llm.model)[il]
+    return capi.rope_angles(llm.ctx, il, layer.n_embd_head // 2, n_ctx)
 
 
 def wrapped(angle: np.ndarray) -> np.ndarray:
@@ -148,8 +148,8 @@ def test_no_such_layer_or_capture(tmp_path):
     with context(make_model(tmp_path / "tiny.gguf")) as llm:
         for il in (-1, 2):
             with pytest.raises(FasaError, match=f"angles of layer {il} could not be computed"):
-                _capi.rope_angles(llm.ctx, il, 32)
-        _capi.set_capture(llm.ctx)
+                capi.rope_angles(llm.ctx, il, 32)
+        capi.set_capture(llm.ctx)
         llm.eval([70])
         with pytest.raises(FasaError, match="angles of layer 0 could not be computed"):
             angles(llm)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.calibrate import plan_chunks, rank_chunks
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.ranges import CLIP, N_LEVEL
 from fasa_edge.convert.second_moments import LeastSquares
 from fasa_edge.convert.stretch import Depth, planes
-from fasa_edge.convert.text import read_text
+from fasa_edge.io.text import read_text
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest

@@ -8,10 +8,10 @@ import tempfile
 
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import OBJECTIVES, capture, inspect, pipeline
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.gguf_splice import splice
-from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError, SchemaError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.gguf_splice import splice
+from fasa_edge.io.text import read_text
 from fasa_edge.schema import VERSION, GGUFValueType
 
 import numpy as np
@@ -303,17 +303,17 @@ def test_copy_and_profile_are_written_both_or_neither(model, refuses, monkeypatc
 
 
 def test_layers_that_decoding_leaves_out_have_no_chunks(model, refuses, monkeypatch):
-    captured = capture._capi.captured
-    monkeypatch.setattr(capture._capi, "captured", lambda ctx, il, *rest: captured(ctx, il, *rest) if il == 0 else None)
+    captured = capture.capi.captured
+    monkeypatch.setattr(capture.capi, "captured", lambda ctx, il, *rest: captured(ctx, il, *rest) if il == 0 else None)
     profile = convert(model, tokens=TOKENS).profile
     assert [chunks.shape for chunks in profile.chunks] == [(2, 32), (0, 0)]
-    monkeypatch.setattr(capture._capi, "captured", lambda *_: None)
+    monkeypatch.setattr(capture.capi, "captured", lambda *_: None)
     refuses(model, "ran none of the 2 attention layers", force=True)
 
 
 def test_rows_missing_from_a_capture(model, refuses, monkeypatch):
-    captured = capture._capi.captured
-    monkeypatch.setattr(capture._capi, "captured", lambda *args: captured(*args)[:-1])
+    captured = capture.capi.captured
+    monkeypatch.setattr(capture.capi, "captured", lambda *args: captured(*args)[:-1])
     refuses(model, r"Q of layer 0 has shape \(511, 4, 64\) where the model's geometry says \(512, 4, 64\)")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fasa_edge import _capi
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
 from fasa_edge.convert.capture import ModelRun
 from fasa_edge.convert.rope import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NONE, ROPE_NORM, ROPE_VISION, chunk_dims
 from fasa_edge.errors import ConvertError
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def captured(request, tmp_path_factory):
         n_rot = shape.n_rot or shape.n_embd_head
         assert (layer.n_head, layer.n_head_kv, layer.n_embd_head) == (shape.n_head, shape.n_head_kv, shape.n_embd_head)
         assert (layer.n_rot, layer.rope_type) == (n_rot, rope_type)
-        np.testing.assert_array_equal(_capi.chunk_dims(layer), chunk_dims(shape.n_embd_head, n_rot, rope_type))
+        np.testing.assert_array_equal(capi.chunk_dims(layer), chunk_dims(shape.n_embd_head, n_rot, rope_type))
         blocks = list(model.capture([70] * N_POSITIONS, [0], n_block=40))
     q, k = (np.concatenate([block[i] for block in blocks]) for i in (2, 3))
     return shape, rope_type, wrong_type, q, k
@@ -115,10 +115,10 @@ def test_a_chunk_of_an_image_turns_by_one_of_its_positions(arch, rope_type, tmp_
 
     model = make_model(tmp_path / "tiny.gguf", arch, shape)
     llm = llama_cpp.Llama(str(model), n_ctx=512, flash_attn=True, verbose=False)
-    _capi.set_capture(llm.ctx, Capture.Q, Capture.K)
+    capi.set_capture(llm.ctx, Capture.Q, Capture.K)
     decode_embeddings(llm, np.ones((64, shape.n_embd), np.float32).cumsum(axis=1) / shape.n_embd, pos)
     for which in (Capture.Q, Capture.K):
-        planes = as_planes(_capi.captured(llm.ctx, 0, which).astype(np.float64), shape, rope_type)
+        planes = as_planes(capi.captured(llm.ctx, 0, which).astype(np.float64), shape, rope_type)
         distance = (pos - pos[:, :1])[section].T * angles(shape)  # from the first token, [n_tokens, n_chunk]
         turned = planes[:1] * np.exp(1j * distance)[:, None, :]
         assert np.abs(planes - turned).max() < 1e-3 * np.abs(planes).mean()
@@ -157,8 +157,8 @@ def test_other_rope_types_are_refused(rope_type, message):
 @pytest.mark.parametrize("rope_type", [ROPE_NORM, ROPE_NEOX, ROPE_MROPE, ROPE_IMROPE])
 @pytest.mark.parametrize("n_rot", [66, 128, 63, -2])
 def test_the_runtime_pairs_no_dims_where_n_rot_does_not_fit(n_rot, rope_type):
-    layer = _capi.LayerGeometry(4, 2, 64, n_rot, rope_type, False)
-    assert not len(_capi.chunk_dims(layer)) and len(_capi.chunk_dims(replace(layer, n_rot=62))) == 32
+    layer = capi.LayerGeometry(4, 2, 64, n_rot, rope_type, False)
+    assert not len(capi.chunk_dims(layer)) and len(capi.chunk_dims(replace(layer, n_rot=62))) == 32
 
 
 @pytest.mark.parametrize(("n_embd_head", "n_rot"), [(63, 62), (0, 0), (64, 66), (64, 63), (64, -2)])

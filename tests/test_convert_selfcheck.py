@@ -7,10 +7,10 @@ from dataclasses import replace
 from fasa_edge.cli import main
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import convert, inspect, pipeline, selfcheck
-from fasa_edge.convert.gguf_header import read_header
 from fasa_edge.convert.selfcheck import Check, check_profile, smallest_passing
-from fasa_edge.convert.text import read_text
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.text import read_text
 
 import gguf
 import numpy as np

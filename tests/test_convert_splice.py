@@ -6,10 +6,10 @@ import pathlib
 import resource
 import struct
 
-from fasa_edge.convert import gguf_splice, output
-from fasa_edge.convert.gguf_header import TENSOR_TYPES, read_header
-from fasa_edge.convert.gguf_splice import encode_entry, splice
 from fasa_edge.errors import ConvertError
+from fasa_edge.io import gguf_splice, output
+from fasa_edge.io.gguf_header import TENSOR_TYPES, read_header
+from fasa_edge.io.gguf_splice import encode_entry, splice
 from fasa_edge.schema import NUMPY_TYPES, GGUFValueType
 
 import gguf

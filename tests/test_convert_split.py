@@ -7,10 +7,11 @@ import shutil
 
 import fasa_edge
 from fasa_edge.cli import main
-from fasa_edge.convert import gguf_splice, inspect
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.split import output_paths, parse_name
+from fasa_edge.convert import inspect
 from fasa_edge.errors import ConvertError
+from fasa_edge.io import gguf_splice
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.split import output_paths, parse_name
 
 import gguf
 import numpy as np

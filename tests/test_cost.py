@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fasa_edge._ggml import base
+from fasa_edge.runtime.ggml import base
 
 import pytest
 

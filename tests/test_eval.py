@@ -10,16 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fasa_edge import _capi
-from fasa_edge._lib import lib_dir, llama_cpp
-from fasa_edge.convert.split import model_files
-from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError
-from fasa_edge.eval import answers, runner, text
+from fasa_edge.eval import answers, text
 from fasa_edge.eval.methods import DENSE, METHODS, OBSERVERS, Method, expand
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.results import Results, identity
 from fasa_edge.eval.runner import Runner
+from fasa_edge.io.split import model_files
+from fasa_edge.io.text import read_text
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import lib_dir, llama_cpp
 
 import numpy as np
 import pytest
@@ -54,13 +54,13 @@ def real_runner(fasa_model_path: Path):
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of llama_decode had."""
     counts: list[int] = []
-    decode = runner._decode
+    decode = llama_cpp.llama_decode
 
-    def counting(llm, tokens, *args, **kwargs):
-        counts.append(len(tokens))
-        return decode(llm, tokens, *args, **kwargs)
+    def counting(ctx, batch):
+        counts.append(batch.n_tokens)
+        return decode(ctx, batch)
 
-    monkeypatch.setattr(runner, "_decode", counting)
+    monkeypatch.setattr(llama_cpp, "llama_decode", counting)
     return counts
 
 
@@ -143,12 +143,12 @@ def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -
 
 
 def test_every_policy_is_a_method() -> None:
-    assert set(_capi.POLICIES) < METHODS.keys()
+    assert set(capi.POLICIES) < METHODS.keys()
 
 
 def test_policies(tiny_runner: Runner) -> None:
     """All from one prefix, in any order; each counted by the cells that it attends to."""
-    methods = [method for method in expand(_capi.POLICIES, [TINY_BUDGET]) if method.sparse]
+    methods = [method for method in expand(capi.POLICIES, [TINY_BUDGET]) if method.sparse]
     tiny_runner.prefill(TEXTS[1][:200])
     tiny_runner.prefill(PREFIX, observe=True)
     dense = tiny_runner.decode(NEXT, DENSE)
@@ -174,7 +174,7 @@ def test_policies(tiny_runner: Runner) -> None:
 
 def test_the_layer_with_the_fewest_chunks_limits_n_tip(tiny_runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter((12, 8))
-    monkeypatch.setattr(_capi, "chunk_dims", lambda layer: [None] * next(counts))
+    monkeypatch.setattr(capi, "chunk_dims", lambda layer: [None] * next(counts))
     with pytest.raises(FasaError, match="n_tip 10: a head of .* has 8 chunks"):
         tiny_runner.check([replace(FASA, n_tip=10)])
 

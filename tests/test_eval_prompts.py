@@ -7,11 +7,11 @@ import re
 from collections import Counter
 
 import fasa_edge  # noqa: F401, before llama_cpp
-from fasa_edge.convert.text import read_text
 from fasa_edge.errors import EvalError
 from fasa_edge.eval.jsonl import read_jsonl
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.tasks import GROUPS, TASKS, expand
+from fasa_edge.io.text import read_text
 
 import llama_cpp
 import pytest

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _capi
-from fasa_edge._lib import llama_cpp
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert.capture import ModelRun
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.gguf_splice import splice
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.gguf_splice import splice
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.schema import Calibration, Profile, to_metadata
 
 import numpy as np
@@ -35,7 +35,7 @@ def annotate(model: Path, out: Path, without: Iterable[int] = ()) -> Path:
     """
     with ModelRun(model, 256) as run:
         layers, fingerprint = run.geometry, run.fingerprint
-    shapes = [(layer.n_head_kv, len(_capi.chunk_dims(layer))) for layer in layers]
+    shapes = [(layer.n_head_kv, len(capi.chunk_dims(layer))) for layer in layers]
     shapes = [(0, 0) if il in without or 0 in shape else shape for il, shape in enumerate(shapes)]
     profile = Profile(
         n_tip=4,
@@ -126,6 +126,6 @@ REACHED_ELSEWHERE = {"backend", "stale_tips", "policy"}  # test_offload.py, test
 def test_the_table_of_reasons_is_the_same_in_docs_and_code() -> None:
     section = DESIGN.read_text(encoding="utf-8").split("## When a layer runs dense")[1].split("\n## ")[0]
     documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    names = [name for name, _ in _capi.REASONS]
+    names = [name for name, _ in capi.REASONS]
     assert names[0] == "none" and documented == names[1:]
     assert {name.split("-")[0] for name in CASES} | REACHED_ELSEWHERE == set(names)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _capi, _fit, _memory
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime import capi, fit, memory
+from fasa_edge.runtime.library import llama_cpp
 
 import pytest
 from runtime import annotated_tiny
@@ -55,10 +55,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Says how many bytes the host and devices have."""
 
     def say(*, host: int = PLENTY, address_space: int = PLENTY, on_device: int = PLENTY) -> None:
-        virtual = [_memory.Available(address_space, "the address space limit", is_virtual=True, by_thread=72 << 20)]
-        limits = [_memory.Available(host, "the machine's memory"), *virtual]
-        monkeypatch.setattr(_memory, "limits", lambda: limits)
-        monkeypatch.setattr(_capi, "device_memory", lambda device: on_device)
+        virtual = [memory.Available(address_space, "the address space limit", is_virtual=True, by_thread=72 << 20)]
+        limits = [memory.Available(host, "the machine's memory"), *virtual]
+        monkeypatch.setattr(memory, "limits", lambda: limits)
+        monkeypatch.setattr(capi, "device_memory", lambda device: on_device)
 
     say()
     return say
@@ -87,7 +87,7 @@ def integrated(device: int) -> Iterator[None]:
 
 def taken(llm: fasa_edge.Llama, device: int | None) -> tuple[int, int]:
     """Bytes of a context and for computing, on a device, or None: on the host."""
-    kinds = [kind for kind in _capi.memory(llm.ctx) if kind.device == device]
+    kinds = [kind for kind in capi.memory(llm.ctx) if kind.device == device]
     return sum(kind.context for kind in kinds), sum(kind.compute for kind in kinds)
 
 
@@ -98,7 +98,7 @@ def test_what_a_context_takes(model: Path) -> None:
     assert compute > 0
     llm.close()
     with pytest.raises(fasa_edge.FasaError, match="closed"):
-        _capi.memory(None)
+        capi.memory(None)
 
 
 def test_the_models_own_where_there_is_room(model: Path, free) -> None:
@@ -115,7 +115,7 @@ def test_on_the_host(model: Path, free, settings: dict[str, object]) -> None:
     """The largest context that takes half of what is free beside the weights and for computing; tips count."""
     wanted = load(model, n_ctx=10240, **settings)
     context, compute = taken(wanted, None)
-    mapped = sum(kind.model for kind in _capi.memory(wanted.ctx)) if settings.get("use_mmap", True) else 0
+    mapped = sum(kind.model for kind in capi.memory(wanted.ctx)) if settings.get("use_mmap", True) else 0
     free(host=mapped + 2 * context + compute)
     llm = load(model, **settings)
     assert llm.n_ctx() == len(llm.input_ids) == 10240 and llm._model.n_ctx_train() == N_CTX_TRAIN
@@ -136,7 +136,7 @@ def test_the_profile_beside_a_model_counts(tmp_path: Path, model: Path, free) ->
     bare = make_model(tmp_path / "bare.gguf", "llama", Shape(n_layer=N_LAYER, n_ctx=N_CTX_TRAIN))
     llm = load(bare, n_ctx=8192)
     context, compute = taken(llm, None)
-    free(host=sum(kind.model for kind in _capi.memory(llm.ctx)) + 2 * context + compute)
+    free(host=sum(kind.model for kind in capi.memory(llm.ctx)) + 2 * context + compute)
     llm.close()
     assert load(bare).n_ctx() == 8192 > load(bare, fasa_profile=model).n_ctx() > 4096
 
@@ -147,7 +147,7 @@ def test_on_a_device(model: Path, device: int, free, n_gpu_layers: int, offload_
     settings = {"n_gpu_layers": n_gpu_layers, "offload_kqv": offload_kqv}
     wanted = load(model, n_ctx=10240, **settings)
     (context, compute), (host, host_compute) = taken(wanted, device), taken(wanted, None)
-    mapped = sum(kind.model for kind in _capi.memory(wanted.ctx) if not kind.device)
+    mapped = sum(kind.model for kind in capi.memory(wanted.ctx) if not kind.device)
     assert (context > 0) == offload_kqv and (host > 0) == (not offload_kqv or n_gpu_layers == 3)
 
     needed = -(-(context + compute) * 4 // 3)  # a quarter stays free
@@ -164,7 +164,7 @@ def test_on_a_device(model: Path, device: int, free, n_gpu_layers: int, offload_
 def test_a_device_that_shares_the_hosts_memory(model: Path, device: int, free) -> None:
     """It counts on both sides: memory is there once."""
     llm = load(model, n_ctx=10240, n_gpu_layers=-1)
-    kinds = _capi.memory(llm.ctx)
+    kinds = capi.memory(llm.ctx)
     context, compute = sum(kind.context for kind in kinds), sum(kind.compute for kind in kinds)
     mapped = sum(kind.model for kind in kinds if not kind.device)
     with integrated(device):
@@ -182,11 +182,11 @@ GIB = 1 << 30
 @pytest.mark.parametrize("n_free, n_left", [(8 * GIB, GIB), (4 * GIB, GIB), (2 * GIB, GIB // 2), (0, 0)])
 def test_what_a_device_keeps(monkeypatch: pytest.MonkeyPatch, n_free: int, n_left: int) -> None:
     """A gigabyte, or a quarter, for what ggml takes while it computes."""
-    monkeypatch.setattr(_capi, "device_memory", lambda device: n_free)
-    room = _fit._Room(maps=True, n_threads=0)
+    monkeypatch.setattr(capi, "device_memory", lambda device: n_free)
+    room = fit._Room(maps=True, n_threads=0)
 
-    def kind(context: int) -> _capi.Memory:
-        return _capi.Memory(device=1, is_host=False, can_map=False, model=0, context=context, compute=0)
+    def kind(context: int) -> capi.Memory:
+        return capi.Memory(device=1, is_host=False, can_map=False, model=0, context=context, compute=0)
 
     assert room.holds([kind(n_free - n_left)], 0, 0)
     assert not room.holds([kind(n_free - n_left + 1)], 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fasa_edge import _ggml
+from fasa_edge.runtime import ggml
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from op_cases import NMSE_REFERENCE, Shape, make_case
 
 pytestmark = pytest.mark.usefixtures("device")
 
-_ggml.declare({"ggml_set_output": (None, _ggml.ptr)})
+ggml.declare({"ggml_set_output": (None, ggml.ptr)})
 
 
 @pytest.mark.parametrize("type_v", ["f32", "f16", "bf16", "q8_0"])
@@ -197,7 +197,7 @@ def test_select_and_attend_in_one_graph(both: Both, device: str) -> None:
         apart = {"FASA_SELECT": 1, "FASA_ATTEND": 1} if device != "CPU" else {}
         output, read = select(), select()
         computed = [select(dims=g.ggml_cont(dims)), select(ranges=g.ggml_cont(ranges))]
-        _ggml.base.ggml_set_output(output)
+        ggml.base.ggml_set_output(output)
         for idx, copy in ((output, []), (read, [g.ggml_cont(read)]), *((idx, []) for idx in computed)):
             out = attend(idx)
             assert run(out, *copy) == apart

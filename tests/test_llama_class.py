@@ -19,14 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _capi, bench
-from fasa_edge._lib import lib_dir, llama_cpp
-from fasa_edge.chat import Chat
+from fasa_edge.bench import models
 from fasa_edge.errors import AdapterError, FasaError
 from fasa_edge.eval.answers import encode
 from fasa_edge.eval.methods import DENSE
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.runner import Runner
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.chat import Chat
+from fasa_edge.runtime.library import lib_dir, llama_cpp
 
 import gguf
 import numpy as np
@@ -98,8 +99,8 @@ def test_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             check=True,
         )
     split, local, missing, refused = map(json.loads, done.stdout.splitlines())
-    assert split[:2] == ["fasa_edge.model", 77] and Path(split[2]).read_bytes() == annotated.read_bytes()
-    assert local == ["fasa_edge.model", 512, str(tmp_path / "here/whole.gguf")]
+    assert split[:2] == ["fasa_edge.runtime.llama", 77] and Path(split[2]).read_bytes() == annotated.read_bytes()
+    assert local == ["fasa_edge.runtime.llama", 512, str(tmp_path / "here/whole.gguf")]
     assert Path(local[2]).read_bytes() == whole.read_bytes()
     assert "No file found in user/tiny that match none*" in missing
     assert "do not fit into fasa.budget = 3" in refused
@@ -399,7 +400,7 @@ def test_drafts_until_the_context_is_full(fasa_model_path: Path, n_batch: int) -
 
 def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = load(model, n_ctx=1024)
-    kinds = _capi.memory(probe.ctx)
+    kinds = capi.memory(probe.ctx)
     kept = sum(kind.context for kind in kinds) + 4 * (1024 + 512) * probe.n_vocab()  # of all cells, and of a batch
     free = sum(kind.model + kind.compute for kind in kinds) + 2 * kept
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
@@ -409,7 +410,7 @@ def test_kept_logits_count_in_an_automatic_context(model: Path, monkeypatch: pyt
 
     def fits(n_ctx: int) -> bool:
         llm = load(model, n_ctx=n_ctx)
-        return sum(2 * kind.context + kind.model + kind.compute for kind in _capi.memory(llm.ctx)) <= free
+        return sum(2 * kind.context + kind.model + kind.compute for kind in capi.memory(llm.ctx)) <= free
 
     assert alone > 1024 and fits(alone) and not fits(alone + 256)
 
@@ -440,7 +441,7 @@ _NEED_MODEL = {
     "model": lambda llm: llm.model,
     "chat": lambda llm: list(Chat(llm).ask("a", max_tokens=1, temperature=0, seed=0)),
     "is_full": lambda llm: Chat(llm).is_full,
-    "bench": lambda llm: list(bench.run(llm, [0], 1, 1)),
+    "bench": lambda llm: list(models.run(llm, [0], 1, 1)),
     "encode": lambda llm: encode("task", Prompt("a", "b", "", ()), llm),
 }
 

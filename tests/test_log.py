@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Barrier
 
 import fasa_edge
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log, quiet_log, unheard
 from fasa_edge.errors import ModelError
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log, quiet_log, unheard
 
 import pytest
 from runtime import annotated_tiny

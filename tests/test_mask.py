@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _memory
+from fasa_edge.runtime import memory
 
 import psutil
 import pytest
@@ -28,13 +28,13 @@ _UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
 
 
 @pytest.fixture
-def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _memory.Available]:
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., memory.Available]:
     """What is available where the kernel has these files: text by path, or a number; None for what cannot be read."""
-    monkeypatch.setattr(_memory, "_ROOT", tmp_path)
-    monkeypatch.setattr(_memory, "_of_process", lambda: iter(()))
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "_of_process", lambda: iter(()))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": MACHINE})())
 
-    def available(files: dict[str, str | int | bytes | None]) -> _memory.Available:
+    def available(files: dict[str, str | int | bytes | None]) -> memory.Available:
         for name, content in files.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _me
                 path.mkdir()
             else:
                 path.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
-        return _memory.available()
+        return memory.available()
 
     return available
 
@@ -132,34 +132,34 @@ NO_LIMITS = {
 
 @pytest.mark.parametrize("files, n_bytes, of", LIMITS.values(), ids=LIMITS)
 def test_limits_of_groups(kernel, files, n_bytes: int, of: str) -> None:
-    assert kernel(files) == _memory.Available(n_bytes, of)
+    assert kernel(files) == memory.Available(n_bytes, of)
 
 
 @pytest.mark.parametrize("files", NO_LIMITS.values(), ids=NO_LIMITS)
 def test_what_is_no_limit(kernel, files) -> None:
-    assert kernel(files) == _memory.Available(MACHINE, "the machine's memory")
+    assert kernel(files) == memory.Available(MACHINE, "the machine's memory")
 
 
 def test_the_least_is_named(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = _memory.Available(390, "the address space limit (ulimit -v)", is_virtual=True)
-    monkeypatch.setattr(_memory, "_of_process", lambda: iter([own, _memory.Available(500, "data", is_virtual=True)]))
+    own = memory.Available(390, "the address space limit (ulimit -v)", is_virtual=True)
+    monkeypatch.setattr(memory, "_of_process", lambda: iter([own, memory.Available(500, "data", is_virtual=True)]))
     assert str(kernel(of_v2("/a") | v2("/a", 1000, 600))) == "390 are left of the address space limit (ulimit -v)"
-    assert [limit.n_bytes for limit in _memory.limits()] == [MACHINE, 400, 390, 500]
-    assert _memory.limit_of_failure() == own
-    monkeypatch.setattr(_memory, "_of_process", lambda: iter([replace(own, n_bytes=450)]))
-    assert _memory.limit_of_failure().n_bytes == 450 > _memory.available().n_bytes  # a group refuses no allocation
+    assert [limit.n_bytes for limit in memory.limits()] == [MACHINE, 400, 390, 500]
+    assert memory.limit_of_failure() == own
+    monkeypatch.setattr(memory, "_of_process", lambda: iter([replace(own, n_bytes=450)]))
+    assert memory.limit_of_failure().n_bytes == 450 > memory.available().n_bytes  # a group refuses no allocation
 
 
 _LIMITED = """
 import resource, sys
 import psutil
-from fasa_edge import _memory
+from fasa_edge.runtime import memory
 used = getattr(psutil.Process().memory_info(), sys.argv[2])
 resource.setrlimit(getattr(resource, sys.argv[1]), (used + (100 << 20), resource.RLIM_INFINITY))
-before = _memory.available()
+before = memory.available()
 block = bytearray(40 << 20)
 print(before.of)
-print(before.n_bytes >> 20, before.n_bytes - _memory.available().n_bytes >> 20)
+print(before.n_bytes >> 20, before.n_bytes - memory.available().n_bytes >> 20)
 """
 
 
@@ -184,8 +184,8 @@ def test_what_the_system_does_not_tell_is_no_limit(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("psutil.virtual_memory", fail)
     monkeypatch.setattr("psutil.Process", fail)
-    monkeypatch.setattr(_memory, "_ROOT", tmp_path)
-    assert _memory.limits() == [_memory.Available(sys.maxsize, "the machine's memory")]
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    assert memory.limits() == [memory.Available(sys.maxsize, "the machine's memory")]
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     with pytest.raises(fasa_edge.ModelError, match="damaged.gguf"):
         fasa_edge.Llama(str(tmp_path / "damaged.gguf"), verbose=False)
@@ -242,5 +242,5 @@ def test_other_errors_do_not(tmp_path: Path) -> None:
 
 
 def test_memory_is_asked_for_in_one_place() -> None:
-    package = Path(_memory.__file__).parent
-    assert [path.name for path in package.rglob("*.py") if "virtual_memory" in path.read_text()] == ["_memory.py"]
+    package = Path(memory.__file__).parents[1]
+    assert [path.name for path in package.rglob("*.py") if "virtual_memory" in path.read_text()] == ["memory.py"]

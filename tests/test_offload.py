@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fasa_edge import _lib
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime import library
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ STEPS = TEXTS[0][N_PROMPT : N_PROMPT + 3]
 _SERVER = """
 import ctypes, sys
 import fasa_edge
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime.library import llama_cpp
 lib, rpc = llama_cpp.llama_cpp._lib, ctypes.CDLL(sys.argv[1])
 lib.ggml_backend_dev_get.restype = ctypes.c_void_p
 devices = (ctypes.c_void_p * 1)(lib.ggml_backend_dev_get(ctypes.c_size_t(0)))
@@ -62,7 +62,7 @@ def rpc_device(rpc_lib: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 assert time.monotonic() < deadline, f"no server on port {port}: {(folder / 'log').read_text()}"
                 time.sleep(0.1)
             assert server.poll() is None, (folder / "log").read_text()
-            rpc, lib = ctypes.CDLL(str(rpc_lib)), _lib.llama_cpp.llama_cpp._lib
+            rpc, lib = ctypes.CDLL(str(rpc_lib)), library.llama_cpp.llama_cpp._lib
             rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
             lib.ggml_backend_reg_dev_get.restype = ctypes.c_void_p
             reg = ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(f"127.0.0.1:{port}".encode()))
@@ -87,7 +87,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def called(device: int, name: bytes) -> Iterator[None]:
     """Gives the device's backend another name: FASA leaves RPC alone, whose servers may know nothing of its ops."""
-    lib = _lib.llama_cpp.llama_cpp._lib
+    lib = library.llama_cpp.llama_cpp._lib
     lib.ggml_backend_dev_backend_reg.restype = ctypes.c_void_p
     # struct ggml_backend_reg: api_version, then its functions, get_name the first (ggml-backend-impl.h)
     slots = ctypes.cast(lib.ggml_backend_dev_backend_reg(ctypes.c_void_p(device)), ctypes.POINTER(ctypes.c_void_p))

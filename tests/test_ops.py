@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fasa_edge import _ggml, reference
+from fasa_edge.runtime import ggml
 
 import numpy as np
 import pytest
+import reference
 from ggml_graph import BF16, CACHE_TYPES, F16, F32, Graph
 from op_cases import NMSE_REFERENCE, Case, Shape, make_case, unpack
 
@@ -17,7 +18,7 @@ CPU_TYPES = {"q5_1"}  # of K and V, which the GPU kernels do not read
 
 pytestmark = pytest.mark.usefixtures("device")
 
-_ggml.declare({"ggml_set_output": (None, _ggml.ptr)})
+ggml.declare({"ggml_set_output": (None, ggml.ptr)})
 
 SHAPES = [
     Shape(),
@@ -289,7 +290,7 @@ def test_streams_do_not_touch_each_other() -> None:
         q = stack(*(case.q for case in cases))
         mask = stack(*(case.mask[None] for case in cases))
         idx = g.ggml_fasa_select(q, view, *kept, mask, stack(*forced), n_head_kv, n_fac, cases[0].scale)
-        _ggml.base.ggml_set_output(idx)
+        ggml.base.ggml_set_output(idx)
         k = stack(*(case.k.astype(np.float16) for case in cases))
         out = g.ggml_fasa_attend(q, k, stack(*(case.v for case in cases)), idx, None, None, cases[0].scale, 0.0)
         g.run(stored, out)

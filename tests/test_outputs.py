@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fasa_edge.convert import output
-from fasa_edge.convert.output import check_outputs, refuse_inputs, staged
 from fasa_edge.errors import ConvertError
+from fasa_edge.io import output
+from fasa_edge.io.output import check_outputs, refuse_inputs, staged
 
 import pytest
 from test_cli import fasa
@@ -77,8 +77,8 @@ HANG = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
 from fasa_edge.cli import main
-from fasa_edge.convert.output import staged
-from fasa_edge.convert.temporary import work_folder
+from fasa_edge.io.output import staged
+from fasa_edge.io.temporary import work_folder
 
 @main.command("hang")
 def hang():

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fasa_edge._lib import lib_dir
+from fasa_edge.runtime.library import lib_dir
 
 
 def test_libraries_are_relocatable(tmp_path: Path) -> None:

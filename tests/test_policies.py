@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge import _capi, reference
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
 from fasa_edge.convert import inspect
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 import pytest
+import reference
 from runtime import GGML_TYPES, TEXTS, TINY_BUDGET, Context, annotated_tiny
 
 N_PROMPT, N_STEPS = 300, 6
@@ -58,7 +59,7 @@ def read_prompt(
 ) -> list[Layer]:
     """The layers of a prompt that was read densely and, with this policy, observed."""
     ctx.configure(enabled=False, policy=policy)
-    _capi.set_capture(ctx.ctx, Capture.Q, Capture.K)
+    capi.set_capture(ctx.ctx, Capture.Q, Capture.K)
     blocks = []
     for start in range(0, len(tokens), 128):
         ctx.read(tokens[start : start + 128], start=start)
@@ -69,7 +70,7 @@ def read_prompt(
 def captured_layers(ctx: Context, n_layer: int = N_LAYER) -> list[Layer]:
     layers = []
     for il in range(n_layer):
-        q, k = (_capi.captured(ctx.ctx, il, what) for what in (Capture.Q, Capture.K))
+        q, k = (capi.captured(ctx.ctx, il, what) for what in (Capture.Q, Capture.K))
         layers.append(Layer(q, k.astype(np.float16).astype(np.float32)))
     return layers
 
@@ -87,7 +88,7 @@ def decode(ctx: Context, batch: int, **settings) -> list[tuple[Layer, list[np.nd
     """
     llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
     ctx.configure(**{"enabled": True, "select": "group", "budget": TINY_BUDGET, **settings})
-    _capi.set_capture(ctx.ctx, *Capture)
+    capi.set_capture(ctx.ctx, *Capture)
     ctx.stats()
     layers, cells, mass = [[layer] for layer in ctx.prompt], [[], []], [[], []]
     for start in range(0, N_STEPS, batch):
@@ -97,8 +98,8 @@ def decode(ctx: Context, batch: int, **settings) -> list[tuple[Layer, list[np.nd
         ctx.bytes_kv += stats.bytes_kv
         for il, layer in enumerate(captured_layers(ctx)):
             layers[il].append(layer)
-            cells[il].extend(_capi.captured(ctx.ctx, il, Capture.CELLS))
-            mass[il].append(_capi.captured(ctx.ctx, il, Capture.MASS))
+            cells[il].extend(capi.captured(ctx.ctx, il, Capture.CELLS))
+            mass[il].append(capi.captured(ctx.ctx, il, Capture.MASS))
     joined = map(join, map(tuple, layers))
     return [(layer, chosen, np.concatenate(m)) for layer, chosen, m in zip(joined, cells, mass, strict=True)]
 
@@ -196,7 +197,7 @@ def tips_of(model: Path, n_layer: int = N_LAYER) -> list[tuple[np.ndarray, np.nd
     """By layer, the dims of the dominant chunks, int32 [n_head_kv, n_dim], and their ranges [n_head_kv, 2, n_dim]."""
     profile = inspect(model).profile
     llm = fasa_edge.Llama(str(model), n_ctx=256, verbose=False)
-    planes = [_capi.chunk_dims(layer) for layer in _capi.layer_geometry(llm.model)]
+    planes = [capi.chunk_dims(layer) for layer in capi.layer_geometry(llm.model)]
     llm.close()
     res = []
     for il, dims in enumerate(planes[:n_layer]):
@@ -238,12 +239,12 @@ def test_so_it_does_in_a_real_model(select: str, fasa_model_path: Path) -> None:
         prompt = read_prompt(ctx, list(range(1000, 1400)), n_layer, policy="fasa")
         settings = {"budget": TINY_BUDGET, "min_ctx": 1, "n_sink": N_SINK, "n_recent": N_RECENT, "select": select}
         ctx.configure(enabled=True, policy="fasa", **settings)
-        _capi.set_capture(ctx.ctx, *Capture)
+        capi.set_capture(ctx.ctx, *Capture)
         ctx.read([2000, 2001, 2002], start=400)
         steps = captured_layers(ctx, n_layer)
         forced = np.stack([forced_cells(token) for token in range(400, 403)]).astype(np.int32)
         for il, tips in list(enumerate(tips_of(fasa_model_path, n_layer)))[n_dense:]:
-            chosen = list(_capi.captured(ctx.ctx, il, Capture.CELLS))
+            chosen = list(capi.captured(ctx.ctx, il, Capture.CELLS))
             assert_reference(join((prompt[il], steps[il])), chosen, tips, select, forced)
 
 
@@ -263,7 +264,7 @@ def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
 
 
 @pytest.mark.parametrize("select", ["group", "head"])
-@pytest.mark.parametrize("policy", _capi.POLICIES)
+@pytest.mark.parametrize("policy", capi.POLICIES)
 def test_mass_and_bytes_are_those_of_the_cells(policy: str, select: str, ctx: Context) -> None:
     ctx.bytes_kv = n_rows = 0
     for layer, chosen, mass in decode(ctx, 1, policy=policy, select=select):
@@ -318,18 +319,18 @@ def test_numbers_without_a_name_are_refused(number: int, model: Path) -> None:
     llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False)
     llm.eval(TEXTS[0][:8])
     settings = llm.fasa.settings
-    for name, names in (("select", _capi.SELECTS), ("policy", _capi.POLICIES)):
+    for name, names in (("select", capi.SELECTS), ("policy", capi.POLICIES)):
         if 0 <= number < len(names):
             continue
-        params = _capi.get_params(llm.ctx)
+        params = capi.get_params(llm.ctx)
         setattr(params, f"_{name}", number)
         with pytest.raises(fasa_edge.FasaError, match=f"refused the settings .*'{name}': '{number}'"):
-            _capi.set_params(llm.ctx, params)
-    _capi.set_capture(llm.ctx, *Capture)
+            capi.set_params(llm.ctx, params)
+    capi.set_capture(llm.ctx, *Capture)
     llm.eval(TEXTS[0][8:9])
-    assert _capi.captured(llm.ctx, 0, Capture.Q) is not None
+    assert capi.captured(llm.ctx, 0, Capture.Q) is not None
     if number not in list(Capture):
-        assert _capi.captured(llm.ctx, 0, number) is None
+        assert capi.captured(llm.ctx, 0, number) is None
     assert llm.fasa.settings == settings
     llm.close()
 
@@ -378,13 +379,13 @@ def test_streams_are_captured_one_after_the_other(model: Path) -> None:
         alone = []
         for seq in (0, 1):
             ctx.read(TEXTS[seq][:200], seq)
-        _capi.set_capture(ctx.ctx, *Capture)
+        capi.set_capture(ctx.ctx, *Capture)
         for seq in (0, 1):
             ctx.step(TEXTS[2][seq], 200, seq)
-            alone.append([_capi.captured(ctx.ctx, 1, what) for what in (Capture.CELLS, Capture.MASS)])
+            alone.append([capi.captured(ctx.ctx, 1, what) for what in (Capture.CELLS, Capture.MASS)])
             llama_cpp.llama_memory_seq_rm(ctx.memory, seq, 200, -1)
         ctx.decode([(TEXTS[2][seq], 200, (seq,)) for seq in (0, 1)])
         for what, parts in zip((Capture.CELLS, Capture.MASS), zip(*alone, strict=True), strict=True):
-            both = _capi.captured(ctx.ctx, 1, what)
+            both = capi.captured(ctx.ctx, 1, what)
             assert both.shape == (2, *parts[0].shape[1:])
             np.testing.assert_allclose(both, np.concatenate(parts), atol=1e-3)

@@ -11,15 +11,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import fasa_edge
-from fasa_edge import _capi, bench
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log
+from fasa_edge.bench import models
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import inspect
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.gguf_splice import splice
-from fasa_edge.convert.profile import encode_profile
 from fasa_edge.errors import ConvertError, ModelError, SchemaError
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.gguf_splice import splice
+from fasa_edge.io.profile import encode_profile
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log
 from fasa_edge.schema import ARRAYS, OPTIONAL, SCALARS, GGUFValueType, to_metadata
 
 import gguf
@@ -151,10 +152,10 @@ def test_a_profile_survives_pickling(model, profile, tokens) -> None:
 
 def test_bench_compares_a_profile_with_true_stock(model, annotated, profile) -> None:
     for llm in (load(model, profile), load(annotated)):
-        runner = bench._stock(llm, flash_attn=True)
-        assert not _capi.has_profile(runner.llm.model)
+        runner = models._stock(llm, flash_attn=True)
+        assert not capi.has_profile(runner.llm.model)
         runner.llm.close()
-        rows = list(bench.run(llm, [300], n_gen=1, n_repetitions=1))
+        rows = list(models.run(llm, [300], n_gen=1, n_repetitions=1))
         assert [(row.method, row.layers_sparse) for row in rows] == [
             ("dense", 0), ("dense", 0), ("exact", 0), ("fasa", 1)
         ]  # fmt: skip
@@ -180,20 +181,20 @@ def test_a_refused_profile_leaves_the_model_as_it_was(bare_model, model, profile
     (tmp_path / "text.txt").write_text("no GGUF at all")
     for path in (tmp_path / "missing.gguf", tmp_path / "text.txt", tmp_path, model):
         with error_log() as errors:
-            assert not _capi.load_profile(bare_model, path)
+            assert not capi.load_profile(bare_model, path)
         assert str(path) in errors[-1] and ("no FASA profile" if path == model else "as GGUF") in errors[-1]
         with pytest.raises(ModelError, match="Failed to load FASA profile: .*fasa-edge convert --profile"):
             load(model, path)
-    assert not _capi.has_profile(bare_model)
-    assert _capi.load_profile(bare_model, profile)
-    assert not _capi.load_profile(bare_model, tmp_path) and _capi.has_profile(bare_model)
+    assert not capi.has_profile(bare_model)
+    assert capi.load_profile(bare_model, profile)
+    assert not capi.load_profile(bare_model, tmp_path) and capi.has_profile(bare_model)
 
 
 def test_a_context_keeps_the_profile_it_was_made_with(model, annotated, tokens, tmp_path) -> None:
     llm = load(annotated)
     wanted = decode(llm, tokens)
     fewer = convert(model, profile=tmp_path / "fewer.gguf", tokens=512, n_tip=1, objective="energy").profile_path
-    assert _capi.load_profile(llm.model, fewer)
+    assert capi.load_profile(llm.model, fewer)
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
     assert (decode(llm, tokens) == wanted).all()
     assert llm.fasa.settings["n_tip"] == load(annotated).fasa.settings["n_tip"]
@@ -212,9 +213,9 @@ def test_every_truncation_is_refused(bare_model, profile, tmp_path) -> None:
     data, path = profile.read_bytes(), tmp_path / "cut.gguf"
     for n in range(len(data)):
         rewrite(path, data[:n])
-        assert not _capi.load_profile(bare_model, path), n
+        assert not capi.load_profile(bare_model, path), n
     rewrite(path, data)
-    assert _capi.load_profile(bare_model, path)
+    assert capi.load_profile(bare_model, path)
 
 
 @pytest.mark.parametrize("patch", [b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\x00" * 8, b"\x01" * 4, b"\x80"])
@@ -224,7 +225,7 @@ def test_overwritten_bytes_never_crash(bare_model, profile, tmp_path, patch) -> 
     n_taken = 0
     for at in range(len(data) - len(patch)):
         rewrite(path, data[:at] + patch + data[at + len(patch) :])
-        n_taken += _capi.load_profile(bare_model, path)
+        n_taken += capi.load_profile(bare_model, path)
     assert 0 < n_taken < len(data)
 
 
@@ -456,7 +457,7 @@ def test_python_and_the_library_agree_on_what_is_valid(bare_model, model, profil
         assert inspect(whole).profile.config == read.config
 
     with error_log() as errors:
-        assert _capi.load_profile(bare_model, path) == (case.verdict == "valid")
+        assert capi.load_profile(bare_model, path) == (case.verdict == "valid")
     if case.verdict == "valid":
         found = load(whole, n_ctx=256).fasa.settings
         wanted = asdict(read.config) | {"n_tip": read.n_tip} | case.settings

@@ -11,11 +11,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import fasa_edge
-from fasa_edge import _capi, _lib
-from fasa_edge._lib import llama_cpp
 from fasa_edge.convert import inspect
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.gguf_splice import splice
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.gguf_splice import splice
+from fasa_edge.runtime import capi, library
+from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.schema import to_metadata
 
 import numpy as np
@@ -56,7 +56,7 @@ def stock_logits(
 
 
 def test_without_metadata_logits_are_those_of_stock_to_the_bit(model_path, tokens, stock_logits, tmp_path) -> None:
-    patched = logits_on(_lib.lib_dir(), model_path, tokens, N_PROMPT, 2, tmp_path)
+    patched = logits_on(library.lib_dir(), model_path, tokens, N_PROMPT, 2, tmp_path)
     assert (patched == stock_logits[2]).all()
 
 
@@ -313,7 +313,7 @@ def test_context_is_the_models_own_unless_given(model_path, monkeypatch) -> None
     llm = fasa_edge.Llama(str(model_path), verbose=False)
     assert llm.n_ctx() == 8192
     # 30 layers, 3 KV heads, K and V of 64 dims in f16; what computing takes beside it hardly depends on n_ctx
-    kinds = _capi.memory(llm.ctx)
+    kinds = capi.memory(llm.ctx)
     mapped = sum(kind.model for kind in kinds)
     free = mapped + sum(kind.compute for kind in kinds) + 2 * 1000 * 30 * 3 * 2 * 64 * 2
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
@@ -326,7 +326,7 @@ def test_context_of_a_model_without_kv_heads(tmp_path, monkeypatch) -> None:
     """Latent attention keeps one row of 96 dims for all heads, and no V."""
     model = make_model(tmp_path / "tiny.gguf", "deepseek2", Shape(n_ctx=1 << 20))
     llm = fasa_edge.Llama(str(model), n_ctx=1024, verbose=False)
-    free = model.stat().st_size + 2 * 1024 * 2 * 96 * 2 + sum(kind.compute for kind in _capi.memory(llm.ctx))
+    free = model.stat().st_size + 2 * 1024 * 2 * 96 * 2 + sum(kind.compute for kind in capi.memory(llm.ctx))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free})())
     assert fasa_edge.Llama(str(model), verbose=False).n_ctx() == 1024
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from threading import Thread
 
 import fasa_edge
-from fasa_edge import _capi
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
 
 import pytest
 from conftest import _built
@@ -78,7 +78,7 @@ def test_what_is_set_while_a_token_is_decoded_waits_for_the_next(model: Path) ->
         assert meanwhile.during(ctx, N_PROMPT, lambda: ctx.configure(enabled=False)) == {"none": N_LAYER}
         assert meanwhile.during(ctx, N_PROMPT + 1, lambda: ctx.configure(enabled=True)) == {"disabled": N_LAYER}
         assert meanwhile.during(ctx, N_PROMPT + 2, lambda: ctx.configure(policy="oracle")) == {"none": N_LAYER}
-        assert _capi.get_params(ctx.ctx).policy == "oracle"
+        assert capi.get_params(ctx.ctx).policy == "oracle"
         assert meanwhile.during(ctx, N_PROMPT + 3, lambda: None) == {"none": N_LAYER}
 
 
@@ -86,37 +86,37 @@ def test_counters_and_settings_are_read_and_captures_refused_meanwhile(model: Pa
     meanwhile, found = Meanwhile(), []
 
     def look() -> None:
-        found.append((_capi.get_stats(ctx.ctx).n_steps_decode, _capi.get_params(ctx.ctx).budget))
-        _capi.reset_stats(ctx.ctx)
+        found.append((capi.get_stats(ctx.ctx).n_steps_decode, capi.get_params(ctx.ctx).budget))
+        capi.reset_stats(ctx.ctx)
         for what in Capture:
             with pytest.raises(FasaError, match="another thread decodes"):
-                _capi.captured(ctx.ctx, 0, what)
-        _capi.set_capture(ctx.ctx)
+                capi.captured(ctx.ctx, 0, what)
+        capi.set_capture(ctx.ctx)
 
     with Context(model, cb_eval=meanwhile.callback) as ctx:
         ctx.read(TEXTS[0][:N_PROMPT])
         ctx.reasons()
-        _capi.set_capture(ctx.ctx, *Capture)
+        capi.set_capture(ctx.ctx, *Capture)
         assert meanwhile.during(ctx, N_PROMPT, look) == {}  # counted before the first node, and reset
-        assert found == [(1, _capi.get_params(ctx.ctx).budget)]
-        assert _capi.captured(ctx.ctx, 0, Capture.Q).shape == (1, 4, 64)
+        assert found == [(1, capi.get_params(ctx.ctx).budget)]
+        assert capi.captured(ctx.ctx, 0, Capture.Q).shape == (1, 4, 64)
         assert meanwhile.during(ctx, N_PROMPT + 1, lambda: None) == {"none": N_LAYER}
-        assert _capi.captured(ctx.ctx, 0, Capture.Q) is None
+        assert capi.captured(ctx.ctx, 0, Capture.Q) is None
 
 
 def test_a_shape_that_is_another_by_now_is_not_written(model: Path) -> None:
     ne, other = (ctypes.c_int64 * 3)(), (ctypes.c_int64 * 3)()
     data = (ctypes.c_float * (4 * 64 * 2))(*[-1.0] * (4 * 64 * 2))
     with Context(model) as ctx:
-        _capi.set_capture(ctx.ctx, Capture.Q)
+        capi.set_capture(ctx.ctx, Capture.Q)
         ctx.read(TEXTS[0][:1])
-        assert _capi._get_capture(ctx.ctx, 0, Capture.Q, ne, None) == 1
+        assert capi._get_capture(ctx.ctx, 0, Capture.Q, ne, None) == 1
         ctx.read(TEXTS[0][1:3], start=1)
-        assert _capi._get_capture(ctx.ctx, 0, Capture.Q, ne, ctypes.addressof(data)) == -1
+        assert capi._get_capture(ctx.ctx, 0, Capture.Q, ne, ctypes.addressof(data)) == -1
         assert set(data) == {-1.0}
-        assert _capi._get_capture(ctx.ctx, 0, Capture.Q, other, None) == 1
+        assert capi._get_capture(ctx.ctx, 0, Capture.Q, other, None) == 1
         assert (ne[2], other[2]) == (1, 2)
-        assert _capi._get_capture(ctx.ctx, 0, Capture.Q, other, ctypes.addressof(data)) == 1
+        assert capi._get_capture(ctx.ctx, 0, Capture.Q, other, ctypes.addressof(data)) == 1
         assert -1.0 not in data
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.eval.prompt import Prompt
 from fasa_edge.eval.results import Results, hash_tokens
 from fasa_edge.eval.runner import Runner
+from fasa_edge.runtime.library import llama_cpp
 
 _FIELDS = ("score", "answer", "kept")  # of a value in the results
 

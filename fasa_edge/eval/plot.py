@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fasa_edge._figure import new_figure
 from fasa_edge.eval.answers import AnswerRow
 from fasa_edge.eval.methods import Method
 from fasa_edge.eval.text import TextRow
+from fasa_edge.io.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fasa_edge
-from fasa_edge import _capi, _lib
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.runner import Runner
+from fasa_edge.runtime import capi, library
+from fasa_edge.version import __version__
 
 import numpy as np
 
@@ -100,11 +100,11 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
         files: all files of the model, and its profile; hashed as a whole.
     """
     llm = runner.llm
-    types = {name: _capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
+    types = {name: capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
     threads = {"n_threads": llm.n_threads, "n_threads_batch": llm.n_threads_batch}
     return {
-        "fasa_edge": fasa_edge.__version__,
-        "fingerprint": _capi.fingerprint(llm.model),
+        "fasa_edge": __version__,
+        "fingerprint": capi.fingerprint(llm.model),
         "library": [_sha256(path) for path in _libraries()],
         "files": [_sha256(path) for path in files],
         "base": runner.settings,
@@ -117,8 +117,8 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
 
 def _libraries() -> list[Path]:
     """libllama, libggml-base and the CPU backend."""
-    build = _lib.check(_lib.llama_cpp, _lib.lib_dir())
-    cpu = _lib.cpu_backends() or sorted(_lib.lib_dir().glob("*ggml-cpu*"))
+    build = library.check(library.llama_cpp, library.lib_dir())
+    cpu = library.cpu_backends() or sorted(library.lib_dir().glob("*ggml-cpu*"))
     return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, cpu)]
 
 

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fasa_edge import _capi, _memory
-from fasa_edge._capi import Capture
-from fasa_edge._lib import llama_cpp
-from fasa_edge.cache_fill import restore_sequence, save_sequence
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.methods import DENSE, Method
-from fasa_edge.model import Llama, kv_bytes_per_cell
+from fasa_edge.runtime import capi, memory, sequence
+from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.llama import Llama, kv_bytes_per_cell
 
 import numpy as np
 
@@ -134,7 +133,7 @@ class Runner:
                 f"{llm.model_path} has no FASA profile, which {', '.join(dict.fromkeys(sparse))} take: make one with "
                 "`fasa-edge convert`, or choose the methods dense and noise"
             )
-        n_chunks = [len(_capi.chunk_dims(layer)) for layer in _capi.layer_geometry(llm.model) if layer.n_head_kv]
+        n_chunks = [len(capi.chunk_dims(layer)) for layer in capi.layer_geometry(llm.model) if layer.n_head_kv]
         n_chunk = min(filter(None, n_chunks), default=0)  # a layer without RoPE has none, and runs dense
         for method in methods:
             if method.n_tip and method.n_tip > n_chunk:
@@ -162,16 +161,14 @@ class Runner:
         n_same = 0 if observe else _n_common(context.tokens, tokens)
         self._state = None
         self._configure(context, DENSE, **({"policy": "h2o"} if observe else {}))
-        if not self._cut(context, n_same):
+        if not sequence.cut(context.llm.ctx, n_same):
             n_same = 0
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context.llm.ctx), True)
+            sequence.clear(context.llm.ctx)
         context.tokens = tokens[:n_same]
-        n_batch = context.llm.n_batch
-        for start in range(n_same, len(tokens), n_batch):
-            _decode(context.llm, tokens[start : start + n_batch], start, n_logits=0)
+        sequence.decode(context.llm.ctx, tokens[n_same:], context.llm.n_batch)
         context.tokens, self._observed = tokens, observe
         if _forgets(context.llm):
-            self._state = save_sequence(context.llm.ctx)
+            self._state = sequence.save(context.llm.ctx)
 
     def decode(self, tokens: Sequence[int], method: Method, batch: int | None = None, mass: bool = False) -> Steps:
         """Decode tokens that follow the prefix, which stays as it is.
@@ -188,7 +185,7 @@ class Runner:
         """
         self._require(len(self._main.tokens) + len(tokens))
         context = self._prepare(method)
-        return self._run(context, list(tokens), len(context.tokens), method, batch or self.max_batch, mass)
+        return self._run(context, list(tokens), method, batch or self.max_batch, mass)
 
     def generate(
         self, tokens: Sequence[int], method: Method, n: int, stop: Callable[[list[int]], bool] = lambda tokens: False
@@ -208,9 +205,7 @@ class Runner:
         context = self._prepare(method)
         llm = context.llm
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
-        n_past = len(context.tokens)
-        steps = self._run(context, list(tokens), n_past, method, self.max_batch)
-        n_past += len(tokens)
+        steps = self._run(context, list(tokens), method, self.max_batch)
         kept = [steps.kept] * len(tokens)
         res: list[int] = []
         while len(res) < n:
@@ -220,9 +215,8 @@ class Runner:
             res.append(token)
             if stop(res) or len(res) == n:
                 break
-            steps = self._run(context, [token], n_past, method, 1)
+            steps = self._run(context, [token], method, 1)
             kept.append(steps.kept)
-            n_past += 1
         return Generated(res, float(np.mean(kept)) if method.sparse else None)
 
     def _require(self, n_tokens: int) -> None:
@@ -239,13 +233,13 @@ class Runner:
             )
         if context is not self._main and context.tokens != self._main.tokens:
             if self._state is None:
-                self._cut(self._main, len(self._main.tokens))
-                self._state = save_sequence(self._main.llm.ctx)
+                sequence.cut(self._main.llm.ctx, len(self._main.tokens))
+                self._state = sequence.save(self._main.llm.ctx)
             context.tokens = []
-            restore_sequence(context.llm.ctx, self._state)
+            sequence.restore(context.llm.ctx, self._state)
             context.tokens = list(self._main.tokens)
-        elif not self._cut(context, len(context.tokens)):
-            restore_sequence(context.llm.ctx, self._state)
+        elif not sequence.cut(context.llm.ctx, len(context.tokens)):
+            sequence.restore(context.llm.ctx, self._state)
         self._configure(context, method)
         return context
 
@@ -259,7 +253,7 @@ class Runner:
             llm = self._main.llm
             types = llm.context_params.type_k, llm.context_params.type_v
             needed = llama_cpp.llama_model_size(llm.model) + llm.n_ctx() * kv_bytes_per_cell(llm.model, *types)
-            while self._others and _memory.available().n_bytes < 1.5 * needed:
+            while self._others and memory.available().n_bytes < 1.5 * needed:
                 self._others.pop(next(iter(self._others))).llm.close()
             context = self._open(fasa_n_tip=n_tip)
         self._others[n_tip] = context
@@ -273,17 +267,12 @@ class Runner:
         base = {name: value for name, value in context.base.items() if name not in ("n_tip", "n_dense_layers")}
         context.llm.fasa.configure(**(base | method.run_time_settings(context.llm.n_ctx()) | more))
 
-    @staticmethod
-    def _cut(context: _Context, n: int) -> bool:
-        """Forget all but the first ``n`` tokens; False: a memory that cannot forget a part, and did not."""
-        return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context.llm.ctx), 0, n, -1)
-
     def _run(
-        self, context: _Context, tokens: list[int], n_past: int, method: Method, batch: int, mass: bool = False
+        self, context: _Context, tokens: list[int], method: Method, batch: int, mass: bool = False
     ) -> Steps:
         llm = context.llm
         captures = (Capture.CELLS, *([Capture.MASS] if mass else [])) if method.sparse else ()
-        n_layer = len(_capi.layer_geometry(llm.model))
+        n_layer = len(capi.layer_geometry(llm.model))
         logits = np.empty((len(tokens), llm.n_vocab()), np.float32)
         n_cells = n_lists = 0
         masses: list[list[np.ndarray]] = [[] for _ in range(n_layer)]
@@ -293,46 +282,29 @@ class Runner:
             n_threads = (llm.n_threads - 1 or 2) if batch == 1 else max(llm.n_threads, 2)
             llama_cpp.llama_set_n_threads(llm.ctx, n_threads, n_threads)
             batch = 1
-        _capi.set_capture(llm.ctx, *captures)
+        capi.set_capture(llm.ctx, *captures)
         llm.fasa.reset_stats()
         try:
             for start in range(0, len(tokens), batch):
                 part = tokens[start : start + batch]
-                logits[start : start + len(part)] = _decode(llm, part, n_past + start, n_logits=len(part))
+                sequence.decode(llm.ctx, part, n_logits=len(part))
+                logits[start : start + len(part)] = sequence.logits(llm.ctx, len(part))
                 for il in range(n_layer if captures else 0):
-                    cells = _capi.captured(llm.ctx, il, Capture.CELLS)
+                    cells = capi.captured(llm.ctx, il, Capture.CELLS)
                     if cells is None:
                         continue
                     n_cells += int((cells >= 0).sum())
                     n_lists += cells.shape[0] * cells.shape[1]
                     if mass:
-                        masses[il].append(_capi.captured(llm.ctx, il, Capture.MASS))
+                        masses[il].append(capi.captured(llm.ctx, il, Capture.MASS))
         finally:
-            _capi.set_capture(llm.ctx)
+            capi.set_capture(llm.ctx)
             llama_cpp.llama_set_n_threads(llm.ctx, *threads)
         if method.sparse and not n_lists:
             reasons = ", ".join(llm.fasa.stats().n_layers_dense)
             raise FasaError(f"{method.name} ran dense in all layers ({reasons}), so there is nothing to compare")
         by_layer = [np.concatenate(parts) if parts else None for parts in masses] if mass and method.sparse else []
         return Steps(logits, n_cells / n_lists if n_lists else None, by_layer)
-
-
-def _decode(llm: Llama, tokens: Sequence[int], n_past: int, n_logits: int) -> np.ndarray:
-    """Decode a batch of sequence 0; logits of its last ``n_logits`` tokens, float32 [n_logits, n_vocab]."""
-    n = len(tokens)
-    batch = llama_cpp.llama_batch_init(n, 0, 1)
-    try:
-        batch.n_tokens = n
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, n_past + i, 1, 0
-            batch.logits[i] = i >= n - n_logits
-        if status := llama_cpp.llama_decode(llm.ctx, batch):
-            raise FasaError(f"llama_decode returned {status} for {n} tokens: see llama.cpp's log")
-    finally:
-        llama_cpp.llama_batch_free(batch)
-    if not n_logits:
-        return np.empty((0, llm.n_vocab()), np.float32)
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), (n_logits, llm.n_vocab())).copy()
 
 
 def _forgets(llm: Llama) -> bool:

@@ -11,8 +11,8 @@ from functools import reduce
 from itertools import count, takewhile
 from operator import or_
 
-from fasa_edge._lib import ggml, llama_cpp
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime.library import ggml, llama_cpp
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Graphs of ggml ops on one backend, through ctypes: what :mod:`fasa_edge.bench_op` and the op tests compute with.
+"""Graphs of ggml ops on one backend, through ctypes: what :mod:`fasa_edge.bench.ops` and the op tests compute with.
 
 Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs
 are plain addresses.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 
-from fasa_edge import _capi, _lib
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime import capi, library
 
 import numpy as np
 
-_registry, base = (_lib.ggml(_lib.llama_cpp, name) for name in ("ggml", "ggml-base"))
+_registry, base = (library.ggml(library.llama_cpp, name) for name in ("ggml", "ggml-base"))
 
 F32, F16, I8, I32, I64 = 0, 1, 24, 26, 27
-"""Of ``enum ggml_type``; for the others see :func:`fasa_edge._capi.cache_type`."""
+"""Of ``enum ggml_type``; for the others see :func:`fasa_edge.runtime.capi.cache_type`."""
 
 _TYPES = {np.dtype(np.float32): F32, np.dtype(np.float16): F16, np.dtype(np.int8): I8}
 _TYPES |= {np.dtype(np.int32): I32, np.dtype(np.int64): I64}
@@ -142,7 +142,7 @@ class Graph:
 
     def free_memory(self) -> int:
         """Bytes that the device has left."""
-        return _capi.device_memory(self._device)
+        return capi.device_memory(self._device)
 
     def n_bytes(self, tensor: int) -> int:
         """Bytes of a tensor."""

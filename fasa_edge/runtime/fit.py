@@ -7,9 +7,9 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from fasa_edge import _capi, _memory
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import unheard
+from fasa_edge.runtime import capi, memory
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import unheard
 
 _N_CTX_UNKNOWN = 512
 N_CTX_STEP = 256
@@ -50,11 +50,11 @@ def automatic_n_ctx(
         if not model:
             return N_CTX_STEP  # it was loaded before: there is no memory left for even this
         if profile is not None:
-            _capi.load_profile(model, profile, model_params.kv_overrides)
+            capi.load_profile(model, profile, model_params.kv_overrides)
         n_most = -(-(llama_cpp.llama_model_n_ctx_train(model) or _N_CTX_UNKNOWN) // N_CTX_STEP) * N_CTX_STEP
         logits_row = 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-        def usage(n_ctx: int) -> list[_capi.Memory] | None:
+        def usage(n_ctx: int) -> list[capi.Memory] | None:
             params = type(context_params).from_buffer_copy(context_params)
             params.n_ctx, params.n_batch = n_ctx, min(n_ctx, n_batch)
             params.n_ubatch = min(params.n_batch, n_ubatch)
@@ -64,7 +64,7 @@ def automatic_n_ctx(
             if not (ctx := llama_cpp.llama_init_from_model(model, params)):
                 return None
             try:
-                return _capi.memory(ctx)
+                return capi.memory(ctx)
             finally:
                 llama_cpp.llama_free(ctx)
 
@@ -98,10 +98,10 @@ class _Room:
     def __init__(self, maps: bool, n_threads: int) -> None:
         self._maps = maps
         self._n_threads = n_threads
-        self._limits = _memory.limits()
+        self._limits = memory.limits()
         self._on_device: dict[int, int] = {}
 
-    def holds(self, kinds: list[_capi.Memory], logits: int, untouched: int) -> bool:
+    def holds(self, kinds: list[capi.Memory], logits: int, untouched: int) -> bool:
         """Whether a context fits.
 
         Args:
@@ -115,7 +115,7 @@ class _Room:
         context = sum(kind.context for kind in host) + logits
         devices = {kind.device for kind in kinds if kind.device}
 
-        def besides(limit: _memory.Available) -> int:
+        def besides(limit: memory.Available) -> int:
             return computing + (untouched + self._n_threads * limit.by_thread if limit.is_virtual else mapped)
 
         return all(context <= _HOST_SHARE * (limit.n_bytes - besides(limit)) for limit in self._limits) and all(
@@ -125,7 +125,7 @@ class _Room:
 
     def _free(self, device: int) -> int:
         if device not in self._on_device:
-            free = _capi.device_memory(device)
+            free = capi.device_memory(device)
             self._on_device[device] = free - min(_DEVICE_RESERVE, free // 4)
         return self._on_device[device]
 

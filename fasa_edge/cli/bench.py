@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fasa_edge import _capi, bench_op
-from fasa_edge import bench as bench_model
-from fasa_edge._cli import (
+from fasa_edge.bench import models, ops
+from fasa_edge.bench.geometry import GEOMETRIES, find_geometry, find_heads
+from fasa_edge.bench.models import BenchRow
+from fasa_edge.bench.ops import OpRow
+from fasa_edge.bench.plot import draw_models, draw_ops
+from fasa_edge.cli.common import (
     List,
     echo,
     json_option,
@@ -21,16 +24,13 @@ from fasa_edge._cli import (
     progress_bars,
     size_text,
 )
-from fasa_edge._figure import new_figure, to_png
-from fasa_edge._fit import without_weights
-from fasa_edge.bench import BenchRow
-from fasa_edge.bench_op import OpRow
-from fasa_edge.bench_plot import draw_models, draw_ops
-from fasa_edge.convert.output import check_outputs, write_bytes
-from fasa_edge.convert.split import model_files
-from fasa_edge.convert.temporary import work_folder
 from fasa_edge.errors import FasaError
-from fasa_edge.geometry import GEOMETRIES, find_geometry, find_heads
+from fasa_edge.io.figure import new_figure, to_png
+from fasa_edge.io.output import check_outputs, write_bytes
+from fasa_edge.io.split import model_files
+from fasa_edge.io.temporary import work_folder
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.fit import without_weights
 
 import click
 from tabulate import tabulate
@@ -39,7 +39,7 @@ _N_BATCH_FILLED = 32
 """Where no prompt is read: without flash attention, a batch takes memory for its tokens times all cells."""
 
 
-@click.command()
+@click.command(name="bench")
 @click.argument("model", type=model_file, required=False)
 @click.option(
     "--geometry",
@@ -55,7 +55,7 @@ _N_BATCH_FILLED = 32
     help="Of the geometry; with --op, of a sample.  [default: all; with --op 1 GiB of K and V]",
 )
 @click.option(
-    "--type", "weight_type", type=click.Choice(_capi.CACHE_TYPES), default="q4_0", help="Of the geometry's weights."
+    "--type", "weight_type", type=click.Choice(capi.CACHE_TYPES), default="q4_0", help="Of the geometry's weights."
 )
 @click.option("--op", is_flag=True, help="Measure the attention ops alone, in a geometry's layers.")
 @click.option(
@@ -68,7 +68,7 @@ _N_BATCH_FILLED = 32
 )
 @click.option(
     "--fill",
-    type=click.Choice(bench_model.FILLS),
+    type=click.Choice(models.FILLS),
     help="How they come there.  [default: prefill; for a geometry random, which takes seconds]",
 )
 @click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
@@ -92,7 +92,7 @@ _N_BATCH_FILLED = 32
 @click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
 @load_options
 @json_option
-def bench(
+def command(
     model: str | None,
     names: list[str] | None,
     op: bool,
@@ -148,7 +148,7 @@ def _ops(
     n_gpu_layers: int,
     **_: Any,
 ) -> Iterator[OpRow]:
-    return bench_op.run(
+    return ops.run(
         [find_heads(name) for name in names],
         depths or [32768],
         budgets or [1024],
@@ -182,7 +182,7 @@ def _models(
     if isinstance(source, str):
         yield from _model(source, fill=fill or "prefill", **options)
         return
-    from fasa_edge.random_model import write_random_model  # gguf-py takes a third of a second to import
+    from fasa_edge.bench.random_model import write_random_model  # gguf-py takes a third of a second to import
 
     for name, geometry in [(name, find_geometry(name)) for name in source]:
         geometry = replace(geometry, n_layer=n_layers or geometry.n_layer)
@@ -206,15 +206,15 @@ def _model(
 ) -> Iterator[BenchRow]:
     more = {"n_batch": _N_BATCH_FILLED} if fill == "random" else {}
     if options["n_gpu_layers"] == 0:
-        types = [_capi.cache_type(options[name]) for name in ("type_k", "type_v")]
+        types = [capi.cache_type(options[name]) for name in ("type_k", "type_v")]
         with without_weights(path) as weightless:
             if weightless:
                 n_state = max(depths) if fill == "random" else 0
-                bench_model.check_memory(weightless, options["n_ctx"], *types, n_contexts=2, n_state=n_state)
+                models.check_memory(weightless, options["n_ctx"], *types, n_contexts=2, n_state=n_state)
     llm = load_model(path, fasa_n_tip=n_tip, **more, **options)
     report = lambda done, total: progress(Path(path).stem, done, total)  # noqa: E731
     try:
-        for row in bench_model.run(llm, depths, n_gen, repetitions, report, budgets=budgets or (), fill=fill):
+        for row in models.run(llm, depths, n_gen, repetitions, report, budgets=budgets or (), fill=fill):
             if row.method == "fasa" and row.n_depth > 0 and not row.layers_sparse:
                 if row.n_depth < llm.fasa.stats().min_ctx or row.n_depth < 2 * row.budget:
                     why = "below its min_ctx: lower --budget, or set --override-kv fasa.min_ctx=int:1"

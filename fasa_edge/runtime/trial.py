@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 
-from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import ModelError
+from fasa_edge.runtime.library import llama_cpp
 
 _CRASHES = {
     -getattr(signal, name): name
@@ -18,7 +18,12 @@ _CRASHES = {
 }
 
 # -c and a copy of sys.path: the child imports what this process did, and runs nothing of its __main__
-_CODE = "import sys; sys.path[:] = sys.argv[1].split(sys.argv[2]); from fasa_edge._trial import load; load(sys.argv[3])"
+_CODE = """
+import sys
+sys.path[:] = sys.argv[1].split(sys.argv[2])
+from fasa_edge.runtime.trial import load
+load(sys.argv[3])
+"""
 
 
 def try_model(path: str | os.PathLike[str]) -> None:

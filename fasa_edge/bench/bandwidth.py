@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from fasa_edge._ggml import I8, Graph
+from fasa_edge.runtime.ggml import I8, Graph
 
 import numpy as np
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
-from fasa_edge import _capi, _memory
-from fasa_edge._bandwidth import DeviceCopier, MemoryReader
-from fasa_edge._ggml import F32, I32, Graph
-from fasa_edge._memory import Available
+from fasa_edge.bench.bandwidth import DeviceCopier, MemoryReader
+from fasa_edge.bench.geometry import Heads
 from fasa_edge.config import FasaConfig, default_n_tip
 from fasa_edge.errors import FasaError
-from fasa_edge.geometry import Heads
+from fasa_edge.runtime import capi, memory
+from fasa_edge.runtime.ggml import F32, I32, Graph
+from fasa_edge.runtime.memory import Available
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def run(
         budgets: cells that FASA attends to.
         n_threads: threads of the CPU backend.
         n_repetitions: rounds of measurements, after those that warm up.
-        type_k: type of K, a name in :data:`fasa_edge._capi.CACHE_TYPES`.
+        type_k: type of K, a name in :data:`fasa_edge.runtime.capi.CACHE_TYPES`.
         type_v: the same for V.
         n_tip: chunks scored per KV head; None for :func:`fasa_edge.config.default_n_tip`.
         n_layers: layers of a sample; None for as many as 1 GiB of K and V has, 2 to 32.
@@ -200,8 +200,8 @@ class _Layers:
         self.n_kv = -(-depth // _N_KV_PAD) * _N_KV_PAD
         self.n_tip = n_tip or default_n_tip(heads.n_embd_head)
         n_embd = heads.n_head_kv * heads.n_embd_head
-        types = [_capi.cache_type(name) for name in (type_k, type_v)]
-        self.kv_row_bytes = int(n_embd * sum(map(_capi.bytes_per_element, types)))
+        types = [capi.cache_type(name) for name in (type_k, type_v)]
+        self.kv_row_bytes = int(n_embd * sum(map(capi.bytes_per_element, types)))
         self.n = n_layers or min(max(_KV_BYTES // (self.n_kv * self.kv_row_bytes), 2), 32)
         self._check_memory()
 
@@ -228,7 +228,7 @@ class _Layers:
         tip_bytes = self.heads.n_head_kv * (self.n_tip + 4)  # dims are filled up to eight
         n_bytes = self.n * self.n_kv * (self.kv_row_bytes + tip_bytes)
         graph = self.graph
-        available = Available(graph.free_memory(), "the GPU's memory") if graph.on_gpu else _memory.available()
+        available = Available(graph.free_memory(), "the GPU's memory") if graph.on_gpu else memory.available()
         if n_bytes > available.n_bytes:
             raise FasaError(
                 f"K, V and tips of {self.n} layers of {self.heads} with {self.n_kv} cells take {n_bytes} bytes of "

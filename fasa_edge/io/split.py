@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.gguf_header import GgufHeader, read_header
 from fasa_edge.schema import GGUFValueType
-
-from .gguf_header import GgufHeader, read_header
 
 _NAME = re.compile(r"(.+?)(?:-(\d{5})-of-(\d{5}))?\.gguf")  # SPLIT_PATH_FORMAT in src/llama.cpp
 

@@ -6,14 +6,12 @@ number of tokens is the same with more cells. Restoring it makes the tips, too.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from dataclasses import dataclass
 
-from fasa_edge import _capi
-from fasa_edge._lib import llama_cpp
+from fasa_edge.bench.random_data import RandomFiller
 from fasa_edge.errors import FasaError
-from fasa_edge.random_data import RandomFiller
+from fasa_edge.runtime import capi, sequence
 
 import numpy as np
 
@@ -48,7 +46,7 @@ class StateLayout:
         Returns:
             ``None`` for a memory that is not one plain KV cache: sliding windows, recurrent layers, M-RoPE.
         """
-        return cls.parse(save_sequence(ctx))
+        return cls.parse(sequence.save(ctx))
 
     @classmethod
     def parse(cls, state: np.ndarray) -> StateLayout | None:
@@ -109,27 +107,4 @@ class StateLayout:
 
 
 def _type_name(ggml_type: int) -> str | None:
-    return next((name for name in _capi.CACHE_TYPES if _capi.cache_type(name) == ggml_type), None)
-
-
-def save_sequence(ctx: int) -> np.ndarray:
-    """The state of sequence 0 of a context, uint8."""
-    state = np.empty(llama_cpp.llama_state_seq_get_size(ctx, 0), np.uint8)
-    n_bytes = llama_cpp.llama_state_seq_get_data(ctx, _pointer(state), len(state), 0)
-    if n_bytes != len(state):
-        raise FasaError("llama.cpp cannot save the state of a sequence: see its log")
-    return state
-
-
-def restore_sequence(ctx: int, state: np.ndarray) -> None:
-    """Replace sequence 0 of a context by a saved one.
-
-    Raises:
-        FasaError: the state is of another model, or the cache is too small for it.
-    """
-    if llama_cpp.llama_state_seq_set_data(ctx, _pointer(state), len(state), 0) != len(state):
-        raise FasaError("llama.cpp cannot restore the state of a sequence: see its log")
-
-
-def _pointer(state: np.ndarray):
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    return next((name for name in capi.CACHE_TYPES if capi.cache_type(name) == ggml_type), None)

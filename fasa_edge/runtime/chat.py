@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import ChatError
+from fasa_edge.runtime.library import llama_cpp
 
 from jinja2 import TemplateError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fasa_edge._capi import bytes_per_element, cache_type
+from fasa_edge.runtime.capi import bytes_per_element, cache_type
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def random_data(rng: np.random.Generator, type_name: str, n: int, std: float = 1
 
     Args:
         rng: where they come from.
-        type_name: a name in :data:`fasa_edge._capi.CACHE_TYPES`.
+        type_name: a name in :data:`fasa_edge.runtime.capi.CACHE_TYPES`.
         n: how many; whole blocks of 32.
         std: their standard deviation.
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
-from fasa_edge import _capi, _memory
-from fasa_edge._fit import N_CTX_STEP, automatic_n_ctx
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import error_log, quiet_log
 from fasa_edge.config import INT32_MAX, FasaConfig
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
+from fasa_edge.runtime import capi, memory
+from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log, quiet_log
 
 import numpy as np
 from llama_cpp.llama_speculative import LlamaDraftModel
@@ -37,7 +37,7 @@ class FasaStats:
         n_steps_prompt: micro-batches that were prompts, and ran dense.
         n_steps_decode: all others, of at most ``max_batch`` tokens per sequence.
         n_layers_sparse: layers that ran sparse, summed over the steps.
-        n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge._capi.REASONS`).
+        n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge.runtime.capi.REASONS`).
         n_layers_exact: of these, the layers that attended with FASA's kernel (``exact``).
         bytes_kv: bytes of K and V that the attention of decoded tokens read, in sparse and dense layers.
         bytes_tips: bytes of the tip cache that they read.
@@ -79,12 +79,12 @@ class Fasa:
     @property
     def available(self) -> bool:
         """Whether the model carries a profile; without one everything runs dense."""
-        return _capi.has_profile(self._llm.model)
+        return capi.has_profile(self._llm.model)
 
     @property
     def settings(self) -> dict[str, int | bool | str]:
         """Settings in force from the next step on, by name; empty without a profile or ``fasa_exact=True`` at load."""
-        params = _capi.get_params(self._llm.ctx)
+        params = capi.get_params(self._llm.ctx)
         return params.as_dict() if params else {}
 
     def configure(self, **settings: int | bool | str) -> None:
@@ -92,8 +92,8 @@ class Fasa:
 
         Args:
             settings: fields of :class:`fasa_edge.config.FasaConfig`, but for ``n_dense_layers``, which like ``n_tip``
-                is fixed when the model is loaded; and ``policy``, one of :data:`fasa_edge._capi.POLICIES`: who is to
-                choose the cells in place of FASA, for evaluation.
+                is fixed when the model is loaded; and ``policy``, one of :data:`fasa_edge.runtime.capi.POLICIES`: who
+                is to choose the cells in place of FASA, for evaluation.
 
         Raises:
             FasaError: the model has no profile (``exact`` alone does with ``fasa_exact=True`` at load), or a field is
@@ -101,7 +101,7 @@ class Fasa:
             SchemaError: a value is out of range.
         """
         with _CONFIGURING:
-            params = _capi.get_params(self._llm.ctx)
+            params = capi.get_params(self._llm.ctx)
             alone = settings.keys() == {"exact"}
             if params is None or not (self.available or alone):
                 remedy = "load it with fasa_exact=True" if alone else "make one with `fasa-edge convert`"
@@ -113,16 +113,16 @@ class Fasa:
                     raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_TYPES)}")
             wanted = {**params.as_dict(), **settings}
             FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
-            if wanted["policy"] not in _capi.POLICIES:
-                raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(_capi.POLICIES)}")
-            _capi.set_params(self._llm.ctx, _capi.Params(**wanted))
+            if wanted["policy"] not in capi.POLICIES:
+                raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(capi.POLICIES)}")
+            capi.set_params(self._llm.ctx, capi.Params(**wanted))
             if isinstance(self._llm, Llama):
                 self._llm._fasa_configured |= settings
 
     def stats(self) -> FasaStats:
         """Counters and effective settings."""
-        stats = _capi.get_stats(self._llm.ctx)
-        n_layers = dict(zip((name for name, _ in _capi.REASONS), stats.n_layers, strict=True))
+        stats = capi.get_stats(self._llm.ctx)
+        n_layers = dict(zip((name for name, _ in capi.REASONS), stats.n_layers, strict=True))
         return FasaStats(
             n_steps_prompt=stats.n_steps_prompt,
             n_steps_decode=stats.n_steps_decode,
@@ -132,15 +132,15 @@ class Fasa:
             bytes_kv=stats.bytes_kv,
             bytes_tips=stats.bytes_tips,
             bytes_kv_dense=stats.bytes_kv_dense,
-            tips_size=_capi.tips_size(self._llm.ctx),
-            min_ctx=_capi.min_ctx(self._llm.ctx),
+            tips_size=capi.tips_size(self._llm.ctx),
+            min_ctx=capi.min_ctx(self._llm.ctx),
             settings=self.settings,
-            ineffective_overrides=_capi.override_report(self._llm.model),
+            ineffective_overrides=capi.override_report(self._llm.model),
         )
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
-        _capi.reset_stats(self._llm.ctx)
+        capi.reset_stats(self._llm.ctx)
 
 
 class _Closed:
@@ -171,7 +171,7 @@ def _exceeded(error: Exception, lines: Sequence[str]) -> list[str]:
         error: that ended it.
         lines: errors that llama.cpp logged.
     """
-    limit = _memory.limit_of_failure()
+    limit = memory.limit_of_failure()
     is_refused = limit.is_virtual and any("alloc" in line for line in lines)  # bad_alloc, "failed to allocate ..."
     return [f"{limit}, in bytes"] if is_refused or isinstance(error, MemoryError) else []
 
@@ -293,7 +293,7 @@ class Llama(llama_cpp.Llama):
             reason = "fasa.version = 0 switches FASA off"
         if not self.fasa.available and ignored:
             warnings.warn(f"{reason}, so {', '.join(ignored)} has no effect", stacklevel=2)
-        for line in _capi.override_report(self.model) if self.fasa.available else ():
+        for line in capi.override_report(self.model) if self.fasa.available else ():
             warnings.warn(f"override without effect: {line}", stacklevel=2)
 
     @property
@@ -310,12 +310,12 @@ class Llama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """As of ``llama_cpp.Llama``. More than ``max_batch`` tokens are a prompt in all of their batches."""
         starts_prompt, self._starts_prompt = self._starts_prompt, False
-        params = _capi.get_params(self.ctx)
-        _capi.set_prompt(self.ctx, starts_prompt or (params is not None and len(tokens) > params.max_batch))
+        params = capi.get_params(self.ctx)
+        capi.set_prompt(self.ctx, starts_prompt or (params is not None and len(tokens) > params.max_batch))
         try:
             super().eval(tokens)
         finally:
-            _capi.set_prompt(self.ctx, False)
+            capi.set_prompt(self.ctx, False)
 
     def close(self) -> None:
         """Free the model; what needs it raises :class:`FasaError` from then on."""
@@ -338,7 +338,7 @@ class Llama(llama_cpp.Llama):
         self.__dict__["_model"] = model
         if self._fasa_profile is not None:
             with contextlib.nullcontext() if self.verbose else quiet_log():
-                loaded = _capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
+                loaded = capi.load_profile(model.model, self._fasa_profile, self.model_params.kv_overrides)
             if not loaded:
                 raise ValueError(f"Failed to load FASA profile: {self._fasa_profile}")
         if self.context_params.n_ctx == 0:
@@ -362,5 +362,5 @@ class Llama(llama_cpp.Llama):
 def kv_bytes_per_cell(model: int, type_k: int, type_v: int) -> float:
     """What a cell of the KV cache of a model (``llama_model *``) takes, given ``enum ggml_type`` of K and V."""
     # a layer without KV heads may keep one row for all of them (MLA)
-    width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in _capi.layer_geometry(model))
-    return width * (_capi.bytes_per_element(type_k) + _capi.bytes_per_element(type_v))
+    width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in capi.layer_geometry(model))
+    return width * (capi.bytes_per_element(type_k) + capi.bytes_per_element(type_v))

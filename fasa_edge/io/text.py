@@ -1,10 +1,9 @@
-"""A text to calibrate or measure on: a user's file, or the Python documentation that CPython ships; and its tokens."""
+"""A text to calibrate or measure on: a user's file, or the Python documentation that CPython ships."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fasa_edge._lib import llama_cpp
 from fasa_edge.errors import ConvertError
 
 DEFAULT_NAME = "pydoc_data.topics"
@@ -37,16 +36,3 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
         raise ConvertError(
             f"text {path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save it as UTF-8"
         ) from error
-
-
-def first_tokens(llm: llama_cpp.Llama, text: str, n: int) -> list[int]:
-    """The first ``n`` tokens of a text, or all where it has fewer, after that with which the model begins a text.
-
-    Special tokens of the model come as text.
-    """
-    n_chars = 8 * n
-    while True:
-        tokens = llm.tokenize(text[:n_chars].encode("utf-8"), add_bos=True, special=False)
-        if len(tokens) > n or n_chars >= len(text):  # one more, so that the cut is not felt
-            return tokens[:n]
-        n_chars *= 4

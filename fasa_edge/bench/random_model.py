@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fasa_edge import __version__, _capi
-from fasa_edge._fit import without_weights
+from fasa_edge.bench.geometry import Geometry
+from fasa_edge.bench.random_data import RandomFiller
 from fasa_edge.config import FasaConfig, default_n_tip
-from fasa_edge.convert.gguf_header import read_header
-from fasa_edge.convert.profile import encode_profile
 from fasa_edge.errors import FasaError
-from fasa_edge.geometry import Geometry
-from fasa_edge.random_data import RandomFiller
+from fasa_edge.io.gguf_header import read_header
+from fasa_edge.io.profile import encode_profile
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.fit import without_weights
 from fasa_edge.schema import Calibration, Profile, to_metadata
+from fasa_edge.version import __version__
 
 import gguf
 import numpy as np
@@ -29,7 +30,7 @@ def write_random_model(folder: Path, name: str, geometry: Geometry, weight_type:
         folder: an empty one.
         name: of the model, and of its file.
         geometry: what it is like.
-        weight_type: of its matrices, a name in :data:`fasa_edge._capi.CACHE_TYPES`; vectors are f32.
+        weight_type: of its matrices, a name in :data:`fasa_edge.runtime.capi.CACHE_TYPES`; vectors are f32.
 
     Returns:
         The model and the profile.
@@ -67,7 +68,7 @@ def _write_model(path: Path, name: str, geometry: Geometry, weight_type: str) ->
     writer.add_vocab_size(geometry.n_vocab)
     writer.add_tokenizer_model("no_vocab")
     tensors = list(_tensors(geometry))
-    ggml_type, f32 = _capi.cache_type(weight_type), _capi.cache_type("f32")
+    ggml_type, f32 = capi.cache_type(weight_type), capi.cache_type("f32")
     for tensor, shape in tensors:
         type_ = ggml_type if len(shape) > 1 else f32
         # ggml's types are passed as they are; the shape is numpy's way round
@@ -109,7 +110,7 @@ def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _n_bytes(shape: tuple[int, ...], ggml_type: int) -> int:
-    return int(np.prod(shape) * _capi.bytes_per_element(ggml_type))
+    return int(np.prod(shape) * capi.bytes_per_element(ggml_type))
 
 
 def _weights(filler: RandomFiller, room: np.ndarray, name: str, shape: tuple[int, ...], weight_type: str) -> np.ndarray:
@@ -118,7 +119,7 @@ def _weights(filler: RandomFiller, room: np.ndarray, name: str, shape: tuple[int
         return np.ones(shape, np.float32)
     if len(shape) == 1:
         return np.zeros(shape, np.float32)
-    weights = room[: _n_bytes(shape, _capi.cache_type(weight_type))]
+    weights = room[: _n_bytes(shape, capi.cache_type(weight_type))]
     filler.fill(weight_type, weights, 1.0 if name == "token_embd.weight" else shape[1] ** -0.5)
     return weights
 
@@ -145,4 +146,4 @@ def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:
 def _fingerprint(model: Path) -> str:
     """As the runtime will compare it."""
     with without_weights(model) as loaded:
-        return _capi.fingerprint(loaded)
+        return capi.fingerprint(loaded)

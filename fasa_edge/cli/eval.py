@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fasa_edge._cli import (
+from fasa_edge.cli.common import (
     List,
     echo,
     json_option,
@@ -18,13 +18,7 @@ from fasa_edge._cli import (
     print_json,
     progress_bars,
 )
-from fasa_edge._figure import new_figure, to_png
-from fasa_edge._lib import llama_cpp
-from fasa_edge._log import quiet_log
 from fasa_edge.config import FasaConfig
-from fasa_edge.convert.output import check_outputs, refuse_inputs, write_bytes
-from fasa_edge.convert.split import model_files
-from fasa_edge.convert.text import read_text
 from fasa_edge.errors import FasaError, ModelError
 from fasa_edge.eval import answers, tasks, text
 from fasa_edge.eval.answers import AnswerRow, Item
@@ -34,6 +28,12 @@ from fasa_edge.eval.plot import draw
 from fasa_edge.eval.results import Results, identity
 from fasa_edge.eval.runner import Runner
 from fasa_edge.eval.text import Block, TextRow
+from fasa_edge.io.figure import new_figure, to_png
+from fasa_edge.io.output import check_outputs, refuse_inputs, write_bytes
+from fasa_edge.io.split import model_files
+from fasa_edge.io.text import read_text
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import quiet_log
 
 import click
 from tabulate import tabulate
@@ -137,7 +137,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 @click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
 @load_options
 @json_option
-def evaluate(
+def command(
     model: str,
     names: tuple[list[str], ...],
     method_names: list[str],

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fasa_edge._figure import new_figure
-from fasa_edge.bench import BenchRow
-from fasa_edge.bench_op import OpRow
+from fasa_edge.bench.models import BenchRow
+from fasa_edge.bench.ops import OpRow
+from fasa_edge.io.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -40,9 +41,15 @@ class Build(ctypes.Structure):
     ]
 
 
+def installed(name: str) -> Path:
+    """``lib`` or ``llama.cpp``, which the build puts into the package: of this one, in a clone of the installed one."""
+    here = Path(__file__).parents[1] / name
+    return here if here.exists() else Path(sysconfig.get_path("platlib"), "fasa_edge", name)
+
+
 def lib_dir() -> Path:
     """Directory of the patched libraries: filled by the build, or named by ``FASA_LIB_PATH`` for work on them."""
-    return Path(os.environ.get("FASA_LIB_PATH", Path(__file__).parent / "lib")).resolve()
+    return Path(os.environ.get("FASA_LIB_PATH") or installed("lib")).resolve()
 
 
 def load() -> ModuleType:
@@ -55,7 +62,7 @@ def load() -> ModuleType:
         if not lib_dir().is_dir():
             raise LibraryError(
                 f"the patched llama.cpp libraries are not at {lib_dir()}: install fasa-edge with `make install` or pip "
-                "(a source tree on sys.path has none), or set FASA_LIB_PATH to a directory that holds them"
+                "and run that environment's Python, or set FASA_LIB_PATH to a directory that holds them"
             )
         os.environ["LLAMA_CPP_LIB_PATH"] = str(lib_dir())
         # vision models load a library of their own, which must be of the same build

@@ -7,7 +7,6 @@ is the median over the rounds.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import statistics
 import time
@@ -18,11 +17,11 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from fasa_edge import _capi, _memory
-from fasa_edge._lib import llama_cpp
-from fasa_edge.cache_fill import StateLayout, restore_sequence
+from fasa_edge.bench.cache_fill import StateLayout
 from fasa_edge.errors import FasaError
-from fasa_edge.model import Llama, kv_bytes_per_cell
+from fasa_edge.runtime import capi, memory, sequence
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.llama import Llama, kv_bytes_per_cell
 
 _N_WARM_UP = 4  # tokens until a GPU decodes as it will
 
@@ -171,7 +170,7 @@ def check_memory(model: int, n_ctx: int, type_k: int, type_v: int, n_contexts: i
     """
     per_cell = kv_bytes_per_cell(model, type_k, type_v)
     needed = int(n_contexts * (llama_cpp.llama_model_size(model) + n_ctx * per_cell) + n_state * per_cell)
-    if needed > (available := _memory.available()).n_bytes:
+    if needed > (available := memory.available()).n_bytes:
         raise FasaError(
             f"{needed} more bytes of memory are needed for {n_contexts} contexts of {n_ctx} cells, FASA's and stock's, "
             f"and {available}: lower the depth, or take fewer layers or a quantized cache"
@@ -193,9 +192,9 @@ def _stocks(llm: Llama, n_state: int) -> list[_Runner]:
     if on_cpu := llm.model_params.n_gpu_layers == 0:
         check(n_state)
     stocks = [_stock(llm, flash_attn=True)]
-    if _capi.type_name(types[1]) not in ("f32", "f16", "bf16"):
+    if capi.type_name(types[1]) not in ("f32", "f16", "bf16"):
         return stocks  # llama.cpp transposes no quantized V
-    n_head = max(layer.n_head for layer in _capi.layer_geometry(llm.model))
+    n_head = max(layer.n_head for layer in capi.layer_geometry(llm.model))
     logits = 2 * 4 * llm.n_ctx() * llm.context_params.n_ubatch * n_head  # attention's, and their softmax
     try:
         if on_cpu:
@@ -269,8 +268,8 @@ def run(
                 _fill(models, depth, tokens)
             else:
                 for model in models:
-                    _truncate(model, n_past)
-                    _decode(model, tokens[n_past:depth], model.n_batch)
+                    _cut(model, n_past)
+                    sequence.decode(model.ctx, tokens[n_past:depth], model.n_batch)
             n_past = depth
 
             rows = [_new_row(runner, depth, n_gen, fill) for runner in runners]
@@ -292,10 +291,10 @@ def run(
 
 def _layout(llm: llama_cpp.Llama, tokens: Sequence[int]) -> StateLayout | None:
     """Of the states of a model, whose cache is emptied."""
-    _truncate(llm, 0)
-    _decode(llm, tokens[:1], 1)
+    _cut(llm, 0)
+    sequence.decode(llm.ctx, tokens[:1])
     layout = StateLayout.of(llm.ctx)
-    _truncate(llm, 0)
+    _cut(llm, 0)
     return layout
 
 
@@ -310,7 +309,7 @@ def _fill(models: Sequence[llama_cpp.Llama], depth: int, tokens: Sequence[int]) 
             state = layout.random_state(depth)
         else:
             layout.adopt(state, depth)
-        restore_sequence(model.ctx, state)
+        sequence.restore(model.ctx, state)
 
 
 def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
@@ -321,13 +320,13 @@ def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow |
     """
     if runner.settings:
         runner.llm.fasa.configure(**runner.settings)
-    _truncate(runner.llm, depth)
-    _decode(runner.llm, tokens[:_N_WARM_UP], 1)
-    _truncate(runner.llm, depth)
+    _cut(runner.llm, depth)
+    sequence.decode(runner.llm.ctx, tokens[:_N_WARM_UP], 1, n_logits=1)
+    _cut(runner.llm, depth)
     if runner.settings:
         runner.llm.fasa.reset_stats()
     start = time.perf_counter_ns()
-    _decode(runner.llm, tokens, 1)
+    sequence.decode(runner.llm.ctx, tokens, 1, n_logits=1)
     elapsed = time.perf_counter_ns() - start
     if row is None:
         return
@@ -354,8 +353,8 @@ def _new_row(runner: _Runner, depth: int, n_gen: int, fill: str) -> BenchRow:
         model_size=llama_cpp.llama_model_size(llm.model),
         model_n_params=llama_cpp.llama_model_n_params(llm.model),
         n_threads=llm.n_threads,
-        type_k=_capi.type_name(llm.context_params.type_k),
-        type_v=_capi.type_name(llm.context_params.type_v),
+        type_k=capi.type_name(llm.context_params.type_k),
+        type_v=capi.type_name(llm.context_params.type_v),
         flash_attn=runner.flash_attn,
         n_prompt=0,
         n_gen=n_gen,
@@ -367,21 +366,7 @@ def _new_row(runner: _Runner, depth: int, n_gen: int, fill: str) -> BenchRow:
     )
 
 
-def _truncate(llm: llama_cpp.Llama, n_tokens: int) -> None:
+def _cut(llm: llama_cpp.Llama, n_tokens: int) -> None:
     """Forget all but the first tokens."""
-    if not llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, n_tokens, -1):
+    if not sequence.cut(llm.ctx, n_tokens):
         raise FasaError(f"{llm.model_path}: its memory cannot forget its last tokens, so no depth can be held")
-
-
-def _decode(llm: llama_cpp.Llama, tokens: Sequence[int], n_batch: int) -> None:
-    """Decode tokens after those in the cache, ``n_batch`` at a time, waiting for each batch."""
-    for start in range(0, len(tokens), n_batch):
-        batch = tokens[start : start + n_batch]
-        array = (llama_cpp.llama_token * len(batch))(*batch)
-        status = llama_cpp.llama_decode(
-            llm.ctx,
-            llama_cpp.llama_batch_get_one(ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_token)), len(batch)),
-        )
-        if status != 0:
-            raise FasaError(f"llama_decode returned {status} for {len(batch)} tokens: see llama.cpp's log")
-        llama_cpp.llama_synchronize(llm.ctx)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fasa_edge.errors import ConvertError
+from fasa_edge.io.gguf_header import MAGIC, GgufHeader
+from fasa_edge.io.output import check_outputs, fill, staged
+from fasa_edge.io.split import output_paths
 from fasa_edge.schema import NUMPY_TYPES, PREFIX, GGUFValueType
 
 import numpy as np
-
-from .gguf_header import MAGIC, GgufHeader
-from .output import check_outputs, fill, staged
-from .split import output_paths
 
 BLOCK = 8 * 2**20  # bytes copied at a time
 
@@ -67,7 +66,7 @@ def check_destination(
 
     Raises:
         ConvertError: the source is annotated and ``force`` is not given, the disk has too little space, or as
-            :func:`fasa_edge.convert.output.check_outputs`.
+            :func:`fasa_edge.io.output.check_outputs`.
     """
     destinations = output_paths(Path(destination), 1 + len(others))
     annotated = [key for key in header.entries if key.startswith(PREFIX)]
@@ -102,10 +101,10 @@ def splice(
     """Copies a GGUF file and puts ``metadata`` after its own keys; its old ``fasa.*`` keys are left out.
 
     Args:
-        header: of the source file, as read by :func:`fasa_edge.convert.gguf_header.read_header`.
+        header: of the source file, as read by :func:`fasa_edge.io.gguf_header.read_header`.
         destination: file to be written, in an existing folder.
         metadata: ``(key, type, value)``, see :func:`encode_entry`.
-        others: headers of the other files of a split model; see :func:`fasa_edge.convert.split.output_paths` for what
+        others: headers of the other files of a split model; see :func:`fasa_edge.io.split.output_paths` for what
             they are called beside the destination.
         beside: small files to be written as well; they take their places with the copy or not at all.
         force: allow existing destinations, and a source that already holds ``fasa.*`` keys.

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from fasa_edge._lib import llama_cpp
+from fasa_edge.runtime.library import llama_cpp
 
 _LEVEL_ERROR = 4  # enum ggml_log_level (ggml.h)
 

@@ -1,0 +1,1 @@
+"""How fast decoding is: of models, and of the attention ops alone."""

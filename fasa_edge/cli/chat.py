@@ -1,0 +1,105 @@
+"""The command ``fasa-edge chat``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from fasa_edge.cli.common import TextFile, attention_text, echo, generate, load_model, model_options, read_text, utf8
+from fasa_edge.errors import ChatError, FasaError
+from fasa_edge.runtime.chat import Chat
+
+import click
+
+
+@click.command(name="chat")
+@model_options
+@click.option("--system", help="System message.")
+@click.option(
+    "-f", "--file", "document_file", type=TextFile(), help="Text put before the first question."
+)
+@click.option("-n", "--n-predict", type=click.IntRange(1), default=512, help="Tokens of an answer at most.")
+@click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
+@click.option("--seed", type=int, default=0, help="Of the sampling.")
+@click.option("--dense", is_flag=True, help="Switch FASA off.")
+def command(
+    system: str | None,
+    document_file: Any,
+    n_predict: int,
+    temperature: float,
+    seed: int,
+    dense: bool,
+    **model: Any,
+) -> None:
+    """Chat with MODEL: a question a line, from the terminal or a pipe.
+
+    /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off. The
+    exit status is 1 if a question found no room in the context.
+    """
+    if sys.stdin is None:
+        raise FasaError("standard input is closed, from where the questions come: open it")
+    utf8(system or "", "--system")
+    document = read_text(document_file) if document_file else None
+    llm = load_model(**model, fasa_enabled=False if dense else None)
+    conversation = Chat(llm, system=system, document=document)
+    status = 0
+    for question in _questions():
+        if question == "/clear":
+            conversation.clear()
+            continue
+        pieces = conversation.ask(question, max_tokens=n_predict, temperature=temperature, seed=seed)
+        try:
+            report = generate(llm, pieces)
+        except KeyboardInterrupt:
+            pieces.close()
+            echo()
+            continue
+        except ChatError as error:
+            echo(f"Error: {error}", err=True)
+            status = 1
+            continue
+        echo(
+            f"[{report['prompt_tokens']} tokens, {report['prompt_seconds']:.1f} s to the first word, "
+            f"then {report['n_tokens']} at {report['tokens_per_second']:.1f} tokens/s; "
+            f"{attention_text(report, model['model'])}]",
+            err=True,
+        )
+        if conversation.is_full:
+            echo(f"the context of {llm.n_ctx()} tokens is full: /clear, or start with a larger -c", err=True)
+    sys.exit(status)
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input that are not empty, until /exit."""
+    lines = _typed() if sys.stdin.isatty() else _piped()
+    for question in map(str.strip, lines):
+        if question == "/exit":
+            return
+        if question:
+            yield question
+
+
+def _typed() -> Iterator[str]:
+    """Lines of a terminal, in its encoding."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() edits lines with it
+    while True:
+        try:
+            line = input("> ")
+            line.encode()  # the C locale lets through what is not UTF-8
+        except EOFError:
+            return
+        except UnicodeError as error:
+            raise FasaError(f"what was typed is not {sys.stdin.encoding}: set the terminal's locale") from error
+        yield line
+
+
+def _piped() -> Iterator[str]:
+    """Lines of a file or pipe, in UTF-8 whatever the locale."""
+    for no, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8-sig" if no == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise FasaError(f"line {no} of standard input is not UTF-8 at byte {error.start}: recode it") from error

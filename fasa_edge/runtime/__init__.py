@@ -1,0 +1,1 @@
+"""The patched llama.cpp: found, checked, mirrored by ctypes, and driven."""

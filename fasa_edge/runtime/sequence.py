@@ -1,0 +1,77 @@
+"""Sequence 0 of a context (``llama_context *``): its tokens are decoded, forgotten, saved and restored.
+
+All functions raise :class:`FasaError` where llama.cpp refuses; its log says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from fasa_edge.errors import FasaError
+from fasa_edge.runtime.library import llama_cpp
+
+import numpy as np
+
+
+def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_logits: int = 0) -> None:
+    """Decode tokens after those that the sequence holds, and wait until that is done.
+
+    Args:
+        ctx: the context.
+        tokens: what follows.
+        n_batch: tokens of a batch; None for all at once.
+        n_logits: of the last so many tokens of each batch the logits are computed, see :func:`logits`.
+    """
+    n_batch = n_batch or max(len(tokens), 1)
+    for start in range(0, len(tokens), n_batch):
+        part = np.array(tokens[start : start + n_batch], np.int32)
+        wanted = (np.arange(len(part)) >= len(part) - n_logits).astype(np.int8)
+        batch = llama_cpp.llama_batch(  # llama.cpp fills in what is left out: the next positions of sequence 0
+            n_tokens=len(part),
+            token=part.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token)),
+            logits=wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        if status := llama_cpp.llama_decode(ctx, batch):
+            raise FasaError(f"llama_decode returned {status} for {len(part)} tokens: see llama.cpp's log")
+        llama_cpp.llama_synchronize(ctx)
+
+
+def logits(ctx: int, n: int) -> np.ndarray:
+    """Those of the last ``n`` tokens of the latest batch, float32 [n, n_vocab]; a copy."""
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(ctx)))
+    if not n:
+        return np.empty((0, n_vocab), np.float32)
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits(ctx), (n, n_vocab)).copy()
+
+
+def cut(ctx: int, n_tokens: int) -> bool:
+    """Forget all but the first tokens; False: a memory that cannot forget a part, and did not."""
+    return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, n_tokens, -1)
+
+
+def clear(ctx: int) -> None:
+    """Forget all tokens, whatever the memory."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
+
+
+def save(ctx: int) -> np.ndarray:
+    """The state of the sequence, uint8."""
+    state = np.empty(llama_cpp.llama_state_seq_get_size(ctx, 0), np.uint8)
+    if llama_cpp.llama_state_seq_get_data(ctx, _pointer(state), len(state), 0) != len(state):
+        raise FasaError("llama.cpp cannot save the state of a sequence: see its log")
+    return state
+
+
+def restore(ctx: int, state: np.ndarray) -> None:
+    """Replace the sequence by a saved one.
+
+    Raises:
+        FasaError: the state is of another model, or the cache is too small for it.
+    """
+    if llama_cpp.llama_state_seq_set_data(ctx, _pointer(state), len(state), 0) != len(state):
+        raise FasaError("llama.cpp cannot restore the state of a sequence: see its log")
+
+
+def _pointer(state: np.ndarray):
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
