@@ -11,18 +11,19 @@ not rotated; any two of them form a plane of frequency 0. A few architectures ro
 from __future__ import annotations
 
 from fasa_edge.errors import ConvertError
+from fasa_edge.runtime import capi
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 
-# enum llama_rope_type of llama.cpp's include/llama.h
-ROPE_NONE = -1
-ROPE_NORM = 0
-ROPE_NEOX = 2
-ROPE_MROPE = 8
-ROPE_VISION = 24
-ROPE_IMROPE = 40
+ROPE_NONE = llama_cpp.LLAMA_ROPE_TYPE_NONE
+ROPE_NORM = llama_cpp.LLAMA_ROPE_TYPE_NORM
+ROPE_NEOX = llama_cpp.LLAMA_ROPE_TYPE_NEOX
+ROPE_MROPE = llama_cpp.LLAMA_ROPE_TYPE_MROPE
+ROPE_VISION = llama_cpp.LLAMA_ROPE_TYPE_VISION
+ROPE_IMROPE = llama_cpp.LLAMA_ROPE_TYPE_IMROPE
 
-_HALVES = (ROPE_NEOX, ROPE_MROPE, ROPE_IMROPE)
+_KNOWN = (ROPE_NORM, ROPE_NEOX, ROPE_MROPE, ROPE_IMROPE)
 
 _REFUSED = {
     ROPE_NONE: "the model has no rotary embedding (RoPE), so its heads have no frequency chunks",
@@ -45,15 +46,12 @@ def chunk_dims(n_embd_head: int, n_rot: int, rope_type: int) -> np.ndarray:
     Raises:
         ConvertError: a RoPE type without such planes, or sizes that are odd or out of range.
     """
-    if rope_type not in (ROPE_NORM, *_HALVES):
+    if rope_type not in _KNOWN:
         reason = _REFUSED.get(rope_type, "its layout is unknown")
-        known = ", ".join(map(str, (ROPE_NORM, *_HALVES)))
+        known = ", ".join(map(str, _KNOWN))
         raise ConvertError(f"RoPE type {rope_type} cannot be converted, only {known}: {reason}")
     if n_embd_head < 2 or n_embd_head % 2:
         raise ConvertError(f"head size {n_embd_head} cannot be split into planes: it must be even and at least 2")
     if not 0 <= n_rot <= n_embd_head or n_rot % 2:
         raise ConvertError(f"n_rot = {n_rot} does not fit a head of {n_embd_head}: it must be even and not larger")
-    dims = np.arange(n_embd_head, dtype=np.int32).reshape(-1, 2)
-    if rope_type in _HALVES:
-        dims[: n_rot // 2] = np.arange(n_rot, dtype=np.int32).reshape(2, -1).T
-    return dims
+    return capi.chunk_dims(capi.LayerGeometry(1, 1, n_embd_head, n_rot, rope_type, is_swa=False))

@@ -1,79 +1,129 @@
-"""The defaults of the runtime: how many tokens a sparse decode step keeps, and when it runs at all.
+"""The settings of the runtime, each declared once: how many tokens a sparse decode step keeps, and when it runs at all.
 
-Every field is stored in a GGUF under the key ``fasa.<field>`` (see :mod:`fasa_edge.schema`). The budget is ``N_fac`` of
-arXiv 2602.03152, and its first layer is dense too; sinks and recent tokens inside the budget are ours.
+Keys of a GGUF (:mod:`fasa_edge.schema`), arguments of :class:`fasa_edge.Llama`, options of the commands, their checks
+and the table in the documentation come from here. The budget is ``N_fac`` of arXiv 2602.03152, and its first layer is
+dense too; sinks and recent tokens inside the budget are ours.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from fasa_edge.errors import SchemaError
 
 INT32_MAX = 2**31 - 1  # cell ids and counts are int32 in the runtime
 
 SELECTS = ("group", "head")
+"""``enum llama_fasa_select_type`` (llama-fasa.h), in its order."""
 
-LIMITS = {  # inclusive range of each number, in the unit of its field
-    "budget": (1, INT32_MAX),
-    "n_sink": (0, INT32_MAX),
-    "n_recent": (0, INT32_MAX),
-    "n_dense_layers": (0, INT32_MAX),
-    "min_ctx": (0, INT32_MAX),
-    "max_batch": (1, 64),
-}
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a setting before any model is.
+
+    Attributes:
+        name: in Python; the key is ``fasa.<name>``.
+        type: bool, int or str.
+        help: what it does, in a sentence.
+        default: None where it depends on the model.
+        limits: inclusive range of a number, in the unit that ``help`` names.
+        choices: of a text.
+        is_fixed: whether it is fixed when a model is loaded; the others can change between decode steps.
+        is_optional: whether a file may lack it, for it came later than the format.
+    """
+
+    name: str
+    type: type
+    help: str
+    default: bool | int | str | None = None
+    limits: tuple[int, int] | None = None
+    choices: tuple[str, ...] = ()
+    is_fixed: bool = False
+    is_optional: bool = False
+
+    def check(self, value: object, name: str | None = None) -> None:
+        """Refuse what could be the value of no model.
+
+        Args:
+            value: to be checked.
+            name: what the message calls it; None: its own name.
+
+        Raises:
+            SchemaError: it has the wrong type, is out of range or none of the choices.
+        """
+        name = name or self.name
+        if self.type is int:
+            low, high = self.limits
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SchemaError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
+            if not low <= value <= high:
+                raise SchemaError(f"{name} = {value} is out of range: choose {low} to {high}")
+        elif self.type is bool:
+            if not isinstance(value, bool):
+                raise SchemaError(f"{name} = {value!r}: expected True or False")
+        elif value not in self.choices:
+            raise SchemaError(f"{name} = {value!r} is unknown: choose from {', '.join(self.choices)}")
+
+
+def _setting(default: bool | int | str, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
 class FasaConfig:
-    """Settings of sparse decoding; every one of them can be overridden when a model is loaded.
+    """Settings of sparse decoding that a GGUF stores; every one of them can be overridden when a model is loaded.
 
-    Attributes:
-        enabled: False attends to all tokens everywhere.
-        exact: what stays dense in a decode step on the CPU (short contexts, dense layers, or all of it) is attended
-            with FASA's kernel, exact within rounding and faster, instead of llama.cpp's flash attention.
-        budget: tokens attended per KV head and step, sinks and recent tokens included.
-        n_sink: first tokens of the context that are always attended.
-        n_recent: latest tokens that are always attended.
-        n_dense_layers: leading layers that stay dense.
-        min_ctx: cached tokens below which a step stays dense; 0 means twice the budget, on a GPU also until
-            it pays there (``ggml_kernels/fasa-cost.cpp``).
-        max_batch: tokens per sequence up to which a batch counts as decoding; larger ones are prompts and stay dense.
-        select: who chooses the tokens: "group", each KV head for all query heads that read it, or "head", each query
-            head for itself, as in the paper; that reads and scores as many times more as a group has heads.
+    What each means and may be is in :data:`SETTINGS`.
 
     Raises:
         SchemaError: a value of the wrong type, out of range, or ``n_sink + n_recent > budget``.
     """
 
-    enabled: bool = True
-    exact: bool = False
-    budget: int = 512
-    n_sink: int = 4
-    n_recent: int = 32
-    n_dense_layers: int = 1
-    min_ctx: int = 0
-    max_batch: int = 16  # a decoded token and the 10 that llama-cpp-python's draft model adds
-    select: str = "group"
+    enabled: bool = _setting(True, "False: all tokens are attended to, everywhere.")
+    exact: bool = _setting(
+        False,
+        "What stays dense in a decode step on the CPU takes FASA's kernel: all cells, exact within rounding, faster.",
+        is_optional=True,
+    )
+    budget: int = _setting(
+        512,
+        "Cells that a decoded token attends to in each sparse layer, sinks and recent ones included.",
+        limits=(1, INT32_MAX),
+    )
+    n_sink: int = _setting(4, "First tokens, always attended to.", limits=(0, INT32_MAX))
+    n_recent: int = _setting(32, "Last tokens, always attended to.", limits=(0, INT32_MAX))
+    n_dense_layers: int = _setting(1, "First layers, which stay dense.", limits=(0, INT32_MAX), is_fixed=True)
+    min_ctx: int = _setting(
+        0, "Sparse from this many cells on; 0: twice the budget, on a GPU from where it pays.", limits=(0, INT32_MAX)
+    )
+    max_batch: int = _setting(  # a decoded token and the 10 that llama-cpp-python's draft model adds
+        16, "A batch with more tokens of one sequence is a prompt and runs dense.", limits=(1, 64)
+    )
+    select: str = _setting(
+        "group",
+        "Who chooses the cells: each KV head for all query heads that read it, or each query head for itself.",
+        choices=SELECTS,
+        is_optional=True,
+    )
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "exact"):
-            if not isinstance(getattr(self, name), bool):
-                raise SchemaError(f"{name} = {getattr(self, name)!r}: expected True or False")
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise SchemaError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
-            if not low <= value <= high:
-                raise SchemaError(f"{name} = {value} is out of range: choose {low} to {high}")
-        if self.select not in SELECTS:
-            raise SchemaError(f"select = {self.select!r} is unknown: choose from {', '.join(SELECTS)}")
+        for item in fields(self):
+            SETTINGS[item.name].check(getattr(self, item.name))
         if self.n_sink + self.n_recent > self.budget:
             raise SchemaError(
                 f"n_sink + n_recent = {self.n_sink} + {self.n_recent} = {self.n_sink + self.n_recent} exceeds "
                 f"budget = {self.budget}: raise the budget or keep fewer sinks and recent tokens"
             )
+
+
+SETTINGS = {
+    item.name: Setting(item.name, type(item.default), default=item.default, **item.metadata)
+    for item in fields(FasaConfig)
+}
+SETTINGS["n_tip"] = Setting("n_tip", int, "Chunks scored per KV head.", limits=(1, INT32_MAX), is_fixed=True)
+"""By name: the fields of :class:`FasaConfig`, and ``n_tip``, whose default and greatest value depend on the heads."""
 
 
 def default_n_tip(n_embd_head: int) -> int:

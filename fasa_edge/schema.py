@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 
-from fasa_edge.config import FasaConfig
+from fasa_edge.config import SETTINGS, FasaConfig
 from fasa_edge.errors import SchemaError
 
 import numpy as np
@@ -56,18 +56,11 @@ NUMPY_TYPES = {  # element types of GGUF, little endian as in the file; strings 
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 
+_OF_SETTINGS = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
+
 SCALARS = {  # every scalar key and its GGUF type
     "fasa.version": GGUFValueType.UINT32,
-    "fasa.n_tip": GGUFValueType.UINT32,
-    "fasa.enabled": GGUFValueType.BOOL,
-    "fasa.exact": GGUFValueType.BOOL,
-    "fasa.budget": GGUFValueType.UINT32,
-    "fasa.n_sink": GGUFValueType.UINT32,
-    "fasa.n_recent": GGUFValueType.UINT32,
-    "fasa.n_dense_layers": GGUFValueType.UINT32,
-    "fasa.min_ctx": GGUFValueType.UINT32,
-    "fasa.max_batch": GGUFValueType.UINT32,
-    "fasa.select": GGUFValueType.STRING,
+    **{PREFIX + name: _OF_SETTINGS[setting.type] for name, setting in SETTINGS.items()},
     "fasa.calibration.text": GGUFValueType.STRING,
     "fasa.calibration.tokens": GGUFValueType.UINT32,
     "fasa.calibration.context": GGUFValueType.UINT32,
@@ -77,7 +70,7 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.fingerprint": GGUFValueType.STRING,
 }
 
-OPTIONAL = {"fasa.exact": FasaConfig.exact, "fasa.select": FasaConfig.select}
+OPTIONAL = {PREFIX + name: setting.default for name, setting in SETTINGS.items() if setting.is_optional}
 """Scalars that came later than the version, and what holds where a file lacks them."""
 
 ARRAYS = {  # every array key and its element type

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fasa_edge
+from fasa_edge.config import SELECTS
 from fasa_edge.convert import inspect
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.capi import Capture
@@ -319,7 +320,7 @@ def test_numbers_without_a_name_are_refused(number: int, model: Path) -> None:
     llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False)
     llm.eval(TEXTS[0][:8])
     settings = llm.fasa.settings
-    for name, names in (("select", capi.SELECTS), ("policy", capi.POLICIES)):
+    for name, names in (("select", SELECTS), ("policy", capi.POLICIES)):
         if 0 <= number < len(names):
             continue
         params = capi.get_params(llm.ctx)

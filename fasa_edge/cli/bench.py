@@ -22,6 +22,7 @@ from fasa_edge.cli.common import (
     model_file,
     print_json,
     progress_bars,
+    setting_option,
     size_text,
 )
 from fasa_edge.errors import FasaError
@@ -73,15 +74,10 @@ _N_BATCH_FILLED = 32
 )
 @click.option("-n", "--n-gen", type=click.IntRange(1), default=32, help="Tokens decoded in each repetition.")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Rounds at each depth.")
-@click.option(
-    "--budget",
-    "budgets",
-    type=List(int),
-    metavar="N,...",
-    default=None,
-    help="Cells attended to.  [default: the model's own; with --op 1024]",
+@setting_option(
+    "budget", "--budget", "budgets", type=List(int), metavar="N,...", default="the model's own; with --op 1024"
 )
-@click.option("--n-tip", type=click.IntRange(1), help="Chunks scored per KV head.  [default: the model's own]")
+@setting_option("n_tip", default="the model's own")
 @click.option("-o", "--output", "fmt", type=click.Choice(["md", "json"]), default="md", help="Format of the table.")
 @click.option(
     "--plot",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import fasa_edge
+from fasa_edge.config import INT32_MAX, SETTINGS
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.trial import try_model
@@ -106,6 +107,29 @@ def _with(command: Callable, *options: Callable) -> Callable:
     return command
 
 
+def setting_option(name: str, *declarations: str, default: str | None = None, **attributes: Any) -> Callable:
+    """The option of a setting, as it is declared in :data:`fasa_edge.config.SETTINGS`.
+
+    Args:
+        name: of the setting.
+        declarations: as of ``click.option``; ``--n-sink`` of ``n_sink`` if none.
+        default: in words, where another than the setting's own holds.
+        attributes: of ``click.option``, in place of the setting's own.
+    """
+    setting = SETTINGS[name]
+    if setting.type is int:
+        low, high = setting.limits
+        kind = click.IntRange(low, high if high < INT32_MAX else None)
+    else:
+        kind = click.Choice(setting.choices)
+    own = {"type": kind, "help": setting.help, "default": setting.default}
+    if setting.type is bool:
+        own = {"is_flag": True, "help": setting.help}
+    if default is not None:
+        own |= {"default": None, "help": f"{setting.help}  [default: {default}]"}
+    return click.option(*(declarations or [f"--{name.replace('_', '-')}"]), **(own | attributes))
+
+
 def load_options(command: Callable) -> Callable:
     """How a model is loaded."""
     return _with(
@@ -118,7 +142,7 @@ def load_options(command: Callable) -> Callable:
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
         click.option("--profile", type=_File(), help="In place of the model's own."),
-        click.option("--exact", is_flag=True, help="FASA's kernel also where all cells are attended to."),
+        setting_option("exact"),
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     )  # fmt: skip
@@ -129,7 +153,7 @@ def model_options(command: Callable) -> Callable:
     return _with(
         command,
         click.argument("model", type=model_file),
-        click.option("--budget", type=click.IntRange(1), help="Cells attended to.  [default: the model's own]"),
+        setting_option("budget", default="the model's own"),
         load_options,
     )
 

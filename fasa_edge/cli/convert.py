@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from fasa_edge import convert
-from fasa_edge.cli.common import echo, json_option, print_json, progress_bars, size_text
-from fasa_edge.config import SELECTS, FasaConfig
+from fasa_edge.cli.common import echo, json_option, print_json, progress_bars, setting_option, size_text
+from fasa_edge.config import FasaConfig
 
 import click
 
@@ -32,22 +32,14 @@ class _NTip(click.ParamType):
 @click.option("--context", type=int, help="Tokens to stretch the text over.  [default: the model's context]")
 @click.option("--objective", type=click.Choice(sorted(convert.OBJECTIVES)), default="lsq", help="Chooses the chunks.")
 @click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objectives `agreement` and `mass`.")
-@click.option(
-    "--n-tip",
-    type=_NTip(),
-    metavar="INTEGER|auto",
-    help="Chunks scored per KV head; auto: as few as pass.  [default: 24 of 32, half of more]",
-)
-@click.option("--budget", type=int, default=FasaConfig.budget, help="Cells that a decoded token attends to.")
-@click.option("--n-sink", type=int, default=FasaConfig.n_sink, help="First tokens always attended to.")
-@click.option("--n-recent", type=int, default=FasaConfig.n_recent, help="Last tokens always attended to.")
-@click.option("--n-dense-layers", type=int, default=FasaConfig.n_dense_layers, help="First layers that stay dense.")
-@click.option(
-    "--min-ctx", type=int, default=FasaConfig.min_ctx,
-    help="Sparse from here on; 0: twice the budget, on a GPU from where it pays.",
-)  # fmt: skip
-@click.option("--max-batch", type=int, default=FasaConfig.max_batch, help="More tokens at once are a prompt.")
-@click.option("--select", type=click.Choice(SELECTS), default=FasaConfig.select, help="Who chooses the cells.")
+@setting_option("n_tip", type=_NTip(), metavar="INTEGER|auto", default="24 of 32, half of more; auto: as few as pass")
+@setting_option("budget")
+@setting_option("n_sink")
+@setting_option("n_recent")
+@setting_option("n_dense_layers")
+@setting_option("min_ctx")
+@setting_option("max_batch")
+@setting_option("select")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option

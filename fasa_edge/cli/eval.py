@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from fasa_edge.cli.common import (
     List,
@@ -17,8 +17,9 @@ from fasa_edge.cli.common import (
     model_file,
     print_json,
     progress_bars,
+    setting_option,
 )
-from fasa_edge.config import FasaConfig
+from fasa_edge.config import SETTINGS
 from fasa_edge.errors import FasaError, ModelError
 from fasa_edge.eval import answers, tasks, text
 from fasa_edge.eval.answers import AnswerRow, Item
@@ -38,8 +39,8 @@ from fasa_edge.runtime.log import quiet_log
 import click
 from tabulate import tabulate
 
-_NOT_SET = ("enabled", "budget", "min_ctx", "policy", "max_batch")
-"""Settings that a method has by itself, and one that changes what a prompt is."""
+_NOT_SET = ("enabled", "budget", "min_ctx", "max_batch", "n_tip")
+"""Settings that a method has by itself or an option of its own, and one that changes what a prompt is."""
 
 
 class _Setting(click.ParamType):
@@ -52,12 +53,13 @@ class _Setting(click.ParamType):
         if isinstance(value, tuple):
             return value
         name, equals, item = value.partition("=")
-        allowed = {name: kind for name, kind in get_type_hints(FasaConfig).items() if name not in _NOT_SET}
+        allowed = [name for name in SETTINGS if name not in _NOT_SET]
         if not equals or name not in allowed:
             self.fail(f"{value!r}: expected NAME=VALUE with a name of {', '.join(allowed)}", param, ctx)
-        if allowed[name] is str:
+        kind = SETTINGS[name].type
+        if kind is str:
             return name, item
-        if allowed[name] is bool:
+        if kind is bool:
             if item not in ("true", "false"):
                 self.fail(f"{value!r}: expected true or false", param, ctx)
             return name, item == "true"
@@ -93,10 +95,10 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     default="fasa",
     help="Of those below.",
 )
-@click.option("--budgets", type=List(int), metavar="N,...", default="128,256,512", help="Cells attended to.")
 @click.option(
-    "--n-tip", "n_tips", type=List(int), metavar="N,...", help="Chunks scored per KV head.  [default: the model's own]"
+    "--budgets", type=List(int), metavar="N,...", default="128,256,512", help=SETTINGS["budget"].help
 )
+@setting_option("n_tip", "--n-tip", "n_tips", type=List(int), metavar="N,...", default="the model's own")
 @click.option("--set", "settings", type=_Setting(), multiple=True, help="Another setting of all sparse methods.")
 @click.option("--prefix", "prefixes", type=List(int), metavar="N,...", default="2048", help="Tokens read before.")
 @click.option("--blocks", "n_blocks", type=click.IntRange(1), default=4, help="Windows of each text.")

@@ -11,6 +11,7 @@ from functools import reduce
 from itertools import count, takewhile
 from operator import or_
 
+from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime.library import ggml, llama_cpp
 
@@ -37,13 +38,13 @@ class Params(ctypes.Structure):
         ("_policy", ctypes.c_int),
     ]
 
-    def __init__(self, *, select: str = "group", policy: str = "fasa", **fields: int | bool) -> None:
+    def __init__(self, *, select: str = FasaConfig.select, policy: str = "fasa", **fields: int | bool) -> None:
         super().__init__(**fields)
         self.select, self.policy = select, policy
 
     @property
     def select(self) -> str:
-        """One of :data:`SELECTS`; the number of another, which the library refuses."""
+        """One of :data:`fasa_edge.config.SELECTS`; the number of another, which the library refuses."""
         return _enumerator(SELECTS, self._select)
 
     @select.setter
@@ -127,7 +128,6 @@ _set_params = _method("llama_fasa_set_params", ctypes.c_bool, ctypes.POINTER(Par
 _reason_name = _function("llama_fasa_reason_name", ctypes.c_char_p, ctypes.c_int)
 _reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p, ctypes.c_int)
 _policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int)
-_select_name = _function("llama_fasa_select_name", ctypes.c_char_p, ctypes.c_int)
 _tips_size = _method("llama_fasa_tips_size", ctypes.c_size_t)
 _min_ctx = _method("llama_fasa_min_ctx", ctypes.c_uint32)
 _get_memory = _method("llama_fasa_get_memory", ctypes.c_bool, ctypes.c_int32, ctypes.POINTER(Memory))
@@ -174,9 +174,6 @@ def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
 
 POLICIES = _names(_policy_name)
 """``enum llama_fasa_policy_type``: which cells a head attends to; the first is FASA, the others are for evaluation."""
-
-SELECTS = _names(_select_name)
-"""``enum llama_fasa_select_type``: who chooses."""
 
 REASONS = tuple((name, _reason_description(i).decode()) for i, name in enumerate(_names(_reason_name)))
 """``enum llama_fasa_reason``: (name, description) of why a layer did not run sparse; the first, "none": it did."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
-from fasa_edge.config import INT32_MAX, FasaConfig
+from fasa_edge.config import INT32_MAX, SETTINGS, FasaConfig, Setting
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 from fasa_edge.runtime import capi, memory
 from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
@@ -21,10 +21,7 @@ from fasa_edge.runtime.log import error_log, quiet_log
 import numpy as np
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-_TYPES = {"enabled": bool, "exact": bool, "select": str, "policy": str}
-_TYPES |= dict.fromkeys(("budget", "n_sink", "n_recent", "n_dense_layers", "min_ctx", "max_batch", "n_tip"), int)
-_TYPE_NAMES = {bool: "True or False", str: "a name", int: "a whole number"}
-_FIXED_AT_LOAD = ("n_dense_layers", "n_tip")
+_ARGUMENTS = {**SETTINGS, "policy": Setting("policy", str, "Who chooses, for evaluation.", choices=capi.POLICIES)}
 _N_BATCH = 512  # of llama_cpp.Llama
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
@@ -106,15 +103,14 @@ class Fasa:
             if params is None or not (self.available or alone):
                 remedy = "load it with fasa_exact=True" if alone else "make one with `fasa-edge convert`"
                 raise FasaError(f"{self._llm.model_path} has no FASA profile: {remedy}")
-            for name in settings:
-                if name in _FIXED_AT_LOAD:
+            for name, value in settings.items():
+                if name not in _ARGUMENTS:
+                    raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_ARGUMENTS)}")
+                if _ARGUMENTS[name].is_fixed:
                     raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
-                if name not in _TYPES:
-                    raise FasaError(f"{name} is no setting of FASA: choose from {', '.join(_TYPES)}")
+                _ARGUMENTS[name].check(value)
             wanted = {**params.as_dict(), **settings}
             FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
-            if wanted["policy"] not in capi.POLICIES:
-                raise SchemaError(f"policy = {wanted['policy']!r} is unknown: choose from {', '.join(capi.POLICIES)}")
             capi.set_params(self._llm.ctx, capi.Params(**wanted))
             if isinstance(self._llm, Llama):
                 self._llm._fasa_configured |= settings
@@ -196,15 +192,14 @@ class Llama(llama_cpp.Llama):
         type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
-        fasa_settings: ``fasa_enabled``, ``fasa_exact`` (the one that needs no profile), ``fasa_budget``,
-            ``fasa_n_sink``, ``fasa_n_recent``, ``fasa_n_dense_layers``, ``fasa_min_ctx``, ``fasa_max_batch``,
-            ``fasa_n_tip``, ``fasa_select``; each replaces the default stored in the model. And ``fasa_policy``, see
-            :meth:`Fasa.configure`.
+        fasa_settings: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`,
+            in place of the default stored in the model; ``fasa_exact`` is the one that needs no profile. And
+            ``fasa_policy``, see :meth:`Fasa.configure`.
         kwargs: every other argument of ``llama_cpp.Llama``.
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
-        SchemaError: a ``fasa_*`` argument has the wrong type, or ``n_ctx`` is negative or too large.
+        SchemaError: a ``fasa_*`` argument has the wrong type or is out of range, or ``n_ctx`` is negative or too large.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
         ModelError: llama.cpp cannot load the model, memory does not suffice, or the profile is damaged or of another
             model; the message holds what it logged.
@@ -237,16 +232,15 @@ class Llama(llama_cpp.Llama):
                 f"n_ctx = {n_ctx} is out of range: choose 0, the model's own, to {INT32_MAX - N_CTX_STEP}"
             )
         settings = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("fasa_")}
-        for name in settings:
-            if name.removeprefix("fasa_") not in _TYPES:
+        for name, value in settings.items():
+            setting = _ARGUMENTS.get(name.removeprefix("fasa_"))
+            if setting is None:
                 raise FasaError(
                     f"{name} is no argument of fasa_edge.Llama: choose from fasa_profile, "
-                    f"{', '.join('fasa_' + s for s in _TYPES)}"
+                    f"{', '.join('fasa_' + s for s in _ARGUMENTS)}"
                 )
-        for name, value in settings.items():
-            expected = _TYPES[name.removeprefix("fasa_")]
-            if value is not None and type(value) is not expected:
-                raise SchemaError(f"{name} = {value!r}: expected {_TYPE_NAMES[expected]}")
+            if value is not None:
+                setting.check(value, name)
         if kwargs.get("lora_base") is not None:
             warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)
         # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.
