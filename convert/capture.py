@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fasa_edge.errors import ConvertError, FasaError
 from fasa_edge.runtime import capi, sequence
@@ -28,12 +29,18 @@ class ModelRun:
         geometry: one ``fasa_edge.runtime.capi.LayerGeometry`` a layer.
         fingerprint: of the model's architecture and geometry.
 
+    Args:
+        path: the model.
+        n_ctx: tokens of its context.
+        annotated: whether it carries a profile, which is ignored.
+        options: ``n_threads``, ``n_gpu_layers`` and the like, of ``llama_cpp.Llama``.
+
     Raises:
         ConvertError: llama.cpp cannot load the file or has too little memory for it.
         LibraryError: the patched library is missing.
     """
 
-    def __init__(self, path: str | Path, n_ctx: int, *, annotated: bool = False) -> None:
+    def __init__(self, path: str | Path, n_ctx: int, *, annotated: bool = False, **options: Any) -> None:
         self._path = Path(path)
         # version 0: an old annotation is ignored, so that a damaged one can be replaced, too
         overrides = {"fasa.version": 0} if annotated else None
@@ -47,6 +54,7 @@ class ModelRun:
                     flash_attn=True,
                     kv_overrides=overrides,
                     verbose=False,
+                    **options,
                 )
             except Exception as error:  # the bindings raise whatever comes: ValueError, AssertionError, jinja2's ...
                 reason = log[0] if log else str(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fasa_edge.config import INT32_MAX, FasaConfig, default_n_tip
-from fasa_edge.errors import ConvertError, ModelError
+from fasa_edge.errors import ConvertError, FasaError, ModelError
 from fasa_edge.io.gguf_header import GgufHeader, read_header
 from fasa_edge.io.gguf_splice import check_destination, splice
 from fasa_edge.io.output import check_outputs, write_bytes
@@ -68,6 +68,8 @@ def convert(
     top_k: int = DEFAULT_TOP_K,
     config: FasaConfig | None = None,
     check: bool = True,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -94,6 +96,8 @@ def convert(
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
         check: measure the profile on text that it was not calibrated on (:mod:`fasa_edge.convert.selfcheck`). What
             comes of it decides nothing but an automatic ``n_tip``: the files are written in any case.
+        n_threads: that run the model; None: half of the CPUs.
+        n_gpu_layers: layers of it that a GPU runs; -1: all.
         force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
         progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
             stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, layers in stage ``"rank"``,
@@ -138,8 +142,13 @@ def convert(
         except ModelError as error:
             raise ConvertError(str(error)) from error
         n_given = None if n_tip == "auto" else n_tip
-        made = _make_profile(header, calibration_text, n_given, objective, tokens, context, top_k, config, progress)
-        checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress) if check else (None, None)
+        running = {"n_threads": n_threads, "n_threads_batch": n_threads, "n_gpu_layers": n_gpu_layers}
+        made = _make_profile(
+            header, calibration_text, n_given, objective, tokens, context, top_k, config, progress, running
+        )
+        checked = unchecked = None
+        if check:
+            checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress, running)
         made = replace(made, n_tip=checked.n_tip) if checked else made
         metadata = to_metadata(made)
         beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
@@ -161,13 +170,14 @@ def _make_profile(
     top_k: int,
     config: FasaConfig | None,
     progress: Progress,
+    running: dict[str, int | None],
 ) -> Profile:
-    """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked."""
+    """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked; ``running``, the last."""
     name, content = calibration_text
     context = context or _context_length(header)
     n_ctx = min(tokens, _context_length(header))
     annotated = any(key.startswith(PREFIX) for key in header.entries)
-    with ModelRun(header.path, n_ctx, annotated=annotated) as model:
+    with ModelRun(header.path, n_ctx, annotated=annotated, **running) as model:
         dims = plan_chunks(model)
         n_tip = _choose_n_tip(n_tip, [len(planes) for planes in dims.values()])
         prompt = model.tokenize(content, n_ctx)
@@ -197,13 +207,13 @@ def _make_profile(
 
 
 def _check(
-    header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress
+    header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress, running: dict
 ) -> tuple[Check | None, str | None]:
     """What :func:`check_profile` finds, or why it finds nothing."""
-    n_ctx, auto = _context_length(header), n_tip == "auto"
+    n_ctx, auto, report = _context_length(header), n_tip == "auto", partial(progress, "check")
     try:
-        return check_profile(header, profile, content, n_ctx, auto=auto, progress=partial(progress, "check")), None
-    except Exception as error:  # the calibration must not be lost, whatever it is
+        return check_profile(header, profile, content, n_ctx, auto=auto, progress=report, **running), None
+    except (FasaError, RuntimeError, MemoryError, OSError) as error:  # the calibration must not be lost for it
         return None, str(error) or type(error).__name__
 
 

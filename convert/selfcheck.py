@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.eval.methods import DENSE, Method
@@ -134,6 +135,7 @@ def check_profile(
     *,
     auto: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> Check:
     """Measures a profile, with its own ``n_tip`` or to find one.
 
@@ -145,6 +147,7 @@ def check_profile(
         n_ctx: the context that the model was trained for, in tokens.
         auto: look for the smallest even ``n_tip`` that passes clearly, by bisection.
         progress: called with the measurements done and those to do at most.
+        options: ``n_threads``, ``n_gpu_layers`` and the like, of :class:`fasa_edge.Llama`.
 
     Returns:
         The check of ``profile``, or with ``auto`` of the ``n_tip`` found; if none passes so, of all chunks.
@@ -162,7 +165,7 @@ def check_profile(
         path = folder / "profile.gguf"
         first = replace(profile, n_tip=n_tips[len(n_tips) // 2])  # of the context that reads the prefix
         path.write_bytes(encode_profile(header, to_metadata(first)))
-        with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path) as runner:
+        with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path, **options) as runner:
             name, tokens = _held_out(runner.llm, profile, content, n_prefix + N_TOKENS)
             capi.set_capture(runner.llm.ctx, Capture.K)
             runner.prefill(tokens[:n_prefix])

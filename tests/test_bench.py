@@ -47,7 +47,7 @@ def random_llama(folder: Path, geometry: Geometry = TINY, **kwargs) -> fasa_edge
 def test_bench_of_ops(tmp_path: Path) -> None:
     png = tmp_path / "ops.png"
     args = ("bench", "--op", "--geometry", "4/2x64,smollm2-135m", "-d", "600,300", "--layers", 2, "-t", 2, "-r", 3)
-    result = fasa(*args, "--budget", "64,40", "--n-tip", 10, "--plot", png, "-o", "json")
+    result = fasa(*args, "--budget", "64,40", "--n-tip", 10, "--plot", png, "--json")
     rows = json.loads(result.stdout)
     ops = [("flash_attn_ext", 0), ("exact", 0)]
     ops += [(op, budget) for budget in (40, 64) for op in ("fasa", "fasa_select", "fasa_attend")]
@@ -121,7 +121,7 @@ def test_bench_of_ops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench_of_a_geometry(fill: str, tmp_path: Path) -> None:
     png = tmp_path / "models.png"
     args = ("bench", "--geometry", "smollm2-135m", "--layers", 2, "-d", "300,40", "-n", 2, "-r", 3, "--fill", fill)
-    rows = json.loads(fasa(*args, "--budget", "64,100", "--plot", png, "-o", "json").stdout)
+    rows = json.loads(fasa(*args, "--budget", "64,100", "--plot", png, "--json").stdout)
     methods = [("dense", True, 0), ("dense", False, 0), ("exact", True, 0), ("fasa", True, 64), ("fasa", True, 100)]
     assert [(row["n_depth"], row["method"], row["flash_attn"], row["budget"]) for row in rows] == [
         (depth, *method) for depth in (40, 300) for method in methods

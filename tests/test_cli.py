@@ -134,7 +134,7 @@ def test_chat_says_when_its_context_is_full(fasa_model_path: Path, tmp_path: Pat
 
 def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     args = ("bench", fasa_model_path, "-d", "0,300", "-n", 2, "-r", 2, "--override-kv", "fasa.min_ctx=int:512")
-    rows = json.loads(fasa(*args, "-o", "json").stdout)
+    rows = json.loads(fasa(*args, "--json").stdout)
     assert [(row["method"], row["flash_attn"], row["n_depth"]) for row in rows] == [
         (method, flash_attn, depth)
         for depth in (0, 300)
@@ -145,7 +145,7 @@ def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     table = fasa(*args[:3], "0", *args[4:]).stdout.splitlines()
     assert table[0].startswith("| model") and len(table) == 2 + 4
 
-    quantized = ("-d", "0", "-n", 1, "-r", 1, "-ctk", "q8_0", "-ctv", "q4_0", "-o", "json")
+    quantized = ("-d", "0", "-n", 1, "-r", 1, "-ctk", "q8_0", "-ctv", "q4_0", "--json")
     rows = json.loads(fasa("bench", fasa_model_path, *quantized).stdout)
     assert [(row["type_k"], row["type_v"], row["flash_attn"]) for row in rows] == 3 * [("q8_0", "q4_0", True)]
 

@@ -163,7 +163,8 @@ def test_auto_takes_the_check(model, tmp_path):
 
 def test_command_line(model, tmp_path):
     def run(*arguments):
-        result = CliRunner().invoke(main, ["convert", str(model), "-f", "-o", str(tmp_path / "copy.gguf"), *arguments])
+        args = ["convert", str(model), "--force", "-o", str(tmp_path / "copy.gguf"), *arguments]
+        result = CliRunner().invoke(main, args)
         assert result.exit_code == 0, result.output
         return result
 

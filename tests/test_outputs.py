@@ -173,7 +173,7 @@ def test_no_output_is_an_input(tmp_path: Path) -> None:
     for command, path in (("bench", model), ("bench", profile), ("eval", model), ("eval", text), ("inspect", profile)):
         args = [profile] if command == "inspect" else [model, "--profile", profile]
         args += ["--text", text] if command == "eval" else []
-        assert "is the input" in fasa(command, *args, "--plot", path, "-f", code=1).stderr
+        assert "is the input" in fasa(command, *args, "--plot", path, "--force", code=1).stderr
     args = ("eval", model, "--profile", profile, "--text", text)
     for path in (model, profile, text):
         assert "is the input" in fasa(*args, "--resume", path, code=1).stderr

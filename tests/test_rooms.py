@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BELOW = {"config": {"errors"}, "schema": {"config", "errors"}}
 BELOW["io"] = {"schema", *BELOW["schema"]}
-BELOW["runtime"] = {"io", *BELOW["io"]}
-BELOW["bench"] = BELOW["eval"] = {"runtime", "version", *BELOW["runtime"]}
+BELOW["runtime"] = {"io", "version", *BELOW["io"]}
+BELOW["bench"] = BELOW["eval"] = {"runtime", *BELOW["runtime"]}
 BELOW["convert"] = {"eval", *BELOW["eval"]}
 BELOW["cli"] = {"", "bench", *BELOW["bench"], "convert", *BELOW["convert"]}
-BELOW[""] = {"runtime", "version", *BELOW["runtime"]}
+BELOW[""] = {"runtime", *BELOW["runtime"]}
 """By room what its files import besides each other; "" is ``fasa_edge/__init__.py``, which everything runs first."""
 
 

@@ -7,7 +7,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from fasa_edge.cli.common import TextFile, attention_text, echo, generate, load_model, model_options, read_text, utf8
+from fasa_edge.cli.common import (
+    TextFile,
+    attention_text,
+    echo,
+    generate,
+    load_model,
+    model_options,
+    read_text,
+    refuse_ignored,
+    utf8,
+)
 from fasa_edge.errors import ChatError, FasaError
 from fasa_edge.runtime.chat import Chat
 
@@ -24,7 +34,9 @@ import click
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     system: str | None,
     document_file: Any,
     n_predict: int,
@@ -38,6 +50,8 @@ def command(
     /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off. The
     exit status is 1 if a question found no room in the context.
     """
+    if dense:
+        refuse_ignored(ctx, ("budget",), "--dense")
     if sys.stdin is None:
         raise FasaError("standard input is closed, from where the questions come: open it")
     utf8(system or "", "--system")

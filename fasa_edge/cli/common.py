@@ -9,22 +9,33 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import fasa_edge
 from fasa_edge.config import INT32_MAX, SETTINGS
 from fasa_edge.errors import FasaError
+from fasa_edge.io.figure import new_figure, to_png
+from fasa_edge.io.output import check_outputs, write_bytes
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.trial import try_model
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _stderr = Console(stderr=True)
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """All control characters but tab and newline, and those that turn the direction of a text."""
+
+
+Report = Callable[[str, int, int], None]
+"""Called with the name of a stage, what is done and what there is to do."""
 
 
 def printable(text: str) -> str:
@@ -38,8 +49,8 @@ def echo(text: str = "", *, err: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def progress_bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage: call with its name, what is done and what there is to do."""
+def progress_bars(quiet: bool = False) -> Iterator[Report]:
+    """A progress bar for each stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -69,6 +80,72 @@ def size_text(n: float) -> str:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 """Of every command that has a result."""
+
+force_option = click.option("--force", is_flag=True, help="Replace existing files.")
+"""Of every command that writes some; no -f, which names the prompt."""
+
+output_option = click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), callback=lambda ctx, param, path: _output(path),
+    help="File for the result, in place of standard output.",
+)  # fmt: skip
+"""Of commands that print a table."""
+
+
+def _output(path: Path | None) -> Path | None:
+    if path is not None and str(path) in ("json", "md"):
+        raise click.BadParameter(f"it names a file: for the format {path} give --json, or nothing for a table")
+    return path
+
+
+def plot_option(help: str) -> Callable:
+    """``--plot PNG``; what it draws."""
+    return click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="PNG", help=help)
+
+
+def check_results(outputs: Iterable[Path | None], inputs: Iterable[Path], plot: Path | None, *, force: bool) -> None:
+    """Refuse what could not be written or drawn in the end, before hours of measurement.
+
+    Args:
+        outputs: files to be written besides the plot, if any.
+        inputs: files that are read.
+        plot: PNG to be drawn, if any.
+        force: replace existing files.
+    """
+    check_outputs([path for path in (*outputs, plot) if path is not None], inputs, force=force)
+    if plot is not None:
+        new_figure(1, 1)  # that needs matplotlib
+
+
+def print_result(rows: Any, table: str, *, as_json: bool, output: Path | None = None, force: bool = False) -> None:
+    """What a command found, as JSON or as a table, on standard output or in a file."""
+    if output is None:
+        return print_json(rows) if as_json else echo(table)
+    text = json.dumps(rows, indent=2) if as_json else printable(table)
+    write_bytes(output, [], f"{text}\n".encode(), force=force)
+    echo(f"written: {output}", err=True)
+
+
+def write_plot(plot: Path | None, draw: Callable[[], Figure], *, force: bool) -> None:
+    """Draw what a command found; last, so that nothing measured is lost if it cannot be written."""
+    if plot is not None:
+        write_bytes(plot, [], to_png(draw()), force=force)
+        echo(f"drawn: {plot}", err=True)
+
+
+def refuse_ignored(ctx: click.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that have no effect on what is asked for.
+
+    Args:
+        ctx: of the command.
+        names: of parameters.
+        why: what ignores them.
+
+    Raises:
+        click.UsageError: one was given.
+    """
+    for param in ctx.command.params:
+        if param.name in names and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{'/'.join(param.opts)} has no effect with {why}: leave it out", ctx)
 
 _cache_type = click.Choice(capi.CACHE_TYPES)
 
@@ -130,6 +207,14 @@ def setting_option(name: str, *declarations: str, default: str | None = None, **
     return click.option(*(declarations or [f"--{name.replace('_', '-')}"]), **(own | attributes))
 
 
+threads_option = click.option(
+    "-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"
+)
+gpu_layers_option = click.option(
+    "-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."
+)
+
+
 def load_options(command: Callable) -> Callable:
     """How a model is loaded."""
     return _with(
@@ -137,8 +222,8 @@ def load_options(command: Callable) -> Callable:
         click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
                      help="Cells of the KV cache, rounded up to a multiple of 256.  "
                           "[default: the model's own context, as far as memory allows]"),
-        click.option("-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"),
-        click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."),
+        threads_option,
+        gpu_layers_option,
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
         click.option("--profile", type=_File(), help="In place of the model's own."),

@@ -7,7 +7,17 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from fasa_edge import convert
-from fasa_edge.cli.common import echo, json_option, print_json, progress_bars, setting_option, size_text
+from fasa_edge.cli.common import (
+    echo,
+    gpu_layers_option,
+    json_option,
+    print_json,
+    progress_bars,
+    refuse_ignored,
+    setting_option,
+    size_text,
+    threads_option,
+)
 from fasa_edge.config import FasaConfig
 
 import click
@@ -41,9 +51,12 @@ class _NTip(click.ParamType):
 @setting_option("max_batch")
 @setting_option("select")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
-@click.option("-f", "--force", is_flag=True, help="Replace an existing output, or an older annotation.")
+@threads_option
+@gpu_layers_option
+@click.option("--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option
-def command(src: str, output: str | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, src: str, output: str | None, as_json: bool, **options: Any) -> None:
     """Find the dominant frequency chunks of the model SRC and write a GGUF copy that carries them.
 
     SRC is a GGUF file (of a split model the first), the folder of a Hugging Face checkpoint (which takes
@@ -58,6 +71,8 @@ def command(src: str, output: str | None, as_json: bool, **options: Any) -> None
     In the end the chunks are tried on text that they were not chosen by: how far predictions are from those of dense
     attention, and how much attention the chosen cells hold in the worst layer. A warning says what falls short.
     """
+    if not convert.OBJECTIVES[options["objective"]].uses_top_k:
+        refuse_ignored(ctx, ("top_k",), f"--objective {options['objective']}")
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
     with progress_bars(as_json) as progress:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from fasa_edge import convert
-from fasa_edge.cli.common import echo, json_option, print_json, size_text
+from fasa_edge.cli.common import echo, force_option, json_option, plot_option, print_json, size_text
 from fasa_edge.config import tip_bytes
 
 import click
@@ -14,10 +15,10 @@ from tabulate import tabulate
 
 @click.command(name="inspect")
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--plot", type=click.Path(dir_okay=False), metavar="PNG", help="Draw the chunks of every head.")
-@click.option("-f", "--force", is_flag=True, help="Replace an existing PNG.")
+@plot_option("Draw the chunks of every head.")
+@force_option
 @json_option
-def command(file: str, plot: str | None, force: bool, as_json: bool) -> None:
+def command(file: str, plot: Path | None, force: bool, as_json: bool) -> None:
     """Show what FASA metadata FILE holds, an annotated model or a profile."""
     report = convert.inspect(file)
     if plot is not None:

@@ -14,6 +14,7 @@ from fasa_edge.cli.common import (
     model_options,
     print_json,
     read_text,
+    refuse_ignored,
     utf8,
 )
 from fasa_edge.errors import FasaError
@@ -35,7 +36,9 @@ import click
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     prompt: str | None,
     prompt_file: Any,
     parse_special: bool,
@@ -49,6 +52,8 @@ def command(
     """Generate text after a prompt with MODEL."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with either -p TEXT or -f FILE")
+    if dense:
+        refuse_ignored(ctx, ("budget",), "--dense")
     content = utf8(prompt, "-p") if prompt is not None else read_text(prompt_file).encode()
     llm = load_model(**model, fasa_enabled=False if dense else None)
     tokens = llm.tokenize(content, special=parse_special)
