@@ -156,6 +156,17 @@ def test_what_cannot_be_checked_is_written_and_told(model, profile, tmp_path, mo
     assert inspect(made.path).profile.n_tip == 24  # the default
 
 
+def test_a_mistake_in_the_check_is_no_result_of_it(model, profile, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(selfcheck, "Runner", fail)
+    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: profile)
+    with pytest.raises(TypeError, match="a bug"):
+        convert(model, tmp_path / "copy.gguf")
+    assert not (tmp_path / "copy.gguf").exists()
+
+
 def test_auto_takes_the_check(model, tmp_path):
     with pytest.raises(ConvertError, match="n_tip = 'auto' is chosen by the check"):
         convert(model, tmp_path / "copy.gguf", n_tip="auto", check=False)

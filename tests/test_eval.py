@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -254,6 +258,38 @@ def test_identity(tiny: Path, tmp_path: Path) -> None:
     assert len(key["library"]) == 3 and set(key["library"]) <= set(libraries)
     assert key["overrides"] == overrides and key["n_gpu_layers"] == 0
     assert (key["n_threads"], key["n_threads_batch"], key["type_k"]) == (2, 1, "f16")
+
+
+_LIBRARIES = """
+import ctypes, json, sys
+from fasa_edge.eval.results import identity
+from fasa_edge.eval.runner import Runner
+for path in sys.argv[2:]:
+    ctypes.CDLL(path)
+with Runner(sys.argv[1], 64) as runner:
+    print(json.dumps(identity(runner, [])["library"]))
+"""
+
+
+def test_another_backend_of_a_device_is_another_identity(tiny: Path, tmp_path: Path, rpc_lib: Path) -> None:
+    """It computes, too; so what was measured with it is not what another one would find."""
+
+    def libraries(*more: Path, **environment: str) -> list[str]:
+        command = [sys.executable, "-c", _LIBRARIES, tiny, *more]
+        done = subprocess.run(command, check=True, capture_output=True, env=os.environ | environment, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    names = [tmp_path / "libggml-cuda.so", tmp_path / "mine.so"]
+    for name in names:
+        shutil.copy(rpc_lib, name)
+    alone = libraries()
+    assert len(alone) == 3 == len(libraries(names[1]))
+    sha256 = hashlib.sha256(rpc_lib.read_bytes()).hexdigest()
+    for found in (libraries(names[0]), libraries(names[1], GGML_BACKEND_PATH=str(names[1]))):
+        assert sorted(found) == sorted([*alone, sha256])
+    with names[0].open("ab") as changed:
+        changed.write(b"another build")
+    assert sorted(libraries(names[0])) != sorted([*alone, sha256])
 
 
 def test_the_question_goes_on_after_the_context(tiny: Path) -> None:

@@ -116,10 +116,12 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _libraries() -> list[Path]:
-    """libllama, libggml-base and the CPU backend."""
+    """libllama, libggml-base and the backends that are loaded, or could be where the system does not tell."""
     build = library.check(library.llama_cpp, library.lib_dir())
-    cpu = library.cpu_backends() or sorted(library.lib_dir().glob("*ggml-cpu*"))
-    return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, cpu)]
+    backends = library.backends()
+    if backends is None:
+        backends = sorted(filter(library.is_backend, library.lib_dir().iterdir()))
+    return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, backends)]
 
 
 def _sha256(path: Path) -> str:

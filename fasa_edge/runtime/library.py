@@ -105,15 +105,28 @@ def ggml(llama_cpp: ModuleType, name: str = "ggml") -> ctypes.CDLL:
     return llama_cpp.llama_cpp.load_shared_library(name, lib_dir())
 
 
-def cpu_backends() -> list[str] | None:
-    """Paths of the CPU backends that are mapped: of several variants, ggml keeps the best that the machine can run.
+def backends() -> list[str] | None:
+    """Paths of the backends that are mapped, the CPU's and those of devices; of the CPU's variants ggml keeps the best.
 
     None where the system does not list a process' mapped files to it (macOS).
     """
     maps = getattr(psutil.Process(), "memory_maps", None)
     if maps is None:
         return None
-    return sorted({m.path for m in maps() if "ggml-cpu" in Path(m.path).name})
+    added = os.environ.get("GGML_BACKEND_PATH")  # ggml loads it, whatever its name
+    paths = {os.path.realpath(m.path) for m in maps() if m.path}
+    return sorted(path for path in paths if is_backend(Path(path)) or (added and path == os.path.realpath(added)))
+
+
+def is_backend(path: Path) -> bool:
+    """Whether a library is named as ggml's backends are."""
+    return "ggml-" in path.name and "ggml-base" not in path.name and path.suffix in (".so", ".dylib", ".dll")
+
+
+def cpu_backends() -> list[str] | None:
+    """Those of the CPU among :func:`backends`."""
+    found = backends()
+    return None if found is None else [path for path in found if "ggml-cpu" in Path(path).name]
 
 
 def check(llama_cpp: ModuleType, lib_dir: Path) -> Build:
