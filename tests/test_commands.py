@@ -69,6 +69,8 @@ def test_measure_ops() -> None:
     few = {"depths": [300], "budgets": [40], "n_repetitions": 1, "n_threads": 1, "n_layers": 1}
     rows = measure_ops(["4/2x64", Heads(2, 2, 32)], **few)
     assert {type(row) for row in rows} == {OpRow}
+    with pytest.raises(FasaError, match="at least 1 of each"):
+        measure_ops(["4/2x64"], depths=[])
     assert [(row.heads, row.op) for row in rows][::5] == [("4/2x64", "flash_attn_ext"), ("2/2x32", "flash_attn_ext")]
 
 
@@ -84,6 +86,9 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r.jsonl").stat().st_size == n_bytes
     with pytest.raises(FasaError, match="jsonl and a file of prompts .* go together"):
         evaluate(model, tasks=["jsonl"])
+    for nothing in ({"tasks": []}, {"prefixes": []}, {"tasks": ["passkey"], "lengths": []}):
+        with pytest.raises(FasaError, match="nothing to measure"):
+            evaluate(model, **nothing)
     with pytest.raises(FasaError, match="task 'x' is unknown"):
         evaluate(model, tasks=["x"])
 

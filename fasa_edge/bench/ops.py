@@ -146,7 +146,7 @@ def run(
     Raises:
         FasaError: a number is out of range, or there is too little memory.
     """
-    if min(depths) < 1 or min(budgets) < 1 or n_threads < 1 or n_repetitions < 1:
+    if min(depths, default=0) < 1 or min(budgets, default=0) < 1 or n_threads < 1 or n_repetitions < 1:
         raise FasaError(
             f"{list(depths)} cells, budgets {list(budgets)}, {n_threads} threads, {n_repetitions} repetitions: "
             "an op needs at least 1 of each"

@@ -134,6 +134,8 @@ def evaluate(
         ConvertError: a text cannot be read, or ``resume`` is one of the inputs.
     """
     of_texts, of_prompts = split_tasks(tasks, prompts)
+    if not (of_texts and prefixes) and not (of_prompts and (lengths or prompts is not None)):
+        raise FasaError("nothing to measure: name a task, and a prefix or a length for it")
     settings = settings or {}
     at_load = {f"fasa_{name}": value for name, value in settings.items() if name in _AT_LOAD}
     settings = {name: value for name, value in settings.items() if name not in _AT_LOAD}
@@ -146,7 +148,7 @@ def evaluate(
     vocabulary = _vocabulary(os.fspath(model))
     named = _texts(texts)
     blocks: list[Block] = []
-    if of_texts:
+    if of_texts and prefixes:
         bos = vocabulary.token_bos() if llama_cpp.llama_vocab_get_add_bos(vocabulary._model.vocab) else None
         for name, content in named:
             tokens = vocabulary.tokenize(content.encode(), add_bos=False)
@@ -154,7 +156,7 @@ def evaluate(
     items = _items(of_prompts, prompts, vocabulary, named[0][1], lengths, depths, seeds)
     # the last token of a block is only a target
     needed = max([len(block.tokens) - 1 for block in blocks] + [item.n_tokens for item in items])
-    n_ctx = _context(vocabulary, n_ctx, needed, max(budgets))
+    n_ctx = _context(vocabulary, n_ctx, needed, max(budgets, default=0))
     results = Results(None if resume is None else Path(resume))
     vocabulary.close()
 
