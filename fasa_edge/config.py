@@ -29,7 +29,7 @@ class Setting:
         help: what it does, in a sentence.
         default: None where it depends on the model.
         limits: inclusive range of a number, in the unit that ``help`` names.
-        choices: of a text.
+        choices: of a text; none where only the runtime knows them.
         is_fixed: whether it is fixed when a model is loaded; the others can change between decode steps.
         is_optional: whether a file may lack it, for it came later than the format.
     """
@@ -63,7 +63,9 @@ class Setting:
         elif self.type is bool:
             if not isinstance(value, bool):
                 raise SchemaError(f"{name} = {value!r}: expected True or False")
-        elif value not in self.choices:
+        elif not isinstance(value, str):
+            raise SchemaError(f"{name} = {value!r}: expected a name")
+        elif self.choices and value not in self.choices:
             raise SchemaError(f"{name} = {value!r} is unknown: choose from {', '.join(self.choices)}")
 
 
