@@ -38,7 +38,7 @@ class Setting:
     type: type
     help: str
     default: bool | int | str | None = None
-    limits: tuple[int, int] | None = None
+    limits: tuple[int, int] = (0, 2**32 - 1)
     choices: tuple[str, ...] = ()
     is_fixed: bool = False
     is_optional: bool = False
@@ -70,7 +70,7 @@ class Setting:
 
 
 def _setting(default: bool | int | str, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
+    return field(default=default, metadata={"default": default, "help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class FasaConfig:
 
 
 SETTINGS = {
-    item.name: Setting(item.name, type(item.default), default=item.default, **item.metadata)
+    item.name: Setting(item.name, type(item.default), **item.metadata)
     for item in fields(FasaConfig)
 }
 SETTINGS["n_tip"] = Setting("n_tip", int, "Chunks scored per KV head.", limits=(1, INT32_MAX), is_fixed=True)

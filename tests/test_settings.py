@@ -164,8 +164,9 @@ def table() -> str:
     for name, setting in SETTINGS.items():
         default = {None: "24 of 32, half of more", True: "on", False: "off"}.get(setting.default, setting.default)
         default = setting.default if setting.type is int and setting.default is not None else default
-        limits = setting.limits and "{} to {}".format(*setting.limits).replace(str(INT32_MAX), "2^31 - 1")
-        limits = "1 to the chunks of a head" if name == "n_tip" else limits or ", ".join(setting.choices) or "on, off"
+        numbers = "{} to {}".format(*setting.limits).replace(str(INT32_MAX), "2^31 - 1")
+        limits = numbers if setting.type is int else ", ".join(setting.choices) or "on, off"
+        limits = "1 to the chunks of a head" if name == "n_tip" else limits
         rows.append((f"`{name}`", default, limits, setting.help.replace("False: ", "off: ")))
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
 

@@ -87,14 +87,14 @@ def measure(
     given = (depths, n_gen, n_repetitions, budgets)
     if model is not None:
         return _measure(os.fspath(model), *given, fill or "prefill", progress, options)
+    assert geometry is not None
     from fasa_edge.bench.random_model import write_random_model  # gguf-py takes a third of a second to import
 
-    name = geometry if isinstance(geometry, str) else geometry.arch
-    geometry = find_geometry(geometry) if isinstance(geometry, str) else geometry
+    name, found = (geometry, find_geometry(geometry)) if isinstance(geometry, str) else (geometry.arch, geometry)
     with work_folder("fasa-edge") as folder:
         title = f"{name}-{n_layers}L" if n_layers else name
-        geometry = replace(geometry, n_layer=n_layers or geometry.n_layer)
-        path, profile = write_random_model(folder, title, geometry, weight_type or WEIGHT_TYPE)
+        found = replace(found, n_layer=n_layers or found.n_layer)
+        path, profile = write_random_model(folder, title, found, weight_type or WEIGHT_TYPE)
         return _measure(str(path), *given, fill or "random", progress, options | {"fasa_profile": str(profile)})
 
 
@@ -112,11 +112,11 @@ def _measure(
         options.setdefault("n_batch", _N_BATCH_FILLED)
     if not options.get("n_gpu_layers"):
         f16 = capi.cache_type("f16")
-        types = [f16 if options.get(name) is None else options[name] for name in ("type_k", "type_v")]
+        type_k, type_v = (f16 if options.get(name) is None else options[name] for name in ("type_k", "type_v"))
         with without_weights(path) as weightless:
             if weightless:
                 n_state = max(depths) if fill == "random" else 0
-                models.check_memory(weightless, options["n_ctx"], *types, n_contexts=2, n_state=n_state)
+                models.check_memory(weightless, options["n_ctx"], type_k, type_v, n_contexts=2, n_state=n_state)
     llm = Llama(path, **options)
     try:
         rows = list(models.run(llm, depths, n_gen, n_repetitions, progress, budgets=budgets, fill=fill))

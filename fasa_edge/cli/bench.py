@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,10 @@ def command(
     inputs += [Path(options["profile"])] if options["profile"] else []
     check_results([output], inputs, plot, force=force)
     with progress_bars() as progress:
-        rows = list(_ops(names, progress, **options) if op else _models(model, names, progress, **options))
-    tabulated, draw = (_op_table, draw_ops) if op else (_model_table, draw_models)
-    table = tabulate(map(tabulated, rows), headers="keys", tablefmt="github", disable_numparse=True)
+        rows: list[Any] = _ops(names or [], progress, **options) if op else _models(model, names, progress, **options)
+    columns: Callable[[Any], dict] = _op_columns if op else _model_columns
+    draw: Callable[[list], Any] = draw_ops if op else draw_models
+    table = tabulate(map(columns, rows), headers="keys", tablefmt="github", disable_numparse=True)
     print_result([row.as_dict() for row in rows], table, as_json=as_json, output=output, force=force)
     write_plot(plot, lambda: draw(rows), force=force)
 
@@ -189,9 +190,11 @@ def _models(
     n_tip: int | None,
     n_ctx: int,
     **loading: Any,
-) -> Iterator[BenchRow]:
-    for name in [None] if model else [name for name in names if find_geometry(name)]:
-        yield from measure(
+) -> list[BenchRow]:
+    rows: list[BenchRow] = []
+    sources: list[str | None] = [name for name in names or () if find_geometry(name)]
+    for name in sources or [None]:
+        rows += measure(
             model,
             geometry=name,
             n_layers=n_layers,
@@ -203,12 +206,13 @@ def _models(
             n_tip=n_tip,
             fill=fill,
             n_ctx=n_ctx,
-            progress=partial(progress, name or Path(model).stem),
+            progress=partial(progress, name or Path(model or "").stem),
             **load_arguments(**loading),
         )
+    return rows
 
 
-def _model_table(row: BenchRow) -> dict[str, object]:
+def _model_columns(row: BenchRow) -> dict[str, object]:
     return {
         "model": row.model_filename,
         "size": size_text(row.model_size),
@@ -225,7 +229,7 @@ def _model_table(row: BenchRow) -> dict[str, object]:
     }
 
 
-def _op_table(row: OpRow) -> dict[str, object]:
+def _op_columns(row: OpRow) -> dict[str, object]:
     return {
         "op": row.op,
         "heads": row.heads,

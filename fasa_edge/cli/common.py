@@ -194,14 +194,14 @@ def setting_option(name: str, *declarations: str, default: str | None = None, **
         attributes: of ``click.option``, in place of the setting's own.
     """
     setting = SETTINGS[name]
-    if setting.type is int:
-        low, high = setting.limits
-        kind = click.IntRange(low, high if high < INT32_MAX else None)
-    else:
-        kind = click.Choice(setting.choices)
-    own = {"type": kind, "help": setting.help, "default": setting.default}
+    low, high = setting.limits
+    own: dict[str, Any] = {"help": setting.help}
     if setting.type is bool:
-        own = {"is_flag": True, "help": setting.help}
+        own |= {"is_flag": True}
+    elif setting.type is int:
+        own |= {"type": click.IntRange(low, high if high < INT32_MAX else None), "default": setting.default}
+    else:
+        own |= {"type": click.Choice(setting.choices), "default": setting.default}
     if default is not None:
         own |= {"default": None, "help": f"{setting.help}  [default: {default}]"}
     return click.option(*(declarations or [f"--{name.replace('_', '-')}"]), **(own | attributes))

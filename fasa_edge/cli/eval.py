@@ -91,7 +91,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 @click.argument("model", type=model_file)
 @click.option(
     "--task",
-    "names",
+    "groups",
     type=List(str),
     multiple=True,
     metavar="NAME,...",
@@ -142,7 +142,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 def command(
     ctx: click.Context,
     model: str,
-    names: tuple[list[str], ...],
+    groups: tuple[list[str], ...],
     n_tips: list[int] | None,
     settings: tuple[tuple[str, Value], ...],
     texts: tuple[str, ...],
@@ -168,7 +168,7 @@ def command(
     standard error. Nothing is put between the parts of a prompt, and no chat template around them. Without -c the
     context has as many cells as are needed.
     """
-    names = [name for group in names for name in group] or list(evaluation.TASKS)
+    names = [name for group in groups for name in group] or list(evaluation.TASKS)
     if ("jsonl" in names) != (prompts is not None):
         raise click.UsageError("--task jsonl and --file go together")
     of_texts, of_prompts = evaluation.split_tasks(names, prompts)

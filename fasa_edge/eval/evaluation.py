@@ -164,21 +164,23 @@ def evaluate(
         batch = batch or min(_MAX_BATCH, runner.max_batch)
         runner.check(chosen, batch if blocks else 1)
         key = identity(runner, weights) if resume is not None else {}
-        kept = {"results": results, "key": key}
         mass = "mass" in of_texts
         report = partial(progress, "texts")
-        windows = list(text.run(runner, blocks, with_noise, batch, mass=mass, progress=report, **kept))
-        answered = answers.run(
+        windows = list(
+            text.run(runner, blocks, with_noise, batch, mass=mass, results=results, key=key, progress=report)
+        )
+        unordered = answers.run(
             runner,
             items,
             chosen,
             teacher_forced=teacher_forced,
             only_if_dense=only_if_dense,
+            results=results,
+            key=key,
             progress=partial(progress, "prompts"),
-            **kept,
         )
         order = {id(item): i for i, item in enumerate(items)}
-        answered = sorted(answered, key=lambda cell: order[id(cell.item)])
+        answered = sorted(unordered, key=lambda cell: order[id(cell.item)])
         return Evaluation(
             model=Path(model).name,
             profile=profile and Path(profile).name,
@@ -222,7 +224,7 @@ def _vocabulary(model: str) -> llama_cpp.Llama:
 def _texts(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, str]]:
     """Name and content of each; calibration takes the beginning of the documentation, so here is what remains."""
     if paths:
-        return [read_text(path) for path in paths]
+        return [read_text(Path(path)) for path in paths]
     name, content = read_text()
     return [(name, content[len(content) // 2 :])]
 
@@ -239,8 +241,8 @@ def _items(
     count: Callable[[str], int] = lambda string: len(vocabulary.tokenize(string.encode(), add_bos=False))  # noqa: E731
     items = []
     for name in names:
-        if name == "jsonl":
-            items += [answers.encode(name, prompt, vocabulary) for prompt in read_jsonl(prompts)]
+        if name == "jsonl" and prompts is not None:
+            items += [answers.encode(name, prompt, vocabulary) for prompt in read_jsonl(Path(prompts))]
             continue
         task = registry.TASKS[name]
         for length in lengths:

@@ -73,5 +73,5 @@ def restore(ctx: int, state: np.ndarray) -> None:
         raise FasaError("llama.cpp cannot restore the state of a sequence: see its log")
 
 
-def _pointer(state: np.ndarray):
+def _pointer(state: np.ndarray) -> ctypes._Pointer:
     return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
