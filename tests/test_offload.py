@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fasa_edge.convert import convert
 from fasa_edge.runtime import library
 from fasa_edge.runtime.library import llama_cpp
 
@@ -181,3 +182,29 @@ def test_layers_on_a_device_without_the_ops_run_dense(model: Path, rpc_device: i
         ctx.read(TEXTS[0][:N_PROMPT])
         steps(ctx)
         assert ctx.reasons() == {"none": 2 * len(STEPS), "backend": 2 * len(STEPS)}
+
+
+def test_a_model_on_a_device_is_converted_as_on_the_cpu(
+    model: Path, simt_devices: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured comes from there; the check, too, runs there."""
+    device = simt_devices["SIMT-CUDA"]  # a renamed RPC device claims ops that are functions of this process
+    devices = (ctypes.c_void_p * 2)(device, None)
+    loaded: list[int] = []
+    load_model = llama_cpp.llama_cpp.llama_model_load_from_file
+
+    def on_the_device(path: bytes, params: llama_cpp.llama_model_params) -> int:
+        loaded.append(params.n_gpu_layers)
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        return load_model(path, params)
+
+    wanted = convert(model, profile=tmp_path / "cpu.gguf", tokens=512, force=True)
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_load_from_file", on_the_device)
+    with called(device, b"GPU"):
+        found = convert(model, profile=tmp_path / "gpu.gguf", tokens=512, force=True, n_gpu_layers=N_LAYER + 1)
+    assert loaded.count(N_LAYER + 1) == 2 and found.check and wanted.check
+    assert found.check.kl == pytest.approx(wanted.check.kl, abs=1e-3)
+    for mine, other in zip(found.profile.chunks, wanted.profile.chunks, strict=True):
+        assert (mine == other).mean() > 0.9
+    for mine, other in zip(found.profile.centre, wanted.profile.centre, strict=True):
+        assert np.abs(mine - other).max() < 0.02 * np.abs(other).max()
