@@ -60,7 +60,7 @@ _OF_SETTINGS = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFVa
 
 SCALARS = {  # every scalar key and its GGUF type
     "fasa.version": GGUFValueType.UINT32,
-    **{PREFIX + name: _OF_SETTINGS[setting.type] for name, setting in SETTINGS.items()},
+    **{PREFIX + name: _OF_SETTINGS[SETTINGS[name].type] for name in ("n_tip", *SETTINGS)},
     "fasa.calibration.text": GGUFValueType.STRING,
     "fasa.calibration.tokens": GGUFValueType.UINT32,
     "fasa.calibration.context": GGUFValueType.UINT32,
