@@ -34,11 +34,14 @@ struct fasa_part {
     int64_t cell0;
     int64_t cell1;
 
-    float   * scores; // [n_cells] by query head, with a stride of a whole row; then of the group in the first one
+    float   * scores; // [n_cells] by query head, with a stride of a whole row
     int32_t * ids;    // of the candidates
+    float   * found;  // their scores
     int64_t   n_ids;
-    float   * gathered;
     int64_t   n_gathered;
+
+    // scores of candidates in the bin of the n_fac-th best cell: when they are gathered, nobody needs the scores of heads any more
+    float * gathered() const { return scores; }
 
     float    best; // score of the row
     uint32_t bins[FASA_BINS];
@@ -68,7 +71,7 @@ struct fasa_select_op {
     // bytes; of a row at work: a thread's own, or one that all share
     size_t size_stats;   // of all rows: fasa_row_stats [n_rows, n_chunks, n_group]
     size_t size_scores;  // of a row at work: floats [n_group, n_kv]
-    size_t size_cells;   // of a row at work, for its candidates and for the gathered ones: 4 bytes a cell
+    size_t size_cells;   // of a row at work, for the ids of its candidates and for their scores: 4 bytes a cell
     size_t size_parts;   // of a thread: two parts, for it can have the end of one row and the beginning of another
     size_t size_scratch; // of a thread: 4 bytes a cell, and one more
     size_t size_query;   // of a thread: rounded query heads of a row

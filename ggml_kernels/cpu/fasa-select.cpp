@@ -18,6 +18,8 @@ static constexpr float FASA_FORCED = INFINITY;
 // where that leaves out most, candidates are the cells down to a score guessed from one vector of cells in so many
 static constexpr int64_t FASA_SAMPLE = 16;
 
+static constexpr int64_t FASA_BATCH = 64; // scores whose bins are computed together
+
 size_t ggml_fasa_select_work_size(const ggml_tensor * dst, int n_tasks) {
     const fasa_select_op op(dst);
     return op.size_stats + op.n_at_work(n_tasks)*(op.size_scores + 2*op.size_cells) + n_tasks*(op.size_parts + op.size_scratch + op.size_query);
@@ -65,14 +67,19 @@ static float fasa_bin_end(int32_t bin) {
     return bin < FASA_BINS - 1 ? res : INFINITY;
 }
 
-// append the cells that are nearer to the best score than end; n: a multiple of FASA_LANES, so no id is written past the part's
-static void fasa_collect(fasa_part & part, int64_t cell0, int64_t n, float end) {
-    const float * scores = part.scores + (cell0 - part.cell0);
+// count scores by their bins
+static void fasa_count(const float * scores, int64_t n, float best, uint32_t * bins) {
+    std::fill(bins, bins + FASA_BINS, 0);
+    for (int64_t i = 0; i < n; i += FASA_BATCH) {
+        const int64_t n_batch = std::min(FASA_BATCH, n - i);
 
-    for (int64_t i = 0; i < n; i += FASA_LANES) {
-        const vec      score = v_load(scores + i);
-        const uint32_t bits  = end < INFINITY ? v_bits_gt(v_set1(end), v_sub(v_set1(part.best), score)) : v_bits_gt(score, v_set1(FASA_MASKED));
-        part.n_ids += v_append_ids(bits, cell0 + i, part.ids + part.n_ids);
+        int32_t batch[FASA_BATCH]; // apart from the counting, compilers make vectors of it
+        for (int64_t j = 0; j < n_batch; ++j) {
+            batch[j] = fasa_bin(scores[i + j], best);
+        }
+        for (int64_t j = 0; j < n_batch; ++j) {
+            bins[batch[j]]++;
+        }
     }
 }
 
@@ -85,6 +92,19 @@ static vec fasa_group_score(const fasa_select_op & op, const float * scores, con
     return res;
 }
 
+// forced cells that are visible are better than any other
+static void fasa_force(const fasa_select_op & op, const fasa_part & part) {
+    const int64_t   n_forced = op.forced ? op.forced->ne[0] : 0;
+    const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_sel*n_forced : nullptr;
+
+    for (int64_t i = 0; i < n_forced; ++i) {
+        for (int64_t ig = 0; ig < op.n_group && forced[i] >= part.cell0 && forced[i] < part.cell1; ++ig) {
+            float & score = part.scores[ig*op.n_kv + forced[i] - part.cell0];
+            score = score > FASA_MASKED ? FASA_FORCED : score;
+        }
+    }
+}
+
 // a distance within which there are probably n_fac cells of the part, and not many more
 static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const float * lse) {
     const int64_t n = part.cell1 - part.cell0;
@@ -92,25 +112,38 @@ static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const f
         return INFINITY; // the guess would cost more than it spares
     }
 
-    std::fill(part.bins, part.bins + FASA_BINS, 0);
-    for (int64_t is = 0; is < n/(FASA_SAMPLE*FASA_LANES); ++is) {
+    const int64_t n_sample = n/(FASA_SAMPLE*FASA_LANES);
+    for (int64_t is = 0; is < n_sample; ++is) {
         const int64_t i = is*FASA_SAMPLE + is*7 % FASA_SAMPLE; // not at equal distances, as a text may repeat itself
-
-        float scores[FASA_LANES];
-        v_store(scores, fasa_group_score(op, part.scores + i*FASA_LANES, lse));
-        for (float score : scores) {
-            part.bins[fasa_bin(score, part.best)] += score > FASA_MASKED;
-        }
+        v_store(part.found + is*FASA_LANES, fasa_group_score(op, part.scores + i*FASA_LANES, lse));
     }
+    fasa_count(part.found, n_sample*FASA_LANES, part.best, part.bins);
 
     const int64_t n_wanted = op.n_fac/FASA_SAMPLE + op.n_fac/FASA_SAMPLE/4 + 32;
 
     int64_t n_upto = 0;
     int32_t bin    = 0;
-    while (bin < FASA_BINS - 1 && (n_upto += part.bins[bin]) < n_wanted) {
+    while (bin < FASA_BINS - 1 && (n_upto += part.bins[bin]) < n_wanted) { // masked cells are in the last bin
         bin++;
     }
     return fasa_bin_end(bin);
+}
+
+// candidates: the visible cells that are nearer to the best score than end
+static void fasa_collect(const fasa_select_op & op, fasa_part & part, const float * lse, float end) {
+    int32_t * ids   = part.ids;
+    float   * found = part.found;
+    for (int64_t i = 0; i < part.cell1 - part.cell0; i += FASA_LANES) {
+        const vec      score = fasa_group_score(op, part.scores + i, lse);
+        const uint32_t bits  = end < INFINITY ? v_bits_gt(v_set1(end), v_sub(v_set1(part.best), score)) : v_bits_gt(score, v_set1(FASA_MASKED));
+
+        float scores[FASA_LANES];
+        v_store(scores, score);
+
+        ids   += v_append_ids(bits, part.cell0 + i, ids);
+        found += v_append(bits, scores, found);
+    }
+    part.n_ids = ids - part.ids;
 }
 
 // lse: [n_group], scratch
@@ -124,35 +157,14 @@ static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa
     }
     part.best = std::min(part.best, FLT_MAX);
 
+    fasa_force(op, part);
+
     const float end = fasa_guess_end(op, part, lse);
-
-    const int64_t   n_forced = op.forced ? op.forced->ne[0] : 0;
-    const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_sel*n_forced : nullptr;
-
-    part.n_ids = 0;
-    for (int64_t cell = part.cell0; cell < part.cell1; cell += FASA_CHUNK) {
-        const int64_t n      = std::min(FASA_CHUNK, part.cell1 - cell);
-        float       * scores = part.scores + (cell - part.cell0);
-
-        for (int64_t i = 0; i < n; i += FASA_LANES) {
-            v_store(scores + i, fasa_group_score(op, scores + i, lse));
-        }
-        for (int64_t i = 0; i < n_forced; ++i) {
-            if (forced[i] >= cell && forced[i] < cell + n && scores[forced[i] - cell] > FASA_MASKED) {
-                scores[forced[i] - cell] = FASA_FORCED;
-            }
-        }
-        fasa_collect(part, cell, n, end);
-    }
+    fasa_collect(op, part, lse, end);
     if (part.n_ids < op.n_fac && end < INFINITY) {
-        part.n_ids = 0;
-        fasa_collect(part, part.cell0, part.cell1 - part.cell0, INFINITY);
+        fasa_collect(op, part, lse, INFINITY);
     }
-
-    std::fill(part.bins, part.bins + FASA_BINS, 0);
-    for (int64_t i = 0; i < part.n_ids; ++i) {
-        part.bins[fasa_bin(part.scores[part.ids[i] - part.cell0], part.best)]++;
-    }
+    fasa_count(part.found, part.n_ids, part.best, part.bins);
 }
 
 //
@@ -196,13 +208,17 @@ struct fasa_row_parts {
     }
 };
 
+// candidates in the bin of the n_fac-th best cell
 static void fasa_gather(const fasa_row_parts & row, fasa_part & part) {
-    part.n_gathered = 0;
-    for (int64_t i = 0; i < part.n_ids && row.bin < FASA_BINS; ++i) {
-        const float score = part.scores[part.ids[i] - part.cell0];
+    const float begin = row.bin > 0 ? fasa_bin_end(row.bin - 1) : -INFINITY;
+    const float end   = fasa_bin_end(row.bin);
 
-        part.gathered[part.n_gathered] = score; // if it is of another bin, the next one replaces it
-        part.n_gathered += fasa_bin(score, part.best) == row.bin;
+    part.n_gathered = 0;
+    for (int64_t i = 0; i < part.n_ids && row.bin < FASA_BINS; i += FASA_LANES) {
+        const vec distance = v_sub(v_set1(part.best), v_load(part.found + i));
+
+        const uint32_t bits = v_bits_first(part.n_ids - i) & v_bits_gt(v_set1(end), distance) & ~v_bits_gt(v_set1(begin), distance);
+        part.n_gathered += v_append(bits, part.found + i, part.gathered() + part.n_gathered);
     }
 }
 
@@ -214,7 +230,7 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
     if (row.n_upto > op.n_fac) {
         auto * begin = (float *) scratch;
         auto * end   = begin;
-        row.for_each([&](const fasa_part & part) { end = std::copy_n(part.gathered, part.n_gathered, end); });
+        row.for_each([&](const fasa_part & part) { end = std::copy_n(part.gathered(), part.n_gathered, end); });
 
         const int64_t rank = op.n_fac - row.n_above; // within the bin, from 1; 0: none of it
         std::nth_element(begin, begin + std::max<int64_t>(rank - 1, 0), end, std::greater<float>());
@@ -232,21 +248,24 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
             n_before += part.bins[bin];
         }
         for (int64_t i = 0; i < part.n_gathered; ++i) {
-            const bool equal = part.gathered[i] == threshold && n_equal > 0;
-            n_before += part.gathered[i] > threshold || equal;
+            const bool equal = part.gathered()[i] == threshold && n_equal > 0;
+            n_before += part.gathered()[i] > threshold || equal;
             n_equal  -= equal;
         }
     });
 
     auto *  chosen   = (int32_t *) scratch;
     int64_t n_chosen = 0;
-    for (int64_t i = 0; i < own.n_ids; ++i) {
-        const float score = own.scores[own.ids[i] - own.cell0];
-        const bool  equal = score == threshold && n_equal > 0;
+    for (int64_t i = 0; i < own.n_ids; i += FASA_LANES) {
+        const vec      score = v_load(own.found + i);
+        const uint32_t some  = v_bits_first(own.n_ids - i);
 
-        chosen[n_chosen] = own.ids[i]; // if it is not taken, the next one replaces it
-        n_chosen += score > threshold || equal;
-        n_equal  -= equal;
+        uint32_t bits  = some & v_bits_gt(score, v_set1(threshold));
+        uint32_t equal = some & ~bits & ~v_bits_gt(v_set1(threshold), score);
+        for (; equal && n_equal > 0; equal &= equal - 1, --n_equal) {
+            bits |= equal & -equal;
+        }
+        n_chosen += v_append(bits, own.ids + i, chosen + n_chosen);
     }
 
     int32_t * ids = std::copy_n(chosen, n_chosen, op.ids_of(own.row) + n_before);
@@ -265,12 +284,12 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
     const int64_t ith = params->ith;
     const int64_t nth = params->nth;
 
-    // [stats] [scores, candidates, gathered: of the rows at work] [parts] [scratch, query: of each thread]
+    // [stats] [scores, ids and scores of candidates: of the rows at work] [parts] [scratch, query: of each thread]
     auto * stats    = (fasa_row_stats *) params->wdata;
     auto * scores   = (char *) stats    + op.size_stats;
     auto * ids      = (char *) scores   + op.size_scores*op.n_at_work(nth);
-    auto * gathered = (char *) ids      + op.size_cells *op.n_at_work(nth);
-    auto * parts    = (fasa_part *) (gathered + op.size_cells*op.n_at_work(nth));
+    auto * found    = (char *) ids      + op.size_cells *op.n_at_work(nth);
+    auto * parts    = (fasa_part *) (found + op.size_cells*op.n_at_work(nth));
     auto * scratch  = (char *) parts    + op.size_parts*nth + (op.size_scratch + op.size_query)*ith;
     auto * quads    = (int32_t *) (scratch + op.size_scratch);
     auto * scale    = (float *) (quads + op.n_group*op.n_quads);
@@ -281,12 +300,12 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
 
     // at: of the rows at work
     const auto set_part = [&](fasa_part & part, int64_t row, int64_t cell0, int64_t cell1, int64_t at) {
-        part.row      = row;
-        part.cell0    = cell0;
-        part.cell1    = cell1;
-        part.scores   = (float   *) (scores   + op.size_scores*at) + cell0;
-        part.ids      = (int32_t *) (ids      + op.size_cells *at) + cell0;
-        part.gathered = (float   *) (gathered + op.size_cells *at) + cell0;
+        part.row    = row;
+        part.cell0  = cell0;
+        part.cell1  = cell1;
+        part.scores = (float   *) (scores + op.size_scores*at) + cell0;
+        part.ids    = (int32_t *) (ids    + op.size_cells *at) + cell0;
+        part.found  = (float   *) (found  + op.size_cells *at) + cell0;
     };
 
     const int64_t n_whole = op.n_rows/nth; // rows of each thread

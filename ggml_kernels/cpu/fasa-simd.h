@@ -337,21 +337,36 @@ static inline float v_greatest(vec x) {
     return res;
 }
 
-// write first + i for every set bit i, return their number; writes up to FASA_LANES ids
-static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) {
+// bits of the first n lanes
+static inline uint32_t v_bits_first(int64_t n) {
+    return n < FASA_LANES ? (1u << n) - 1 : (uint32_t) ((1ull << FASA_LANES) - 1);
+}
+
+// write from[i] for every set bit i, return their number; reads and writes up to FASA_LANES values of four bytes
+template <typename T>
+static inline int64_t v_append(uint32_t bits, const T * from, T * to) {
+    static_assert(sizeof(T) == 4, "");
 #if defined(FASA_AVX512)
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32((__mmask16) bits, _mm512_loadu_si512(from)));
 
     return _mm_popcnt_u32(bits);
 #else
     int64_t n = 0;
-    for (; bits; bits >>= 1, ++first) {
-        ids[n] = first;
+    for (; bits; bits >>= 1, ++from) {
+        to[n] = *from;
         n += bits & 1;
     }
     return n;
 #endif
+}
+
+// the same for first + i
+static inline int64_t v_append_ids(uint32_t bits, int32_t first, int32_t * ids) {
+    int32_t lanes[FASA_LANES];
+    for (int i = 0; i < FASA_LANES; ++i) {
+        lanes[i] = first + i;
+    }
+    return v_append(bits, lanes, ids);
 }
 
 //
