@@ -8,6 +8,7 @@ architecture and quantization llama.cpp runs can be calibrated, with no second m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ from fasa_edge.runtime.log import error_log
 import numpy as np
 
 BLOCK = 512  # tokens decoded at a time, as one micro-batch
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model has read, so that another context of it need not.
+
+    Attributes:
+        tokens: from the beginning on.
+        state: see :func:`fasa_edge.runtime.sequence.save`.
+    """
+
+    tokens: list[int]
+    state: np.ndarray
 
 
 class ModelRun:
@@ -89,6 +103,10 @@ class ModelRun:
     def window(self, il: int) -> int:
         """Tokens that a layer with a sliding window attends to; 0: it has none."""
         return llama_cpp.llama_model_n_swa(self._llm.model) if self.geometry[il].is_swa else 0
+
+    def reading(self, tokens: Sequence[int]) -> Reading:
+        """What :meth:`capture` decoded last, of which these were the tokens."""
+        return Reading(list(tokens), sequence.save(self._llm.ctx))
 
     def tokenize(self, text: str, n: int) -> list[int]:
         """See :func:`first_tokens`."""

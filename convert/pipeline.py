@@ -21,7 +21,7 @@ from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 from fasa_edge.version import __version__
 
 from .calibrate import plan_chunks, rank_chunks
-from .capture import ModelRun
+from .capture import ModelRun, Reading
 from .objectives import OBJECTIVES
 from .selfcheck import Check, check_profile
 from .source import find_source, local_gguf
@@ -143,12 +143,12 @@ def convert(
             raise ConvertError(str(error)) from error
         n_given = None if n_tip == "auto" else n_tip
         running = {"n_threads": n_threads, "n_threads_batch": n_threads, "n_gpu_layers": n_gpu_layers}
-        made = _make_profile(
+        made, reading = _make_profile(
             header, calibration_text, n_given, objective, tokens, context, top_k, config, progress, running
         )
         checked = unchecked = None
         if check:
-            checked, unchecked = _check(header, made, calibration_text[1], n_tip, progress, running)
+            checked, unchecked = _check(header, made, calibration_text[1], reading, n_tip, progress, running)
         made = replace(made, n_tip=checked.n_tip) if checked else made
         metadata = to_metadata(made)
         beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
@@ -171,8 +171,12 @@ def _make_profile(
     config: FasaConfig | None,
     progress: Progress,
     running: dict[str, int | None],
-) -> Profile:
-    """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked; ``running``, the last."""
+) -> tuple[Profile, Reading]:
+    """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked; ``running``, the last.
+
+    Returns:
+        The profile, and what the model read for it.
+    """
     name, content = calibration_text
     context = context or _context_length(header)
     n_ctx = min(tokens, _context_length(header))
@@ -186,8 +190,8 @@ def _make_profile(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
         rankings = rank_chunks(model, dims, prompt, objective, top_k, context, progress)
-        fingerprint = model.fingerprint
-    return Profile(
+        fingerprint, reading = model.fingerprint, model.reading(prompt)
+    profile = Profile(
         n_tip=n_tip,
         chunks=[ranking.chunks for ranking in rankings],
         agreement=[ranking.agreement for ranking in rankings],
@@ -204,15 +208,22 @@ def _make_profile(
         ),
         fingerprint=fingerprint,
     )
+    return profile, reading
 
 
 def _check(
-    header: GgufHeader, profile: Profile, content: str, n_tip: int | str | None, progress: Progress, running: dict
+    header: GgufHeader,
+    profile: Profile,
+    content: str,
+    reading: Reading,
+    n_tip: int | str | None,
+    progress: Progress,
+    running: dict,
 ) -> tuple[Check | None, str | None]:
     """What :func:`check_profile` finds, or why it finds nothing."""
     n_ctx, auto, report = _context_length(header), n_tip == "auto", partial(progress, "check")
     try:
-        return check_profile(header, profile, content, n_ctx, auto=auto, progress=report, **running), None
+        return check_profile(header, profile, content, n_ctx, reading, auto=auto, progress=report, **running), None
     except (FasaError, RuntimeError, MemoryError, OSError) as error:  # the calibration must not be lost for it
         return None, str(error) or type(error).__name__
 

@@ -1,9 +1,10 @@
 """The check that ends a conversion: what a profile is worth on text that it was not calibrated on.
 
-A prefix of held-out text is read by dense attention, the tokens after it are decoded as they stand there, densely and
-sparsely (:mod:`fasa_edge.eval.runner`). Two figures judge the profile: the distance of the predictions to those of
-dense attention, above what decoding token by token does to those (the engine adds in another order), and in the worst
-layer, which a mean would hide, the attention that the chosen cells hold.
+The text that was calibrated on is the prefix, for the model has read it already and its keys are no easier to choose
+from than others; the tokens after it are decoded as they stand there, densely and sparsely
+(:mod:`fasa_edge.eval.runner`). Two figures judge the profile: the distance of the predictions to those of dense
+attention, above what decoding token by token does to those (the engine adds in another order), and in the worst layer,
+which a mean would hide, the attention that the chosen cells hold.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from fasa_edge.io.gguf_header import GgufHeader
 from fasa_edge.io.profile import encode_profile
 from fasa_edge.io.temporary import work_folder
 from fasa_edge.io.text import DEFAULT_NAME, read_text
-from fasa_edge.runtime import capi
+from fasa_edge.runtime import capi, sequence
 from fasa_edge.runtime.capi import Capture
 from fasa_edge.runtime.llama import Llama
 from fasa_edge.schema import Profile, to_metadata
 
 import numpy as np
 
-from .capture import first_tokens
+from .capture import Reading, first_tokens
 from .ranges import clipped
 from .rope import chunk_dims
 from .stretch import Depth, planes, turn
@@ -132,6 +133,7 @@ def check_profile(
     profile: Profile,
     content: str,
     n_ctx: int,
+    reading: Reading | None = None,
     *,
     auto: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -145,6 +147,7 @@ def check_profile(
         content: the calibration text; what comes after the calibrated tokens is held out. The documentation of
             Python takes its place where that is too short.
         n_ctx: the context that the model was trained for, in tokens.
+        reading: of the calibration; None: it is read again.
         auto: look for the smallest even ``n_tip`` that passes clearly, by bisection.
         progress: called with the measurements done and those to do at most.
         options: ``n_threads``, ``n_gpu_layers`` and the like, of :class:`fasa_edge.Llama`.
@@ -157,7 +160,7 @@ def check_profile(
     """
     n_chunk = min(chunks.shape[1] for chunks in profile.chunks if chunks.size)
     n_tips = [*range(2, n_chunk, 2), n_chunk] if auto else [profile.n_tip]
-    n_prefix = min(N_PREFIX, n_ctx - N_TOKENS)
+    n_prefix = min(max(N_PREFIX, profile.calibration.tokens), n_ctx - N_TOKENS)
     budget = _budget(profile, n_prefix)
     n_most = len(n_tips).bit_length()  # measurements
     progress(0, n_most)
@@ -166,18 +169,19 @@ def check_profile(
         first = replace(profile, n_tip=n_tips[len(n_tips) // 2])  # of the context that reads the prefix
         path.write_bytes(encode_profile(header, to_metadata(first)))
         with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path, **options) as runner:
-            name, tokens = _held_out(runner.llm, profile, content, n_prefix + N_TOKENS)
-            capi.set_capture(runner.llm.ctx, Capture.K)
-            runner.prefill(tokens[:n_prefix])
-            shares = _clipped(runner.llm, profile, n_prefix)
+            name, tokens, held_out = _text(runner.llm, profile, content, n_prefix)
+            if reading is not None and len(reading.tokens) <= n_prefix + N_TOKENS:
+                runner.resume(reading.tokens, reading.state)
+            runner.prefill(tokens)  # what is not read yet
+            shares = _clipped(runner.llm, profile, n_prefix, held_out)
             n_done = 0
-            dense = runner.decode(tokens[n_prefix:], DENSE, batch=N_TOKENS)  # at once: a fraction of the time
-            noise = runner.decode(tokens[n_prefix : n_prefix + N_NOISE], Method("noise"))
+            dense = runner.decode(held_out, DENSE, batch=N_TOKENS)  # at once: a fraction of the time
+            noise = runner.decode(held_out[:N_NOISE], Method("noise"))
             noise_kl, noise_error = _mean(_kl(dense, noise))
 
             def measure(n_tip: int) -> Check:
                 nonlocal n_done
-                steps = runner.decode(tokens[n_prefix:], Method("fasa", budget, n_tip), mass=True)
+                steps = runner.decode(held_out, Method("fasa", budget, n_tip), mass=True)
                 progress(n_done := n_done + 1, n_most)
                 kl, kl_error = _mean(_kl(dense, steps))
                 return Check(
@@ -233,25 +237,27 @@ def _budget(profile: Profile, n_prefix: int) -> int:
     return budget
 
 
-def _held_out(llm: Llama, profile: Profile, content: str, n: int) -> tuple[str, list[int]]:
-    """Name and ``n`` tokens of a text, after that with which the model begins a text."""
+def _text(llm: Llama, profile: Profile, content: str, n_prefix: int) -> tuple[str, list[int], list[int]]:
+    """Name of a text, its first ``n_prefix`` tokens, and ``N_TOKENS`` more that the profile was not calibrated on."""
     name, n_calibrated = profile.calibration.text, profile.calibration.tokens
-    begin = first_tokens(llm, "", 1)
-    n_more = n - len(begin)
-    tokens = first_tokens(llm, content, n_calibrated + n_more)[n_calibrated:]
-    if len(tokens) < n_more and name != DEFAULT_NAME:
+    n = max(n_prefix, n_calibrated) + N_TOKENS
+    tokens = first_tokens(llm, content, n)
+    if len(tokens) < n and name != DEFAULT_NAME:
         name, content = read_text()
-        tokens = first_tokens(llm, content, n)[len(begin) :]
-    if len(tokens) < n_more:
-        raise ConvertError(f"{name} has {len(tokens)} tokens after those calibrated on and {n_more} are needed")
-    return name, begin + tokens
+        tokens = first_tokens(llm, content, n)
+    if len(tokens) < n:
+        raise ConvertError(f"{name} has {len(tokens)} tokens and {n} are needed, {N_TOKENS} of them not calibrated on")
+    return name, tokens[:n_prefix], tokens[-N_TOKENS:]
 
 
-def _clipped(llm: Llama, profile: Profile, n_past: int) -> list[np.ndarray | None]:
-    """By layer, the share of each ranked chunk's values that its tips clip, float64 ``[n_head_kv, n_chunk]``.
+def _clipped(llm: Llama, profile: Profile, n_past: int, tokens: list[int]) -> list[np.ndarray | None]:
+    """By layer, the share of each ranked chunk's values that tips clip of the keys of tokens after ``n_past`` others.
 
-    Looks at the keys that were captured last, those before position ``n_past``.
+    Returns:
+        float64 ``[n_head_kv, n_chunk]``; None as in :class:`Check`. The tokens are left in the context.
     """
+    capi.set_capture(llm.ctx, Capture.K)
+    sequence.decode(llm.ctx, tokens, n_logits=1)
     res: list[np.ndarray | None] = []
     for il, layer in enumerate(capi.layer_geometry(llm.model)):
         chunks = profile.chunks[il]
@@ -261,7 +267,7 @@ def _clipped(llm: Llama, profile: Profile, n_past: int) -> list[np.ndarray | Non
         n_chunk = chunks.shape[1]
         depth = Depth(profile.calibration.context, capi.rope_angles(llm.ctx, il, n_chunk, profile.calibration.context))
         k = planes(k, chunk_dims(layer.n_embd_head, layer.n_rot, layer.rope_type))
-        k = turn(k, capi.rope_angles(llm.ctx, il, n_chunk), -np.arange(n_past - len(k), n_past))
+        k = turn(k, capi.rope_angles(llm.ctx, il, n_chunk), -np.arange(n_past, n_past + len(k)))
         k = np.take_along_axis(turn(k, depth.angles, depth.spread(len(k))), chunks[None], 2)
         values = np.stack([k.real, k.imag], -1)
         res.append(clipped(values, profile.centre[il], profile.step[il]).mean((0, 3)))

@@ -150,7 +150,7 @@ def test_what_cannot_be_checked_is_written_and_told(model, profile, tmp_path, mo
         raise error
 
     monkeypatch.setattr(selfcheck, "Runner", fail)
-    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: profile)
+    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: (profile, None))
     made = convert(model, tmp_path / "copy.gguf", n_tip="auto")
     assert made.check is None and made.unchecked == "no room"
     assert inspect(made.path).profile.n_tip == 24  # the default
@@ -161,7 +161,7 @@ def test_a_mistake_in_the_check_is_no_result_of_it(model, profile, tmp_path, mon
         raise TypeError("a bug")
 
     monkeypatch.setattr(selfcheck, "Runner", fail)
-    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: profile)
+    monkeypatch.setattr(pipeline, "_make_profile", lambda *_: (profile, None))
     with pytest.raises(TypeError, match="a bug"):
         convert(model, tmp_path / "copy.gguf")
     assert not (tmp_path / "copy.gguf").exists()
@@ -192,3 +192,19 @@ def test_command_line(model, tmp_path):
     assert f"warning: n_tip auto could not be decided: {dense}; 24, the default, was written" in undecided
     assert "budget 256 in place of 1025" in run("--budget", "1025", "--n-dense-layers", "0").stdout
     assert "check" not in run("--no-check").output
+
+
+def test_what_the_calibration_read_is_not_read_again(model, monkeypatch):
+    decoded = []
+    decode = selfcheck.sequence.decode
+
+    def count(ctx, tokens, *args, **options):
+        decoded.append(len(tokens))
+        decode(ctx, tokens, *args, **options)
+
+    monkeypatch.setattr(selfcheck.sequence, "decode", count)
+    made = convert(model, profile=model.with_name("p.gguf"), config=CONFIG, force=True)
+    assert sum(decoded) == 2048 + 2 * 128 + 32 + 128  # read; keys for the clipped share, dense, noise, sparse
+
+    anew = check(model, made.profile)
+    assert anew.kl == pytest.approx(made.check.kl, rel=0.05) and anew.mass == pytest.approx(made.check.mass, rel=1e-3)

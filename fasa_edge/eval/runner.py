@@ -170,6 +170,21 @@ class Runner:
         if _forgets(context.llm):
             self._state = sequence.save(context.llm.ctx)
 
+    def resume(self, tokens: Sequence[int], state: np.ndarray) -> None:
+        """Make the tokens the prefix, as another context of the model has read them, with full attention.
+
+        Args:
+            tokens: int [n_tokens].
+            state: of that context, see :func:`fasa_edge.runtime.sequence.save`.
+
+        Raises:
+            FasaError: the context is too small, or the state is of another model.
+        """
+        self._require(len(tokens))
+        self._main.tokens = []
+        sequence.restore(self._main.llm.ctx, state)
+        self._main.tokens, self._state, self._observed = list(tokens), state, False
+
     def decode(self, tokens: Sequence[int], method: Method, batch: int | None = None, mass: bool = False) -> Steps:
         """Decode tokens that follow the prefix, which stays as it is.
 
