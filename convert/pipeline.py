@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fasa_edge.config import INT32_MAX, FasaConfig, default_n_tip
 from fasa_edge.errors import ConvertError, FasaError, ModelError
@@ -29,6 +29,12 @@ from .source import find_source, local_gguf
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
 MIN_TOKENS = 512
 DEFAULT_TOP_K = 256
+
+ROPE_ARGUMENTS = (
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+"""What changes RoPE at run time, of the arguments of :class:`llama_cpp.Llama`."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,6 +76,7 @@ def convert(
     check: bool = True,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
+    rope: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -98,6 +105,8 @@ def convert(
             comes of it decides nothing but an automatic ``n_tip``: the files are written in any case.
         n_threads: that run the model; None: half of the CPUs.
         n_gpu_layers: layers of it that a GPU runs; -1: all.
+        rope: by name, the :data:`ROPE_ARGUMENTS` that the model will be run with; chunks are ranked for those, over a
+            ``context`` that is theirs. None for what the model says.
         force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
         progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
             stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, layers in stage ``"rank"``,
@@ -118,6 +127,8 @@ def convert(
         raise ConvertError(f"context = {context} is out of range: choose {MIN_TOKENS} to {INT32_MAX} tokens")
     if top_k < 1:
         raise ConvertError(f"top_k = {top_k} is out of range: choose at least 1")
+    if unknown := sorted(set(rope or ()) - set(ROPE_ARGUMENTS)):
+        raise ConvertError(f"rope = {', '.join(unknown)}: unknown; choose of {', '.join(ROPE_ARGUMENTS)}")
     if n_tip == "auto" and not check:
         raise ConvertError("n_tip = 'auto' is chosen by the check: leave that on, or give a number")
     progress = progress or (lambda stage, done, total: None)
@@ -142,7 +153,7 @@ def convert(
         except ModelError as error:
             raise ConvertError(str(error)) from error
         n_given = None if n_tip == "auto" else n_tip
-        running = {"n_threads": n_threads, "n_threads_batch": n_threads, "n_gpu_layers": n_gpu_layers}
+        running = {"n_threads": n_threads, "n_threads_batch": n_threads, "n_gpu_layers": n_gpu_layers, **(rope or {})}
         made, reading = _make_profile(
             header, calibration_text, n_given, objective, tokens, context, top_k, config, progress, running
         )
@@ -170,7 +181,7 @@ def _make_profile(
     top_k: int,
     config: FasaConfig | None,
     progress: Progress,
-    running: dict[str, int | None],
+    running: Mapping[str, Any],
 ) -> tuple[Profile, Reading]:
     """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked; ``running``, the last.
 
@@ -218,7 +229,7 @@ def _check(
     reading: Reading,
     n_tip: int | str | None,
     progress: Progress,
-    running: dict,
+    running: Mapping[str, Any],
 ) -> tuple[Check | None, str | None]:
     """What :func:`check_profile` finds, or why it finds nothing."""
     n_ctx, auto, report = _context_length(header), n_tip == "auto", partial(progress, "check")

@@ -327,3 +327,33 @@ def test_python_without_its_documentation(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(ConvertError, match=r"no pydoc_data\.topics: give a text file with --text"):
         read_text()
+
+
+def test_rope_of_run_time_is_calibrated(tmp_path):
+    """What the options say counts as if the model said it."""
+    own, other = (make_model(tmp_path / f"{base:.0f}.gguf", "llama", Shape(rope_base=base)) for base in (1e4, 500.0))
+    made = {
+        name: convert(path, profile=tmp_path / f"{name}-fasa.gguf", check=False, rope=rope).profile
+        for name, path, rope in (
+            ("own", own, None),
+            ("told", own, {"rope_freq_base": 500.0}),
+            ("other", other, None),
+            ("yarn", own, {"rope_scaling_type": 2, "rope_freq_scale": 0.25}),
+        )
+    }
+    for told, other in zip(made["told"].centre, made["other"].centre, strict=True):
+        np.testing.assert_array_equal(told, other)
+    for name in ("own", "yarn"):
+        assert any((a != b).any() for a, b in zip(made[name].centre, made["told"].centre, strict=True))
+    with pytest.raises(ConvertError, match=r"rope = n_ctx: unknown; choose of rope_scaling_type, .*yarn_orig_ctx"):
+        convert(own, profile=tmp_path / "x.gguf", rope={"n_ctx": 1})
+
+
+def test_rope_options_reach_the_model(monkeypatch):
+    seen = []
+    monkeypatch.setattr("fasa_edge.convert.convert", lambda *_, **options: seen.append(options["rope"]) or 1 / 0)
+    options = ["--rope-scaling", "yarn", "--rope-freq-base", "1e6", "--rope-freq-scale", "0.25", "--yarn-orig-ctx", "8192"]
+    CliRunner().invoke(main, ["convert", "model.gguf", *options])
+    assert seen == [
+        {"rope_scaling_type": 2, "rope_freq_base": 1e6, "rope_freq_scale": 0.25, "yarn_orig_ctx": 8192}
+    ]

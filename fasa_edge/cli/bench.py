@@ -35,7 +35,10 @@ from fasa_edge.runtime import capi
 import click
 from tabulate import tabulate
 
-_NOT_OF_OPS = ("weight_type", "n_gen", "fill", "n_ctx", "exact", "overrides", "verbose", "profile")
+_NOT_OF_OPS = (
+    *("weight_type", "n_gen", "fill", "n_ctx", "exact", "overrides", "verbose", "profile"),
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx"),
+)
 
 
 def _numbers(numbers: tuple[int, ...]) -> str:

@@ -215,6 +215,23 @@ gpu_layers_option = click.option(
 )
 
 
+_ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_type (include/llama.h)
+
+
+def rope_options(command: Callable) -> Callable:
+    """What changes RoPE at run time, as arguments of :class:`llama_cpp.Llama`."""
+    return _with(
+        command,
+        click.option("--rope-scaling", "rope_scaling_type", type=click.Choice(list(_ROPE_SCALING)),
+                     callback=lambda ctx, param, value: _ROPE_SCALING.get(value), help="[default: the model's own]"),
+        click.option("--rope-freq-base", type=float, default=0, show_default=False, help="[default: the model's own]"),
+        click.option("--rope-freq-scale", type=float, default=0, show_default=False,
+                     help="1/N expands the context by N.  [default: the model's own]"),
+        click.option("--yarn-orig-ctx", type=click.IntRange(0), default=0, show_default=False,
+                     help="Context that the model was trained for.  [default: the model's own]"),
+    )  # fmt: skip
+
+
 def load_options(command: Callable) -> Callable:
     """How a model is loaded."""
     return _with(
@@ -228,6 +245,7 @@ def load_options(command: Callable) -> Callable:
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
         click.option("--profile", type=_File(), help="In place of the model's own."),
         setting_option("exact"),
+        rope_options,
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),
         click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log."),
     )  # fmt: skip
@@ -268,7 +286,10 @@ def load_arguments(
     verbose: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``; and ``more``."""
+    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``.
+
+    ``more``, of which those of RoPE are, have their names already.
+    """
     return {
         "n_threads": n_threads,
         "n_gpu_layers": n_gpu_layers,

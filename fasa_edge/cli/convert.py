@@ -14,6 +14,7 @@ from fasa_edge.cli.common import (
     print_json,
     progress_bars,
     refuse_ignored,
+    rope_options,
     setting_option,
     size_text,
     threads_option,
@@ -53,6 +54,7 @@ class _NTip(click.ParamType):
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @threads_option
 @gpu_layers_option
+@rope_options
 @click.option("--force", is_flag=True, help="Replace an existing output, or an older annotation.")
 @json_option
 @click.pass_context
@@ -73,10 +75,11 @@ def command(ctx: click.Context, src: str, output: str | None, as_json: bool, **o
     """
     if not convert.OBJECTIVES[options["objective"]].uses_top_k:
         refuse_ignored(ctx, ("top_k",), f"--objective {options['objective']}")
+    rope = {name: options.pop(name) for name in convert.ROPE_ARGUMENTS if name in options}
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
     with progress_bars(as_json) as progress:
-        result = convert.convert(src, output, config=FasaConfig(**settings), progress=progress, **options)
+        result = convert.convert(src, output, config=FasaConfig(**settings), rope=rope, progress=progress, **options)
     profile, check = result.profile, result.check
     report = {
         "path": result.path and str(result.path),
