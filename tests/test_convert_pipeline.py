@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 
+from fasa_edge.cli import main
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import OBJECTIVES, capture, inspect, pipeline
 from fasa_edge.errors import ConvertError, SchemaError
@@ -16,6 +17,7 @@ from fasa_edge.schema import VERSION, GGUFValueType
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tiny_models import Shape, make_model
 from unchecked import convert
 
@@ -333,7 +335,7 @@ def test_rope_of_run_time_is_calibrated(tmp_path):
     """What the options say counts as if the model said it."""
     own, other = (make_model(tmp_path / f"{base:.0f}.gguf", "llama", Shape(rope_base=base)) for base in (1e4, 500.0))
     made = {
-        name: convert(path, profile=tmp_path / f"{name}-fasa.gguf", check=False, rope=rope).profile
+        name: convert(path, profile=tmp_path / f"{name}-fasa.gguf", rope=rope).profile
         for name, path, rope in (
             ("own", own, None),
             ("told", own, {"rope_freq_base": 500.0}),
@@ -352,8 +354,6 @@ def test_rope_of_run_time_is_calibrated(tmp_path):
 def test_rope_options_reach_the_model(monkeypatch):
     seen = []
     monkeypatch.setattr("fasa_edge.convert.convert", lambda *_, **options: seen.append(options["rope"]) or 1 / 0)
-    options = ["--rope-scaling", "yarn", "--rope-freq-base", "1e6", "--rope-freq-scale", "0.25", "--yarn-orig-ctx", "8192"]
-    CliRunner().invoke(main, ["convert", "model.gguf", *options])
-    assert seen == [
-        {"rope_scaling_type": 2, "rope_freq_base": 1e6, "rope_freq_scale": 0.25, "yarn_orig_ctx": 8192}
-    ]
+    scaling = ["--rope-scaling", "yarn", "--rope-freq-scale", "0.25", "--yarn-orig-ctx", "8192"]
+    CliRunner().invoke(main, ["convert", "model.gguf", "--rope-freq-base", "1e6", *scaling])
+    assert seen == [{"rope_scaling_type": 2, "rope_freq_base": 1e6, "rope_freq_scale": 0.25, "yarn_orig_ctx": 8192}]
