@@ -208,7 +208,7 @@ endif
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
-	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build '.[test]'
+	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON '.[test]'
 	@touch $@
 
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.
@@ -218,8 +218,8 @@ $(VENV)/build/bin/%: $(VENV)/.installed
 
 # The installed libraries again, with sanitizers in our part.
 $(VENV)/build-sanitized/.built: $(SOURCES) $(VENV)/.installed
-	$(BIN)/cmake -S . -B $(@D) -G Ninja -DFASA_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CMAKE_ARGS) >$(VENV)/sanitized.log
-	$(BIN)/cmake --build $(@D) --target llama ggml mtmd >>$(VENV)/sanitized.log
+	$(BIN)/cmake -S . -B $(@D) -G Ninja -DFASA_SANITIZE=ON -DFASA_EVAL=ON -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CMAKE_ARGS) >$(VENV)/sanitized.log
+	$(BIN)/cmake --build $(@D) --target llama llama-fasa-eval ggml mtmd >>$(VENV)/sanitized.log
 	@touch $@
 
 # Only what they need, beside nothing else of the bindings' sources, which Python would import instead of the installed.

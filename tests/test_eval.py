@@ -23,6 +23,7 @@ from fasa_edge.eval.runner import Runner
 from fasa_edge.io.split import model_files
 from fasa_edge.io.text import read_text
 from fasa_edge.runtime import capi
+from fasa_edge.runtime.capi_eval import policies
 from fasa_edge.runtime.library import lib_dir, llama_cpp
 
 import numpy as np
@@ -147,12 +148,12 @@ def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -
 
 
 def test_every_policy_is_a_method() -> None:
-    assert set(capi.POLICIES) < METHODS.keys()
+    assert set(policies()) < METHODS.keys()
 
 
 def test_policies(tiny_runner: Runner) -> None:
     """All from one prefix, in any order; each counted by the cells that it attends to."""
-    methods = [method for method in expand(capi.POLICIES, [TINY_BUDGET]) if method.sparse]
+    methods = [method for method in expand(policies(), [TINY_BUDGET]) if method.sparse]
     tiny_runner.prefill(TEXTS[1][:200])
     tiny_runner.prefill(PREFIX, observe=True)
     dense = tiny_runner.decode(NEXT, DENSE)
@@ -255,7 +256,7 @@ def test_identity(tiny: Path, tmp_path: Path) -> None:
     sha256 = lambda content: hashlib.sha256(content).hexdigest()  # noqa: E731
     assert key["files"] == [sha256(name.encode()) for name in names]
     libraries = [sha256(path.read_bytes()) for path in lib_dir().iterdir()]
-    assert len(key["library"]) == 3 and set(key["library"]) <= set(libraries)
+    assert len(key["library"]) == 4 and set(key["library"]) <= set(libraries)
     assert key["overrides"] == overrides and key["n_gpu_layers"] == 0
     assert (key["n_threads"], key["n_threads_batch"], key["type_k"]) == (2, 1, "f16")
 

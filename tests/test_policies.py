@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +15,8 @@ from fasa_edge.config import SELECTS
 from fasa_edge.convert import inspect
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.capi import Capture
-from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.capi_eval import policies
+from fasa_edge.runtime.library import lib_dir, llama_cpp
 
 import numpy as np
 import pytest
@@ -265,7 +270,7 @@ def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
 
 
 @pytest.mark.parametrize("select", ["group", "head"])
-@pytest.mark.parametrize("policy", capi.POLICIES)
+@pytest.mark.parametrize("policy", policies())
 def test_mass_and_bytes_are_those_of_the_cells(policy: str, select: str, ctx: Context) -> None:
     ctx.bytes_kv = n_rows = 0
     for layer, chosen, mass in decode(ctx, 1, policy=policy, select=select):
@@ -315,12 +320,81 @@ def test_policy_and_select_are_settings(model: Path) -> None:
     llm.close()
 
 
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The libraries without the one for evaluation, as packages have them."""
+    folder = tmp_path_factory.mktemp("packaged") / "lib"
+    shutil.copytree(lib_dir(), folder, ignore=shutil.ignore_patterns("*llama-fasa-eval*"))
+    return folder
+
+
+# Runs in a child process: FASA is all there is, and whatever else is asked for is told where it is to be had.
+_PACKAGED_SCRIPT = """
+import sys, warnings
+import fasa_edge, llama_cpp
+from fasa_edge.runtime import capi
+warnings.simplefilter("error")
+path = sys.argv[1]
+remedy = "CMAKE_ARGS=-DFASA_EVAL=ON"
+def refused(call, error=fasa_edge.LibraryError, text=remedy):
+    try:
+        call()
+    except error as refusal:
+        assert text in str(refusal), refusal
+    else:
+        raise AssertionError(f"not refused: {text}")
+refused(lambda: fasa_edge.Llama(path, n_ctx=256, fasa_policy="oracle", verbose=False))
+llm = fasa_edge.Llama(path, n_ctx=256, fasa_policy="fasa", verbose=False)
+refused(lambda: llm.fasa.configure(policy="oracle"))
+llm.fasa.configure(policy="fasa", budget=32)
+assert llm.fasa.settings["policy"] == "fasa"
+params = capi.get_params(llm.ctx)
+params._policy = 2
+refused(lambda: capi.set_params(llm.ctx, params))
+assert llm.fasa.settings["policy"] == "fasa"
+report = "fasa.policy: it takes libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)"
+for policy, lines in (("oracle", [report]), ("fasa", [])):
+    stock = llama_cpp.Llama(path, n_ctx=256, flash_attn=True, kv_overrides={"fasa.policy": policy}, verbose=False)
+    assert capi.override_report(stock.model) == lines
+    assert capi.get_params(stock.ctx).policy == "fasa"
+"""
+
+
+def run_packaged(packaged: Path, *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"FASA_LIB_PATH": str(packaged)}
+    return subprocess.run(
+        [sys.executable, "-c", *map(str, arguments)],
+        env=environment,
+        cwd=packaged.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_the_library_there_is_fasa_alone(packaged: Path, model: Path) -> None:
+    done = run_packaged(packaged, _PACKAGED_SCRIPT, model)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ["oracle", "snapkv"])
+def test_eval_without_the_library(method: str, packaged: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A text to be decoded. " * 40)
+    sizes = ["--prefix", 200, "--n-tokens", 8, "--blocks", 1, "--budgets", 32, "--text", tmp_path / "text.txt"]
+    command = ["from fasa_edge.cli import main; main()", "eval", model, *sizes, "--methods"]
+    done = run_packaged(packaged, *command, "all,fasa")
+    assert done.returncode == 0, done.stderr
+    assert all(f" {name} " in done.stdout for name in ("dense", "noise", "all", "fasa"))
+    done = run_packaged(packaged, *command, f"fasa,{method}")
+    assert done.returncode != 0 and not done.stdout
+    assert "llama-fasa-eval" in done.stderr and "make install" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [-1, 2, 8, 99, -(1 << 31), (1 << 31) - 1])
 def test_numbers_without_a_name_are_refused(number: int, model: Path) -> None:
     llm = fasa_edge.Llama(str(model), n_ctx=512, verbose=False)
     llm.eval(TEXTS[0][:8])
     settings = llm.fasa.settings
-    for name, names in (("select", SELECTS), ("policy", capi.POLICIES)):
+    for name, names in (("select", SELECTS), ("policy", policies())):
         if 0 <= number < len(names):
             continue
         params = capi.get_params(llm.ctx)

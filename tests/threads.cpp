@@ -3,6 +3,7 @@
 //
 //   fasa-threads-<sanitizer> MODEL      annotated, tiny, sparse from the first cells on
 
+#include "llama-fasa-eval.h"
 #include "llama-fasa.h"
 
 #include "ggml-backend.h"
@@ -77,7 +78,7 @@ struct application {
             params.n_sink   = rng() % 8;
             params.n_recent = rng() % 24;
             params.select   = (llama_fasa_select_type) (rng() % LLAMA_FASA_SELECT_COUNT);
-            params.policy   = (llama_fasa_policy_type) (rng() % LLAMA_FASA_POLICY_COUNT);
+            params.policy   = rng() % LLAMA_FASA_POLICY_TYPE_COUNT;
             check(llama_fasa_set_params(ctx, &params), "settings are taken");
 
             llama_fasa_params found;
@@ -146,6 +147,7 @@ int main(int argc, char ** argv) {
 
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     ggml_backend_load_all();
+    llama_fasa_eval_init();
 
     auto * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     check(model, "the model is loaded");

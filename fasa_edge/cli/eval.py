@@ -84,7 +84,8 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 
 @click.command(
     name="eval",
-    epilog=f"Methods:\n\n{_methods}\n\nTasks of prompts, each with --lengths, most with --depths:\n\n{_about}\n\n"
+    epilog=f"Methods (those after fasa take a build with FASA_EVAL, as of `make install`):\n\n{_methods}\n\n"
+    f"Tasks of prompts, each with --lengths, most with --depths:\n\n{_about}\n\n"
     f"Groups of them: {', '.join(tasks.GROUPS)}.\n\nA line of --file is a JSON object with keys\n\n"
     + FORMATS.replace("\n", "\n\n"),
 )

@@ -30,7 +30,8 @@ METHODS = {
     "snapkv": "cells of the prefix by its last tokens' attention, and beyond the budget all that is decoded (SnapKV)",
     "h2o": "the cells with most attention so far, and recent ones; the others are lost (H2O)",
 }
-"""Names, and what each attends to; from "fasa" on they are values of the setting ``policy``."""
+"""Names, and what each attends to; from "fasa" on they are values of the setting ``policy``, and those after it take a
+library that packages do not have (``llama-fasa-eval.h``)."""
 
 Value = bool | int | str
 

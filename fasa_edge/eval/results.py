@@ -13,7 +13,7 @@ from typing import Any
 
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.runner import Runner
-from fasa_edge.runtime import capi, library
+from fasa_edge.runtime import capi, capi_eval, library
 from fasa_edge.version import __version__
 
 import numpy as np
@@ -105,7 +105,7 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
     return {
         "fasa_edge": __version__,
         "fingerprint": capi.fingerprint(llm.model),
-        "library": [_sha256(path) for path in _libraries()],
+        "library": [_sha256(path) for path in (*_libraries(), *capi_eval.library())],
         "files": [_sha256(path) for path in files],
         "base": runner.settings,
         "overrides": dict(llm.kv_overrides or {}),

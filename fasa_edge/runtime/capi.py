@@ -13,6 +13,7 @@ from operator import or_
 
 from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime.capi_eval import FASA, policy_name, policy_number
 from fasa_edge.runtime.library import ggml, llama_cpp
 
 import numpy as np
@@ -35,10 +36,10 @@ class Params(ctypes.Structure):
         ("n_tip", ctypes.c_uint32),
         ("n_dense_layers", ctypes.c_uint32),
         ("_select", ctypes.c_int),
-        ("_policy", ctypes.c_int),
+        ("_policy", ctypes.c_int32),
     ]
 
-    def __init__(self, *, select: str = FasaConfig.select, policy: str = "fasa", **fields: int | bool) -> None:
+    def __init__(self, *, select: str = FasaConfig.select, policy: str = FASA, **fields: int | bool) -> None:
         super().__init__(**fields)
         self.select, self.policy = select, policy
 
@@ -53,12 +54,12 @@ class Params(ctypes.Structure):
 
     @property
     def policy(self) -> str:
-        """One of :data:`POLICIES`; the number of another, which the library refuses."""
-        return _enumerator(POLICIES, self._policy)
+        """Who chooses (:func:`fasa_edge.runtime.capi_eval.policies`); the number of another, which is refused."""
+        return policy_name(self._policy)
 
     @policy.setter
     def policy(self, name: str) -> None:
-        self._policy = POLICIES.index(name)
+        self._policy = policy_number(name)
 
     def as_dict(self) -> dict[str, int | bool | str]:
         """The fields by name."""
@@ -127,7 +128,6 @@ _get_params = _method("llama_fasa_get_params", ctypes.c_bool, ctypes.POINTER(Par
 _set_params = _method("llama_fasa_set_params", ctypes.c_bool, ctypes.POINTER(Params))
 _reason_name = _function("llama_fasa_reason_name", ctypes.c_char_p, ctypes.c_int)
 _reason_description = _function("llama_fasa_reason_description", ctypes.c_char_p, ctypes.c_int)
-_policy_name = _function("llama_fasa_policy_name", ctypes.c_char_p, ctypes.c_int)
 _tips_size = _method("llama_fasa_tips_size", ctypes.c_size_t)
 _min_ctx = _method("llama_fasa_min_ctx", ctypes.c_uint32)
 _get_memory = _method("llama_fasa_get_memory", ctypes.c_bool, ctypes.c_int32, ctypes.POINTER(Memory))
@@ -171,9 +171,6 @@ def cache_type(name: str) -> int:
 def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
     return tuple(name.decode() for name in takewhile(lambda name: name is not None, map(name_of, count())))
 
-
-POLICIES = _names(_policy_name)
-"""``enum llama_fasa_policy_type``: which cells a head attends to; the first is FASA, the others are for evaluation."""
 
 REASONS = tuple((name, _reason_description(i).decode()) for i, name in enumerate(_names(_reason_name)))
 """``enum llama_fasa_reason``: (name, description) of why a layer did not run sparse; the first, "none": it did."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fasa_edge.config import INT32_MAX, SETTINGS, FasaConfig, Setting
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
-from fasa_edge.runtime import capi, memory
+from fasa_edge.runtime import capi, capi_eval, memory
 from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import error_log, quiet_log
@@ -21,7 +21,7 @@ from fasa_edge.runtime.log import error_log, quiet_log
 import numpy as np
 from llama_cpp.llama_speculative import LlamaDraftModel
 
-_ARGUMENTS = {**SETTINGS, "policy": Setting("policy", str, "Who chooses, for evaluation.", choices=capi.POLICIES)}
+_ARGUMENTS = {**SETTINGS, "policy": Setting("policy", str, "Who chooses, for evaluation.")}
 _N_BATCH = 512  # of llama_cpp.Llama
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
@@ -89,13 +89,14 @@ class Fasa:
 
         Args:
             settings: fields of :class:`fasa_edge.config.FasaConfig`, but for ``n_dense_layers``, which like ``n_tip``
-                is fixed when the model is loaded; and ``policy``, one of :data:`fasa_edge.runtime.capi.POLICIES`: who
-                is to choose the cells in place of FASA, for evaluation.
+                is fixed when the model is loaded; and ``policy``, who is to choose the cells in place of FASA, for
+                evaluation: one of :func:`fasa_edge.runtime.capi_eval.policies`.
 
         Raises:
             FasaError: the model has no profile (``exact`` alone does with ``fasa_exact=True`` at load), or a field is
                 unknown or fixed.
             SchemaError: a value is out of range.
+            LibraryError: the policy is of the library for evaluation, which is not there.
         """
         with _CONFIGURING:
             params = capi.get_params(self._llm.ctx)
@@ -200,6 +201,7 @@ class Llama(llama_cpp.Llama):
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
         SchemaError: a ``fasa_*`` argument has the wrong type or is out of range, or ``n_ctx`` is negative or too large.
+        LibraryError: ``fasa_policy`` is of the library for evaluation, which is not there.
         AdapterError: the adapter of ``lora_path`` cannot be loaded.
         ModelError: llama.cpp cannot load the model, memory does not suffice, or the profile is damaged or of another
             model; the message holds what it logged.
@@ -241,6 +243,8 @@ class Llama(llama_cpp.Llama):
                 )
             if value is not None:
                 setting.check(value, name)
+                if name == "fasa_policy":
+                    capi_eval.policy_number(value)
         if kwargs.get("lora_base") is not None:
             warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)
         # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.
@@ -254,6 +258,8 @@ class Llama(llama_cpp.Llama):
         }
         if fasa_profile is not None:
             overrides["fasa.version"] = 0  # the model's own is ignored, whatever its state
+        if overrides.get("fasa.policy", capi_eval.FASA) != capi_eval.FASA:
+            capi_eval.policies()  # before the model: without their library, the override would have no effect
 
         with error_log() as errors:
             try:

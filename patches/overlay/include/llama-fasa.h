@@ -32,22 +32,6 @@ extern "C" {
     // settings
     //
 
-    // which cells a head attends to: FASA, or what it is compared with, for evaluation on the CPU
-    LLAMA_FASA_ENUM(llama_fasa_policy_type) {
-        LLAMA_FASA_POLICY_FASA,
-        LLAMA_FASA_POLICY_FASA_SUM,  // a group's score is the sum of its heads' softmax, not the greatest
-        LLAMA_FASA_POLICY_ORACLE,    // all chunks
-        LLAMA_FASA_POLICY_RANDOM,    // n_tip chunks drawn at random
-        LLAMA_FASA_POLICY_STREAMING, // the first n_sink cells and the last ones
-        LLAMA_FASA_POLICY_QUEST,     // pages of 16 cells, by bounds of their keys
-        LLAMA_FASA_POLICY_SNAPKV,    // cells of the prompt, by the attention of its last tokens; and all that is decoded
-        LLAMA_FASA_POLICY_H2O,       // cells by the attention that they have had
-        LLAMA_FASA_POLICY_COUNT,
-    };
-
-    // as in the override fasa.policy; NULL: no such policy
-    LLAMA_API const char * llama_fasa_policy_name(enum llama_fasa_policy_type policy);
-
     // who chooses
     LLAMA_FASA_ENUM(llama_fasa_select_type) {
         LLAMA_FASA_SELECT_GROUP, // each KV head, for all query heads that read it
@@ -71,7 +55,9 @@ extern "C" {
         uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded
 
         enum llama_fasa_select_type select;
-        enum llama_fasa_policy_type policy; // never in the metadata, only an override
+
+        int32_t policy; // which cells a head attends to, 0: as FASA says; others: of a library for evaluation, see llama-fasa-eval.h;
+                        // never in the metadata, only an override
     };
 
     LLAMA_API bool llama_fasa_model_has_profile(const struct llama_model * model);

@@ -16,8 +16,8 @@ llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile>
     }
 }
 
-bool llama_fasa_context::observes(const llama_ubatch & ubatch) const {
-    return policy && policy->needs_prompt() && (!params.enabled || is_prompt(ubatch));
+bool llama_fasa_context::observes(const llama_ubatch & ubatch) {
+    return chooser().observes() && (!params.enabled || is_prompt(ubatch));
 }
 
 bool llama_fasa_context::is_prompt(const llama_ubatch & ubatch) const {
@@ -54,7 +54,10 @@ bool llama_fasa_context::begin_run() {
 
     if (next_params) {
         params = *next_params;
-        policy = llama_fasa_policy_make(params, *profile, observed);
+        if (params.policy != 0 && !other) {
+            other = llama_fasa_make_chooser();
+        }
+        chooser().configure(params);
         next_params.reset();
     }
     if (next_capture) {

@@ -1,8 +1,8 @@
 #pragma once
 
 #include "llama-fasa.h"
-#include "llama-fasa-observed.h"
-#include "llama-fasa-policy.h"
+#include "llama-fasa-chooser.h"
+#include "llama-fasa-profile.h"
 #include "llama-fasa-rope.h"
 
 #include <memory>
@@ -33,11 +33,11 @@ struct llama_fasa_context {
     // whether a micro-batch is part of a prompt: the caller says so, or it has more tokens of one sequence than a decode step
     bool is_prompt(const llama_ubatch & ubatch) const;
 
-    llama_fasa_observed                observed;
-    std::unique_ptr<llama_fasa_policy> policy; // of the params; nullptr: no profile
+    // who chooses, as params.policy says
+    llama_fasa_chooser & chooser() { return other ? *other : own; }
 
-    // whether the policy wants to see this micro-batch
-    bool observes(const llama_ubatch & ubatch) const;
+    // whether it wants to see this micro-batch
+    bool observes(const llama_ubatch & ubatch);
 
     bool reads_prompt = false; // as the caller says
 
@@ -73,6 +73,9 @@ struct llama_fasa_context {
     std::optional<llama_fasa_rope> get_rope(int32_t il) const;
 
 private:
+    llama_fasa_chooser                  own;   // FASA
+    std::unique_ptr<llama_fasa_chooser> other; // nullptr: all settings so far have named FASA
+
     mutable std::mutex mutex; // of all that follows, and of the transition from one run to the next
 
     bool is_running  = false;

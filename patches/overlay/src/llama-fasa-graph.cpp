@@ -143,13 +143,14 @@ ggml_tensor * llama_fasa_attn::build(
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
     if (fasa->observes(graph.ubatch) && tips && tips->get_layer(il).tips && n_stream == 1 && is_flash_attn(v)) {
-        ggml_build_forward_expand(gf, fasa->observed.build(ctx0, il, split_streams(q), k, kq_mask, kq_scale, softcap));
+        ggml_tensor * weights = llama_fasa_weights(ctx0, split_streams(q), k, kq_mask, kq_scale, softcap);
+        ggml_build_forward_expand(gf, fasa->chooser().observe(ctx0, il, split_streams(q), weights, kq_mask));
     }
 
     auto         reason    = reason_dense(*mctx, v, kq_b);
     const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
 
-    llama_fasa_policy_args args = {};
+    llama_fasa_chooser_args args = {};
 
     if (reason == LLAMA_FASA_REASON_NONE) {
         const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_HEAD;
@@ -158,6 +159,7 @@ ggml_tensor * llama_fasa_attn::build(
 
         args.ctx        = ctx0;
         args.il         = il;
+        args.layer      = fasa->profile->layers[il];
         args.q          = split_streams(q_cur);
         args.q_rot      = q == q_cur ? args.q : split_streams(q);
         args.k          = k;
@@ -171,7 +173,7 @@ ggml_tensor * llama_fasa_attn::build(
         args.scale      = kq_scale;
         args.softcap    = softcap;
 
-        if (!fasa->policy->is_supported(args) || (fasa->policy->needs_prompt() && (!fasa->observed.has(il, graph.ubatch) || n_stream > 1))) {
+        if (!fasa->chooser().is_supported(args, graph.ubatch)) {
             reason = LLAMA_FASA_REASON_POLICY;
         }
     }
@@ -192,9 +194,9 @@ ggml_tensor * llama_fasa_attn::build(
     if (is_sparse) {
         const size_t tip_bytes = args.tips->ne[0]*args.tips->ne[2]/ggml_fasa_cells_per_block();
 
-        inp->add_layer(reason, row_bytes, fasa->params.policy == LLAMA_FASA_POLICY_FASA ? tip_bytes : 0, args.n_head_sel/k->ne[1]);
+        inp->add_layer(reason, row_bytes, fasa->params.policy == 0 ? tip_bytes : 0, args.n_head_sel/k->ne[1]);
 
-        idx = fasa->policy->build(args);
+        idx = fasa->chooser().build(args);
         graph.cb(idx, "fasa_select", il);
 
         capture(*inp, LLAMA_FASA_CAPTURE_CELLS, ggml_reshape_3d(ctx0, idx, idx->ne[0], idx->ne[1], idx->ne[2]*idx->ne[3]));
@@ -252,8 +254,8 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa.is_prompt(ubatch)), prompt(fasa.observed.prompt),
-    is_observed(fasa.observed.is_of(ubatch)) {
+    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa.is_prompt(ubatch)),
+    key(fasa.chooser().graph_key(ubatch)) {
 }
 
 llama_fasa_graph_input::~llama_fasa_graph_input() {
@@ -294,10 +296,7 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
-    if (is_prompt != fasa.is_prompt(params.ubatch)) {
-        return false;
-    }
-    return !fasa.policy || !fasa.policy->needs_prompt() || (prompt == fasa.observed.prompt && is_observed == fasa.observed.is_of(params.ubatch));
+    return is_prompt == fasa.is_prompt(params.ubatch) && key == fasa.chooser().graph_key(params.ubatch);
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
@@ -309,7 +308,7 @@ void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
     if (forced && forced->buffer) {
         set_forced(ubatch);
     }
-    fasa.observed.begin(*ubatch, fasa.observes(*ubatch));
+    fasa.chooser().begin(*ubatch, fasa.observes(*ubatch));
     count(ubatch);
 }
 
@@ -373,7 +372,7 @@ void llama_fasa_graph_input::count_bytes(const llama_ubatch * ubatch, llama_fasa
             n_visible--;
         }
 
-        const size_t n_kept = row_bytes_sparse > 0 ? fasa.policy->n_kept(n_visible, n_fac) : 0;
+        const size_t n_kept = row_bytes_sparse > 0 ? fasa.chooser().n_kept(n_visible, n_fac) : 0;
 
         step.bytes_kv       += n_visible*row_bytes_dense + n_kept*row_bytes_listed;
         step.bytes_tips     += n_kv*tip_bytes;

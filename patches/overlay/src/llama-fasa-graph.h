@@ -101,9 +101,7 @@ private:
 
     const bool     is_prompt; // what the graph was built for
 
-    // for policies that need a prompt: the last one by then, and whether the batch goes on with it
-    const uint64_t prompt;
-    const bool     is_observed;
+    const uint64_t key; // likewise: llama_fasa_chooser::graph_key
 
     ggml_tensor * forced = nullptr;
 

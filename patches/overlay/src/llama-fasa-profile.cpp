@@ -1,6 +1,7 @@
 #include "llama-fasa-profile.h"
 
 #include "ggml-cpp.h"
+#include "llama-fasa-chooser.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -107,8 +108,8 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (!llama_fasa_select_name(params.select)) {
         throw std::runtime_error(format("fasa.select = %d is out of range: it must be from 0 to %d", (int) params.select, LLAMA_FASA_SELECT_COUNT - 1));
     }
-    if (!llama_fasa_policy_name(params.policy)) {
-        throw std::runtime_error(format("fasa.policy = %d is out of range: it must be from 0 to %d", (int) params.policy, LLAMA_FASA_POLICY_COUNT - 1));
+    if (!llama_fasa_chooser_name(params.policy)) {
+        throw std::runtime_error(format("fasa.policy = %d is unknown: 0 is FASA, others take libllama-fasa-eval (llama-fasa-eval.h)", params.policy));
     }
 }
 
@@ -176,14 +177,30 @@ public:
 
     // one of the names that name_of gives, which ends with nullptr
     template <typename T>
-    void read_name(const char * key, T & value, const char * (*name_of)(T), bool is_stored) {
-        known.insert(key);
-        if (is_stored && gguf_find_key(metadata, key) >= 0) {
+    void read_name(const char * key, T & value, const char * (*name_of)(T)) {
+        if (gguf_find_key(metadata, key) >= 0) {
             value = find_name(key, str(key), name_of);
         }
+        override_name(key, value, name_of);
+    }
+
+    template <typename T>
+    void override_name(const char * key, T & value, const char * (*name_of)(T)) {
+        known.insert(key);
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_STR, "str")) {
             value = find_name(key, ovrd->val_str, name_of);
         }
+    }
+
+    // who chooses: all but FASA are of a library that may not be there
+    void override_policy(const char * key, int32_t & value) {
+        const auto it = overrides.find(key);
+        if (it != overrides.end() && !llama_fasa_chooser_name(1) && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR && it->second.val_str != std::string("fasa")) {
+            known.insert(key);
+            lines += format("%s: it takes libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)\n", key);
+            return;
+        }
+        override_name(key, value, llama_fasa_chooser_name);
     }
 
     // what only tools read: it cannot be overridden
@@ -345,8 +362,8 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.read("fasa.max_batch",      params.max_batch);
     reader.read("fasa.n_tip",          params.n_tip);
     reader.read("fasa.n_dense_layers", params.n_dense_layers);
-    reader.read_name("fasa.select",    params.select, llama_fasa_select_name, true);
-    reader.read_name("fasa.policy",    params.policy, llama_fasa_policy_name, false);
+    reader.read_name("fasa.select",    params.select, llama_fasa_select_name);
+    reader.override_policy("fasa.policy", params.policy);
     llama_fasa_params_validate(params);
 
     reader.require("fasa.calibration.text",      GGUF_TYPE_STRING);

@@ -26,21 +26,6 @@
 // settings
 //
 
-const char * llama_fasa_policy_name(llama_fasa_policy_type policy) {
-    switch (policy) {
-        case LLAMA_FASA_POLICY_FASA:      return "fasa";
-        case LLAMA_FASA_POLICY_FASA_SUM:  return "fasa_sum";
-        case LLAMA_FASA_POLICY_ORACLE:    return "oracle";
-        case LLAMA_FASA_POLICY_RANDOM:    return "random";
-        case LLAMA_FASA_POLICY_STREAMING: return "streaming";
-        case LLAMA_FASA_POLICY_QUEST:     return "quest";
-        case LLAMA_FASA_POLICY_SNAPKV:    return "snapkv";
-        case LLAMA_FASA_POLICY_H2O:       return "h2o";
-        case LLAMA_FASA_POLICY_COUNT:     break;
-    }
-    return nullptr;
-}
-
 const char * llama_fasa_select_name(llama_fasa_select_type select) {
     switch (select) {
         case LLAMA_FASA_SELECT_GROUP: return "group";
@@ -128,7 +113,7 @@ static const struct {
     /* STALE_TIPS     */ { "stale_tips",     "the tips could not be made again after K changed (see the log)" },
     /* NON_CAUSAL     */ { "non_causal",     "attention is not causal" },
     /* ATTN_BIAS      */ { "attn_bias",      "attention has a bias on its logits (ALiBi or other)" },
-    /* POLICY         */ { "policy",         "fasa.policy cannot choose: it takes K in host memory, snapkv and h2o an observed prompt, quest, random and fasa_sum K that is not rotated" },
+    /* POLICY         */ { "policy",         "fasa.policy, who is to choose in place of FASA, cannot do so for the layer (llama-fasa-eval.h says when)" },
 };
 
 static_assert(sizeof(FASA_REASONS)/sizeof(FASA_REASONS[0]) == LLAMA_FASA_REASON_COUNT, "every reason has a row");

@@ -38,7 +38,7 @@ public:
         return state.kept;
     }
 
-    void prepare(const llama_fasa_policy_args & args) override {
+    void prepare(const llama_fasa_chooser_args & args) override {
         for (int64_t ih = 0; ih < args.n_head_sel; ++ih) {
             histories.insert({ { args.il, ih }, {} });
         }
@@ -96,6 +96,6 @@ private:
 
 } // namespace
 
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_h2o(llama_fasa_observed & observed) {
+std::unique_ptr<llama_fasa_policy> llama_fasa_policy_h2o(const llama_fasa_observed & observed) {
     return std::make_unique<policy_h2o>(observed);
 }

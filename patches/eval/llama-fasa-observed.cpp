@@ -1,7 +1,6 @@
 #include "llama-fasa-observed.h"
 
 #include "llama-batch.h"
-#include "llama-fasa-weights.h"
 
 bool llama_fasa_observed::is_of(const llama_ubatch & ubatch) const {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -35,14 +34,13 @@ void llama_fasa_observed::begin(const llama_ubatch & ubatch, bool is_observed) {
     next_pos = ubatch.pos[ubatch.n_tokens - 1] + 1;
 }
 
-ggml_tensor * llama_fasa_observed::build(
-        ggml_context * ctx, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float scale, float softcap) {
+ggml_tensor * llama_fasa_observed::build(ggml_context * ctx, int32_t il, ggml_tensor * q, ggml_tensor * weights, ggml_tensor * mask) {
     auto & layer = layers[il];
 
     layer.observed = this;
     layer.heads.resize(q->ne[1]);
 
-    ggml_tensor * srcs[] = { llama_fasa_weights(ctx, q, k, mask, scale, softcap), q, mask };
+    ggml_tensor * srcs[] = { weights, q, mask };
 
     // an op has to have a result
     return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, srcs, 3, compute, GGML_N_TASKS_MAX, &layer);

@@ -38,7 +38,7 @@ public:
         return std::min(n_prompt, n_fac) + std::max<int64_t>(n_visible - n_prompt, 0);
     }
 
-    void prepare(const llama_fasa_policy_args & args) override {
+    void prepare(const llama_fasa_chooser_args & args) override {
         for (int64_t ih = 0; ih < args.n_head_sel; ++ih) {
             chosen.insert({ { args.il, ih }, {} });
         }
@@ -98,6 +98,6 @@ private:
 
 } // namespace
 
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_snapkv(llama_fasa_observed & observed) {
+std::unique_ptr<llama_fasa_policy> llama_fasa_policy_snapkv(const llama_fasa_observed & observed) {
     return std::make_unique<policy_snapkv>(observed);
 }

@@ -8,8 +8,8 @@
 
 struct llama_ubatch;
 
-// What SnapKV and H2O need to know of the prompt: attention weights, which flash attention does not give. They are
-// computed a second time, unfused, while the prompt is read: n_kv*n_tokens*n_head floats for a micro-batch. For one sequence.
+// What SnapKV and H2O need to know of the prompt: attention weights, which are computed a second time, unfused, while it is
+// read: n_kv*n_tokens*n_head floats for a micro-batch. For one sequence.
 struct llama_fasa_observed {
     static constexpr size_t N_QUERIES = 32; // kept of the end of the prompt
 
@@ -42,9 +42,8 @@ struct llama_fasa_observed {
     // a micro-batch is about to run
     void begin(const llama_ubatch & ubatch, bool is_observed);
 
-    // what observes a prompt
-    // q: F32 [n_embd_head, n_head, n_tokens, 1], k: [n_embd_head, n_head_kv, n_kv, 1]
-    ggml_tensor * build(ggml_context * ctx, int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float scale, float softcap);
+    // as llama_fasa_chooser::observe
+    ggml_tensor * build(ggml_context * ctx, int32_t il, ggml_tensor * q, ggml_tensor * weights, ggml_tensor * mask);
 
 private:
     static void compute(ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -13,13 +13,13 @@
 // sources of the custom op
 enum { SRC_Q, SRC_K, SRC_MASK, SRC_DIMS, SRC_FORCED };
 
-bool llama_fasa_policy_plain::is_supported(const llama_fasa_policy_args & args) const {
+bool llama_fasa_policy_plain::is_supported(const llama_fasa_chooser_args & args) const {
     ggml_backend_buffer_t buffer = args.k->view_src ? args.k->view_src->buffer : nullptr; // of the KV cache
 
     return buffer && ggml_backend_buffer_is_host(buffer) && (!needs_dims() || args.q == args.q_rot);
 }
 
-ggml_tensor * llama_fasa_policy_plain::build(const llama_fasa_policy_args & args) {
+ggml_tensor * llama_fasa_policy_plain::build(const llama_fasa_chooser_args & args) {
     prepare(args);
 
     auto & op = ops[{ args.il, args.n_fac }];

@@ -35,9 +35,9 @@ struct llama_fasa_choice {
 // Cells are taken to lie in the order of their positions, as they do in a context of one sequence.
 class llama_fasa_policy_plain : public llama_fasa_policy {
 public:
-    ggml_tensor * build(const llama_fasa_policy_args & args) override;
+    ggml_tensor * build(const llama_fasa_chooser_args & args) override;
 
-    bool is_supported(const llama_fasa_policy_args & args) const override;
+    bool is_supported(const llama_fasa_chooser_args & args) const override;
 
     // the chosen cells in any order, at most n_list of them
     // threads call it at once for different heads, and for one head in the order of the tokens
@@ -46,7 +46,7 @@ public:
     virtual int64_t n_list(int64_t n_fac, int64_t /*n_kv*/) const { return n_fac; }
 
     // called while the graph is built: whatever a head will need has to be there before threads look for it
-    virtual void prepare(const llama_fasa_policy_args & /*args*/) {}
+    virtual void prepare(const llama_fasa_chooser_args & /*args*/) {}
 
     // whether it looks at single dims, which a Hadamard rotation mixes
     virtual bool needs_dims() const { return false; }
@@ -89,15 +89,3 @@ std::vector<float> llama_fasa_group_scores(const std::vector<std::vector<float>>
 
 // the forced cells, and the best of the others, by the lower id where scores are equal; scores: of the visible cells
 std::vector<int32_t> llama_fasa_best_cells(const llama_fasa_head & head, const llama_fasa_choice & choice, const std::vector<float> & scores);
-
-//
-// the policies
-//
-
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_fasa_sum ();
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_oracle   ();
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_random   (const llama_fasa_profile & profile);
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_streaming(uint32_t n_sink);
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_quest    ();
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_snapkv   (llama_fasa_observed & observed);
-std::unique_ptr<llama_fasa_policy> llama_fasa_policy_h2o      (llama_fasa_observed & observed);

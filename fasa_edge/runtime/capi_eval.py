@@ -1,0 +1,69 @@
+"""ctypes mirror of ``llama-fasa-eval.h``: who chooses the cells in place of FASA, of a library that few builds have."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from itertools import count, takewhile
+from pathlib import Path
+
+from fasa_edge.errors import LibraryError, SchemaError
+from fasa_edge.runtime.library import lib_dir, llama_cpp
+
+FASA = "fasa"
+"""The policy that needs no such library: number 0."""
+
+
+@cache
+def policies() -> tuple[str, ...]:
+    """``enum llama_fasa_policy_type``: which cells a head attends to; the first is FASA, the others are for evaluation.
+
+    Loads the library; contexts and models of this process may be given its policies from then on.
+
+    Raises:
+        LibraryError: it is not there, or does not load.
+    """
+    try:
+        lib = llama_cpp.llama_cpp.load_shared_library("llama-fasa-eval", lib_dir())
+    except FileNotFoundError:
+        raise LibraryError(
+            f"all policies but {FASA} are of the library llama-fasa-eval, which {lib_dir()} lacks, as packages do: "
+            "build fasa-edge with `make install`, or from its sources with pip and CMAKE_ARGS=-DFASA_EVAL=ON"
+        ) from None
+    except RuntimeError as error:
+        raise LibraryError(f"the library llama-fasa-eval does not load: {error}; reinstall fasa-edge") from error
+    lib.llama_fasa_eval_init.restype, lib.llama_fasa_eval_init.argtypes = None, ()
+    lib.llama_fasa_eval_init()
+    name_of = lib.llama_fasa_policy_name
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_int,)
+    return tuple(name.decode() for name in takewhile(lambda name: name is not None, map(name_of, count())))
+
+
+def library() -> list[Path]:
+    """Where it is; nothing if this build has none."""
+    return sorted(lib_dir().glob("*llama-fasa-eval*"))
+
+
+def policy_name(number: int) -> str:
+    """Of a policy; the number itself where there is none, which the library refuses.
+
+    Raises:
+        LibraryError: as :func:`policies`, but for FASA.
+    """
+    if number == 0:
+        return FASA
+    return policies()[number] if 0 < number < len(policies()) else str(number)
+
+
+def policy_number(name: str) -> int:
+    """Of a policy.
+
+    Raises:
+        LibraryError: as :func:`policies`, but for FASA.
+        SchemaError: there is none of that name.
+    """
+    if name == FASA:
+        return 0
+    if name not in policies():
+        raise SchemaError(f"policy = {name!r} is unknown: choose from {', '.join(policies())}")
+    return policies().index(name)
