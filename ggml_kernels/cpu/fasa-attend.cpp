@@ -11,15 +11,17 @@
 
 #include <cfloat>
 
-static constexpr int64_t FASA_TILE       = 256; // cells whose logits are at hand together
-static constexpr int64_t FASA_MIN_CHUNK  = 32;  // cells
-static constexpr int64_t FASA_MAX_CHUNKS = 64;  // of a head
-static constexpr int64_t FASA_AHEAD      = 16;  // cells by which a row is asked for before it is needed
-static constexpr int64_t FASA_UNPACKED   = 16;  // rows that are made floats together, where no loader knows the type
+namespace {
 
-static constexpr int FASA_MAX_TILE = 4; // query heads that share a loaded row
+constexpr int64_t FASA_TILE_CELLS = 256; // cells whose logits are at hand together
+constexpr int64_t FASA_MIN_CHUNK  = 32;  // cells
+constexpr int64_t FASA_MAX_CHUNKS = 64;  // of a head
+constexpr int64_t FASA_ROWS_AHEAD = 16;  // cells by which a row is asked for before it is needed
+constexpr int64_t FASA_UNPACKED   = 16;  // rows that are made floats together, where no loader knows the type
 
-static int64_t fasa_pad(int64_t n) {
+constexpr int FASA_TILE_HEADS = 4; // query heads that share a loaded row
+
+int64_t fasa_pad(int64_t n) {
     return GGML_PAD(n, FASA_LANES);
 }
 
@@ -69,7 +71,7 @@ struct fasa_attend_op {
         n_v       = fasa_pad(v->ne[0]);
         n_sums    = n_v + FASA_LANES;
         n_partial = n_sums*n_group*n_chunks*n_heads*n_tokens*n_stream;
-        n_thread  = GGML_PAD(n_group*n_k + FASA_MAX_TILE*(FASA_TILE + FASA_LANES) + FASA_TILE + FASA_AHEAD + FASA_LANES +
+        n_thread  = GGML_PAD(n_group*n_k + FASA_TILE_HEADS*(FASA_TILE_CELLS + FASA_LANES) + FASA_TILE_CELLS + FASA_ROWS_AHEAD + FASA_LANES +
             FASA_UNPACKED*std::max(n_k, n_v), CACHE_LINE_SIZE_F32);
     }
 
@@ -89,11 +91,6 @@ struct fasa_attend_op {
         return ((((u.stream*n_tokens + u.token)*n_heads + u.head)*n_chunks + u.chunk)*n_group + ig)*n_sums;
     }
 };
-
-size_t ggml_fasa_attend_work_size(const ggml_tensor * dst, int n_tasks) {
-    const fasa_attend_op op(dst);
-    return (GGML_PAD(op.n_partial, CACHE_LINE_SIZE_F32) + n_tasks*op.n_thread)*sizeof(float);
-}
 
 //
 // rows of K and V, a vector at a time
@@ -134,13 +131,13 @@ struct fasa_q4_0 {
 };
 
 // of some cells, and how they are to be made floats first if no loader reads their type
-struct fasa_rows {
+struct fasa_row_reader {
     const ggml_tensor * t;
     const char        * base; // of the head in the stream
     int64_t             n;    // floats, whole vectors
     float             * unpacked; // nullptr: a loader reads the rows in place
 
-    fasa_rows(const ggml_tensor * t, int64_t head_kv, int64_t stream, float * scratch) :
+    fasa_row_reader(const ggml_tensor * t, int64_t head_kv, int64_t stream, float * scratch) :
         t(t), base((const char *) t->data + head_kv*t->nb[1] + stream*t->nb[3]), n(fasa_pad(t->ne[0])) {
         const bool native = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 ||
             t->type == GGML_TYPE_Q8_0 || t->type == GGML_TYPE_Q4_0;
@@ -152,14 +149,14 @@ struct fasa_rows {
     const char * row(int32_t cell) const { return base + cell*t->nb[2]; }
 
     // how many can be had at once
-    int64_t n_batch() const { return unpacked ? FASA_UNPACKED : FASA_TILE; }
+    int64_t n_batch() const { return unpacked ? FASA_UNPACKED : FASA_TILE_CELLS; }
 
-    // pointers to the rows of some cells; FASA_AHEAD more of them are only asked for: the rows of what comes next
-    void get(const int32_t * ids, int64_t n_ids, const fasa_rows & next, const int32_t * next_ids, int64_t n_next, const char ** rows) const {
+    // pointers to the rows of some cells; FASA_ROWS_AHEAD more of them are only asked for: the rows of what comes next
+    void get(const int32_t * ids, int64_t n_ids, const fasa_row_reader & next, const int32_t * next_ids, int64_t n_next, const char ** rows) const {
         for (int64_t i = 0; i < n_ids; ++i) {
             rows[i] = unpacked ? unpack(ids[i], unpacked + i*n) : row(ids[i]);
         }
-        for (int64_t i = 0; i < FASA_AHEAD; ++i) {
+        for (int64_t i = 0; i < FASA_ROWS_AHEAD; ++i) {
             rows[n_ids + i] = i < n_next ? next.row(next_ids[i]) : rows[n_ids - 1];
         }
     }
@@ -175,9 +172,9 @@ struct fasa_rows {
     }
 };
 
-// logits of N query heads for some cells, of head i at i*stride; q: [n, N], rows: see fasa_rows::get
+// logits of N query heads for some cells, of head i at i*stride; q: [n, N], rows: see fasa_row_reader::get
 template <typename T, int N>
-static void fasa_dot_rows(const float * q, int64_t n, const char * const * rows, int64_t n_rows, float * logits, int64_t stride) {
+void fasa_dot_rows(const float * q, int64_t n, const char * const * rows, int64_t n_rows, float * logits, int64_t stride) {
     static constexpr int N_CELLS = FASA_ACCS/(N == 3 ? 4 : N); // at a time
 
     for (int64_t i = 0; i < n_rows; i += N_CELLS) {
@@ -190,7 +187,7 @@ static void fasa_dot_rows(const float * q, int64_t n, const char * const * rows,
         for (int64_t j = 0; j < n/FASA_LANES; ++j) {
             for (int ic = 0; ic < N_CELLS; ++ic) {
                 const vec x = T::load(rows[i + std::min<int64_t>(ic, n_cells - 1)], j);
-                FASA_PREFETCH(T::at(rows[i + std::min<int64_t>(ic, n_cells - 1) + FASA_AHEAD], j));
+                FASA_PREFETCH(T::at(rows[i + std::min<int64_t>(ic, n_cells - 1) + FASA_ROWS_AHEAD], j));
                 for (int ih = 0; ih < N; ++ih) {
                     acc[ih*N_CELLS + ic] = v_fma(x, v_load(q + ih*n + j*FASA_LANES), acc[ih*N_CELLS + ic]);
                 }
@@ -209,7 +206,7 @@ static void fasa_dot_rows(const float * q, int64_t n, const char * const * rows,
 
 // add the weighted rows to the sums of N query heads, N_VECS vectors from the j-th on
 template <typename T, int N, int N_VECS>
-static void fasa_add_rows(
+void fasa_add_rows(
         const float * weights, int64_t stride, const char * const * rows, int64_t n_rows, float * sums, int64_t n_sums, int64_t j) {
     vec acc[N][N_VECS];
     for (int ih = 0; ih < N; ++ih) {
@@ -220,7 +217,7 @@ static void fasa_add_rows(
     for (int64_t i = 0; i < n_rows; ++i) {
         for (int iv = 0; iv < N_VECS; ++iv) {
             const vec x = T::load(rows[i], j + iv);
-            FASA_PREFETCH(T::at(rows[i + FASA_AHEAD], j + iv));
+            FASA_PREFETCH(T::at(rows[i + FASA_ROWS_AHEAD], j + iv));
             for (int ih = 0; ih < N; ++ih) {
                 acc[ih][iv] = v_fma(x, v_set1(weights[ih*stride + i]), acc[ih][iv]);
             }
@@ -247,8 +244,8 @@ struct fasa_tile {
 };
 
 template <typename T, int N>
-static void fasa_tile_logits(const fasa_tile & tile, const fasa_rows & k, const fasa_rows & v) {
-    const char * rows[FASA_TILE + FASA_AHEAD];
+void fasa_tile_logits(const fasa_tile & tile, const fasa_row_reader & k, const fasa_row_reader & v) {
+    const char * rows[FASA_TILE_CELLS + FASA_ROWS_AHEAD];
     for (int64_t i = 0; i < tile.n_ids; i += k.n_batch()) {
         const int64_t n = std::min(k.n_batch(), tile.n_ids - i);
         k.get(tile.ids + i, n, v, tile.ids, tile.n_ids, rows);
@@ -257,10 +254,10 @@ static void fasa_tile_logits(const fasa_tile & tile, const fasa_rows & k, const 
 }
 
 template <typename T, int N>
-static void fasa_tile_sums(const fasa_tile & tile, const fasa_rows & k, const fasa_rows & v) {
-    static constexpr int N_VECS = FASA_ACCS/FASA_MAX_TILE;
+void fasa_tile_sums(const fasa_tile & tile, const fasa_row_reader & k, const fasa_row_reader & v) {
+    static constexpr int N_VECS = FASA_ACCS/FASA_TILE_HEADS;
 
-    const char * rows[FASA_TILE + FASA_AHEAD];
+    const char * rows[FASA_TILE_CELLS + FASA_ROWS_AHEAD];
     for (int64_t i = 0; i < tile.n_ids; i += v.n_batch()) {
         const int64_t n = std::min(v.n_batch(), tile.n_ids - i);
         v.get(tile.ids + i, n, k, tile.ids + tile.n_ids, tile.n_next, rows);
@@ -295,7 +292,7 @@ static void fasa_tile_sums(const fasa_tile & tile, const fasa_rows & k, const fa
     }
 
 // the logits become weights relative to the greatest so far, at sums[n_v]; their sum is kept behind it
-static void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums, int64_t n_v) {
+void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums, int64_t n_v) {
     if (softcap != 0.0f) {
         for (int64_t i = 0; i < n; ++i) {
             logits[i] = softcap*std::tanh(logits[i]/softcap);
@@ -330,7 +327,7 @@ static void fasa_soft_max(float * logits, int64_t n, float softcap, float * sums
 }
 
 // the cells among list positions [i0, i1)
-static int64_t fasa_get_ids(const fasa_attend_op & op, const fasa_attend_op::unit & u, int64_t i0, int64_t i1, int32_t * ids) {
+int64_t fasa_get_ids(const fasa_attend_op & op, const fasa_attend_op::unit & u, int64_t i0, int64_t i1, int32_t * ids) {
     int64_t n = 0;
 
     if (op.idx) {
@@ -357,17 +354,17 @@ static int64_t fasa_get_ids(const fasa_attend_op & op, const fasa_attend_op::uni
 }
 
 // the partial sums of one unit; work: floats of the thread
-static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::unit & u, float * partial, float * work) {
+void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::unit & u, float * partial, float * work) {
     const float scale   = ggml_get_op_params_f32(op.dst, 0);
     const float softcap = ggml_get_op_params_f32(op.dst, 1);
 
     float   * q        = work;
     float   * logits   = q + op.n_group*op.n_k;
-    int32_t * ids      = (int32_t *) (logits + FASA_MAX_TILE*(FASA_TILE + FASA_LANES));
-    float   * unpacked = (float   *) ids + FASA_TILE + FASA_AHEAD + FASA_LANES;
+    int32_t * ids      = (int32_t *) (logits + FASA_TILE_HEADS*(FASA_TILE_CELLS + FASA_LANES));
+    float   * unpacked = (float   *) ids + FASA_TILE_CELLS + FASA_ROWS_AHEAD + FASA_LANES;
 
-    const fasa_rows k(op.k, u.head/op.n_shared, u.stream, unpacked);
-    const fasa_rows v(op.v, u.head/op.n_shared, u.stream, unpacked);
+    const fasa_row_reader k(op.k, u.head/op.n_shared, u.stream, unpacked);
+    const fasa_row_reader v(op.v, u.head/op.n_shared, u.stream, unpacked);
 
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const float * row = (const float *) ((const char *) op.q->data +
@@ -383,24 +380,24 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
 
     const int64_t end = std::min((u.chunk + 1)*op.n_chunk, op.n_list);
 
-    for (int64_t i = u.chunk*op.n_chunk; i < end; i += FASA_TILE) {
-        const int64_t i1 = std::min(i + FASA_TILE, end);
+    for (int64_t i = u.chunk*op.n_chunk; i < end; i += FASA_TILE_CELLS) {
+        const int64_t i1 = std::min(i + FASA_TILE_CELLS, end);
 
         fasa_tile tile = {};
 
         tile.ids    = ids;
         tile.n_ids  = fasa_get_ids(op, u, i, i1, ids);
-        tile.n_next = fasa_get_ids(op, u, i1, std::min(i1 + FASA_AHEAD, end), ids + tile.n_ids);
+        tile.n_next = fasa_get_ids(op, u, i1, std::min(i1 + FASA_ROWS_AHEAD, end), ids + tile.n_ids);
         tile.logits = logits;
-        tile.stride = FASA_TILE + FASA_LANES;
+        tile.stride = FASA_TILE_CELLS + FASA_LANES;
         tile.n_sums = op.n_sums;
 
         if (tile.n_ids == 0) {
             continue;
         }
-        for (int64_t ig = 0; ig < op.n_group; ig += FASA_MAX_TILE) {
+        for (int64_t ig = 0; ig < op.n_group; ig += FASA_TILE_HEADS) {
             tile.q       = q + ig*op.n_k;
-            tile.n_heads = std::min<int64_t>(FASA_MAX_TILE, op.n_group - ig);
+            tile.n_heads = std::min<int64_t>(FASA_TILE_HEADS, op.n_group - ig);
             tile.sums    = partial + op.sums_offset(u, ig);
 
             FASA_DISPATCH(fasa_tile_logits, k.type(), tile.n_heads, tile, k, v);
@@ -413,7 +410,7 @@ static void fasa_attend_unit(const fasa_attend_op & op, const fasa_attend_op::un
 }
 
 // the output of query head ih for one token
-static void fasa_combine(const fasa_attend_op & op, int64_t is, int64_t it, int64_t ih, const float * partial) {
+void fasa_combine_chunks(const fasa_attend_op & op, int64_t is, int64_t it, int64_t ih, const float * partial) {
     const fasa_attend_op::unit first = { is, 0, ih/op.n_group, it };
 
     const float * sums  = partial + op.sums_offset(first, ih % op.n_group);
@@ -444,6 +441,13 @@ static void fasa_combine(const fasa_attend_op & op, int64_t is, int64_t it, int6
     }
 }
 
+} // namespace
+
+size_t ggml_fasa_attend_work_size(const ggml_tensor * dst, int n_tasks) {
+    const fasa_attend_op op(dst);
+    return (GGML_PAD(op.n_partial, CACHE_LINE_SIZE_F32) + n_tasks*op.n_thread)*sizeof(float);
+}
+
 void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_tensor * dst) {
     const fasa_attend_op op(dst);
 
@@ -463,6 +467,6 @@ void ggml_compute_forward_fasa_attend(const ggml_compute_params * params, ggml_t
     const int64_t n_out  = n_head*op.n_tokens*op.n_stream;
 
     for (int64_t i = n_out*ith/nth; i < n_out*(ith + 1)/nth; ++i) {
-        fasa_combine(op, i/n_head/op.n_tokens, i/n_head % op.n_tokens, i % n_head, partial);
+        fasa_combine_chunks(op, i/n_head/op.n_tokens, i/n_head % op.n_tokens, i % n_head, partial);
     }
 }

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 
-static float key_element(const char * k_row, ggml_type type, int32_t i) {
+namespace {
+
+float key_element(const char * k_row, ggml_type type, int32_t i) {
     switch (type) {
         case GGML_TYPE_F16:  return GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) k_row)[i]);
         case GGML_TYPE_BF16: return GGML_BF16_TO_FP32(((const ggml_bf16_t *) k_row)[i]);
@@ -17,7 +19,7 @@ static float key_element(const char * k_row, ggml_type type, int32_t i) {
 }
 
 // the element as the K cache will hold it
-static float round_to_type(float x, ggml_type type) {
+float round_to_type(float x, ggml_type type) {
     switch (type) {
         case GGML_TYPE_F16:  return GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(x));
         case GGML_TYPE_BF16: return GGML_BF16_TO_FP32(GGML_FP32_TO_BF16(x));
@@ -26,10 +28,12 @@ static float round_to_type(float x, ggml_type type) {
 }
 
 // what is not a number is at the lowest level
-static uint8_t key_level(float x, float centre, float step) {
+uint8_t key_level(float x, float centre, float step) {
     const float steps = (x - centre)*(step > 0.0f ? 1.0f/step : 0.0f);
     return (uint8_t) (std::floor(std::min(std::max(-FASA_TIPS_LEVELS/2.0f, steps), FASA_TIPS_LEVELS/2 - 1.0f)) + FASA_TIPS_LEVELS/2);
 }
+
+} // namespace
 
 void ggml_compute_forward_fasa_store(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * tips = dst->src[0];
