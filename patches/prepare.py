@@ -234,8 +234,8 @@ def place(name: str, source: Path, tree: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def run_git(tree: Path, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run git in the tree, apart from repositories around it and from the user's own settings; `text` is its input."""
+def run_git(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in the tree, apart from repositories around it and from the user's own settings."""
     # Inside the folder of another repository (ours, usually) git would take paths relative to that one's root, find
     # nothing to do and report success: the ceiling hides it.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -248,7 +248,7 @@ def run_git(tree: Path, *arguments: str, text: str | None = None) -> subprocess.
     command = ["git", *arguments]
     try:
         return subprocess.run(
-            command, cwd=tree, env=environment, input=text, capture_output=True, encoding="utf-8", check=False
+            command, cwd=tree, env=environment, capture_output=True, encoding="utf-8", check=False
         )
     except FileNotFoundError:
         raise PrepareError("git is not installed\n  remedy: install git; it applies the patches") from None

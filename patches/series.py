@@ -3,11 +3,11 @@
 
     python patches/series.py tree DIR       the pinned llama.cpp (tag `stock`) and a commit for each patch on top of it,
                                             with our own files linked in, so that an edit there is an edit here
-    python patches/series.py refresh DIR    write the commits since `stock` as patches/NNNN-*.patch
+    python patches/series.py refresh DIR    write the commits since `stock` as patches/NNNN-*.patch, which are mails
     python patches/series.py rebase DIR     carry the commits over to the llama.cpp that upstream.txt pins by now
 
-Before `refresh`, `git commit --amend`, `git rebase -i stock`, a new commit for a new patch. Commit messages are the
-head of a patch, and their first line its name.
+Before `refresh`, `git commit --amend`, `git rebase -i stock`, a new commit for a new patch. Author, date and message of
+a commit are the head of a patch, and the message's first line its name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ BASE = "stock"  # the tag of the pinned llama.cpp as it is
 BRANCH = "series"
 
 
-def git(tree: Path, *arguments: str, text: str | None = None) -> str:
+def git(tree: Path, *arguments: str) -> str:
     """What git prints, or its refusal."""
-    done = run_git(tree, *arguments, text=text)
+    done = run_git(tree, *arguments)
     if done.returncode != 0:
         said = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).splitlines())
         raise PrepareError(f"git {' '.join(arguments)}, in {tree}:\n{said}")
@@ -48,8 +48,8 @@ def make_tree(tree: Path) -> None:
     prepare(tree, stock=True)
     links = own_files()
     git(tree, "init", "--quiet", f"--initial-branch={BRANCH}")
-    # git asks for one, and it reaches no patch
-    git(tree, "config", "user.name", "fasa-edge")
+    # of what is committed here anew: the name in LICENSE
+    git(tree, "config", "user.name", "The fasa-edge authors")
     git(tree, "config", "user.email", "fasa-edge@localhost")
     (tree / ".git/info/exclude").write_text("".join(f"/{name}\n" for name in (STAMP, *sorted(links))), encoding="utf-8")
     commit_stock(tree)
@@ -57,10 +57,8 @@ def make_tree(tree: Path) -> None:
     for name, source in links.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).symlink_to(source)
-    for patch in patch_series():
-        message, _, _ = patch.read_bytes().partition(b"\ndiff --git ")
-        git(tree, "apply", "--index", str(patch))
-        git(tree, "commit", "--quiet", "--file=-", text=message.decode())
+    if series := patch_series():
+        git(tree, "am", "--quiet", "--keep-cr", *map(str, series))
 
 
 def check_tree(tree: Path) -> None:
@@ -98,10 +96,13 @@ def refresh(tree: Path) -> list[str]:
     check_tree(tree)
     with tempfile.TemporaryDirectory(prefix="series.", dir=PATCHES) as work:
         for number, commit in enumerate(git(tree, "rev-list", "--reverse", f"{BASE}..HEAD").split(), 1):
-            name = git(tree, "log", "-1", "--format=%f", commit).strip().lower()
-            # Nothing that differs from one machine or day to the next: no author, no date, no hash of the commit.
-            options = ("--format=%B", "--unified=3", "--abbrev=9", "--no-renames", "--no-color")
-            git(tree, "show", *options, f"--output={work}/{number:04}-{name}.patch", commit)
+            # Nothing that differs from one machine or day to the next: no hash of the commit, no version of git. And
+            # nothing that one patch more would change: no "1/10".
+            options = ("--zero-commit", "--no-signature", "--no-numbered", "--no-stat")
+            options = (*options, "--unified=3", "--abbrev=9", "--no-renames", "--no-color")
+            options = (*options, f"--start-number={number}", f"--output-directory={work}")
+            mail = Path(git(tree, "format-patch", "-1", *options, commit).strip())
+            mail.rename(mail.with_name(mail.name.lower()))
 
         series = {path.name: path for path in Path(work).iterdir()}
         before = {path.name: path for path in patch_series()}

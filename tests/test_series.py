@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from test_prepare import ROOT, SOURCE, UPSTREAM, Project, diff, read, write
+
+AUTHOR, DATE = "Ada <ada@example.org>", "Fri, 2 Jan 2026 03:04:05 +0600"
 
 
 class Series:
@@ -20,7 +23,8 @@ class Series:
         shutil.copy(ROOT / "patches/series.py", project.root / "patches")
         hooked = diff("src/llama.cpp", SOURCE, SOURCE.replace("line_20", "hook"))
         header = "diff --git a/src/llama.cpp b/src/llama.cpp\n"
-        project.patch.write_text(f"src: a hook\n\nWith a reason.\n\n\n{header}{hooked}")
+        mail = f"From: {AUTHOR}\nDate: {DATE}\nSubject: [PATCH] src: a hook\n\nWith a reason.\n\n"
+        project.patch.write_text(f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n{mail}{header}{hooked}")
         self.run("tree")
         self.run("refresh")  # in git's words
 
@@ -50,6 +54,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 def test_patch_becomes_a_commit(series):
     assert series.git("log", "--format=%B", "stock..series").strip() == "src: a hook\n\nWith a reason."
+    assert series.git("log", "--format=%an <%ae>, %aD", "stock..series").strip() == f"{AUTHOR}, {DATE}"
     assert series.git("status", "--porcelain") == ""  # our own files are there, and none of the commits' business
     assert (series.tree / "src/fasa.cpp").resolve() == series.project.root / "patches/overlay/src/fasa.cpp"
     assert (series.tree / "ggml/src/ggml-fasa/cpu/fasa.cpp").resolve() == series.project.kernel
@@ -67,6 +72,18 @@ def test_commits_become_patches(series):
     files = series.project.tree()
     assert "int better_hook;\n" in files["src/llama.cpp"]
     assert files["ggml/src/ggml.c"] == "int ggml_hook;\n"
+
+    first, second = (series.patches()[name] for name in sorted(series.patches()))
+    assert f"\nFrom: {AUTHOR}\nDate: {DATE}\nSubject: [PATCH] src: a better hook\n" in first
+    assert "\nFrom: The fasa-edge authors <" in second and second.endswith("+int ggml_hook;\n")
+
+
+def test_a_patch_that_is_no_mail(series):
+    (patch,) = (series.project.root / "patches").glob("*.patch")
+    patch.write_text(patch.read_text().partition("\n\n")[2])
+    shutil.rmtree(series.tree)
+    done = series.run("tree")
+    assert done.returncode == 1 and "git am" in done.stderr
 
 
 def pin_another(series: Series, upstream: dict[str, str]) -> Path:
@@ -126,11 +143,53 @@ def test_folder_of_somebody_else(series, task, error):
     assert read(series.tree) == {"letter.txt": "dear"}
 
 
-def test_real_series_survives_the_round_trip(tmp_path):
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of our project, its series as commits in the folder tree."""
+    root = tmp_path_factory.mktemp("real")
     for folder in ("patches", "ggml_kernels"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    command = [sys.executable, tmp_path / "patches/series.py"]
+        shutil.copytree(ROOT / folder, root / folder)
+    run_real(root, "series.py", "tree", root / "tree")
+    return root
+
+
+def run_real(root: Path, script: str, *arguments: object) -> bytes:
     environment = {"FASA_DOWNLOAD_DIR": str(ROOT / ".venv/download")} | os.environ
-    subprocess.run([*command, "tree", tmp_path / "tree"], env=environment, check=True)
-    done = subprocess.run([*command, "refresh", tmp_path / "tree"], env=environment, check=True, capture_output=True)
-    assert done.stdout == b"series: no patch changed\n"
+    command = [sys.executable, root / "patches" / script, *arguments]
+    return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+
+
+def test_real_series_survives_the_round_trip(real):
+    assert run_real(real, "series.py", "refresh", real / "tree") == b"series: no patch changed\n"
+
+
+def test_git_am_takes_the_real_series(real):
+    """As a maintainer would, in a repository with our own files: what comes out is what is compiled."""
+    run_real(real, "prepare.py", "--out", real / "stock", "--stock")
+    run_real(real, "prepare.py", "--out", real / "patched")
+    git = lambda *arguments: subprocess.run(["git", *arguments], cwd=real / "stock", check=True)  # noqa: E731
+    identity = ("-c", "user.name=A maintainer", "-c", "user.email=maintainer@example.org")
+    git("init", "--quiet")
+    git("add", "--all")
+    git(*identity, "commit", "--quiet", "--message=llama.cpp")
+    git(*identity, "am", "--quiet", "--keep-cr", *sorted((real / "patches").glob("*.patch")))
+    patched, found = bytes_of(real / "patched"), bytes_of(real / "stock")
+    assert [path for path in found if found[path] != patched.get(path)] == []
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not name.startswith((".git/", ".fasa-stamp"))}
+
+
+def test_rpc_with_more_ops_is_another_version_of_the_protocol(real):
+    """A client and a server that number the ops otherwise would run one for another."""
+    show = lambda commit: ["git", "show", f"{commit}:ggml/include/ggml-rpc.h"]  # noqa: E731
+    stock, ours = (
+        subprocess.run(show(commit), cwd=real / "tree", check=True, capture_output=True, text=True).stdout
+        for commit in ("stock", "series")
+    )
+    of = lambda text, pattern: re.search(pattern, text)[1]  # noqa: E731
+    assert int(of(ours, r"GGML_OP_COUNT == (\d+)")) == int(of(stock, r"GGML_OP_COUNT == (\d+)")) + 3
+    version = r"RPC_PROTO_PATCH_VERSION +(\d+)"
+    assert int(of(ours, version)) > int(of(stock, version))

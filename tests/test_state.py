@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.library import ggml, llama_cpp
+from fasa_edge.runtime.log import error_log
 
 import numpy as np
 import pytest
@@ -186,6 +187,44 @@ def test_tips_that_could_not_be_made_again(model: Path) -> None:
         llama_cpp.llama_memory_seq_rm(ctx.memory, 0, N_PROMPT, -1)
         ctx.stats()
         check(fresh_steps(model, PROMPT, NEXT)[0], ctx.step(NEXT, N_PROMPT))  # the next update made them
+        assert ctx.reasons() == {"none": 2}
+
+
+def test_tips_that_cannot_be_made_again_are_tried_ever_more_rarely(model: Path) -> None:
+    """Not at every step, and told once; when K changes again, at once."""
+    nodes: list[bytes] = []  # of the graphs of a step
+    n_tried, is_broken = 0, True
+    ggml_get_name = ggml(llama_cpp, "ggml-base").ggml_get_name
+    ggml_get_name.restype, ggml_get_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p,)
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def look(node: int, _ask: bool, _: object) -> bool:
+        nodes.append(ggml_get_name(node))
+        return False
+
+    @llama_cpp.ggml_abort_callback
+    def abort(_: object) -> bool:
+        nonlocal n_tried
+        if not is_broken or any(name.startswith(b"kqv_out") for name in nodes):  # of a batch
+            return False
+        n_tried += 1
+        return True
+
+    with Context(model, cb_eval=look) as ctx, error_log() as errors:
+        ctx.read(PROMPT)
+        state = save(ctx)
+        load(ctx, state)
+        ctx.stats()
+        llama_cpp.llama_set_abort_callback(ctx.ctx, abort, None)
+        for i in range(n_steps := 64):
+            nodes.clear()
+            ctx.step(NEXT, N_PROMPT + i)
+        assert ctx.reasons() == {"stale_tips": 2 * n_steps}
+        assert 3 <= n_tried <= 8
+        assert len([line for line in errors if "tips" in line]) == 1
+        is_broken = False
+        load(ctx, state)
+        check(fresh_steps(model, PROMPT, NEXT)[0], ctx.step(NEXT, N_PROMPT))
         assert ctx.reasons() == {"none": 2}
 
 

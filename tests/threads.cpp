@@ -77,7 +77,7 @@ struct application {
             params.budget   = 32 + rng() % 64;
             params.n_sink   = rng() % 8;
             params.n_recent = rng() % 24;
-            params.select   = (llama_fasa_select_type) (rng() % LLAMA_FASA_SELECT_COUNT);
+            params.select   = (llama_fasa_select_type) (rng() % LLAMA_FASA_SELECT_TYPE_COUNT);
             params.policy   = rng() % LLAMA_FASA_POLICY_TYPE_COUNT;
             check(llama_fasa_set_params(ctx, &params), "settings are taken");
 

@@ -34,9 +34,9 @@ extern "C" {
 
     // who chooses
     LLAMA_FASA_ENUM(llama_fasa_select_type) {
-        LLAMA_FASA_SELECT_GROUP, // each KV head, for all query heads that read it
-        LLAMA_FASA_SELECT_HEAD,  // each query head
-        LLAMA_FASA_SELECT_COUNT,
+        LLAMA_FASA_SELECT_TYPE_GROUP, // each KV head, for all query heads that read it
+        LLAMA_FASA_SELECT_TYPE_HEAD,  // each query head
+        LLAMA_FASA_SELECT_TYPE_COUNT,
     };
 
     // as in fasa.select; NULL: no such thing

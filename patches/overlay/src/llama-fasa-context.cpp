@@ -16,10 +16,6 @@ llama_fasa_context::llama_fasa_context(std::shared_ptr<const llama_fasa_profile>
     }
 }
 
-bool llama_fasa_context::observes(const llama_ubatch & ubatch) {
-    return chooser().observes() && (!params.enabled || is_prompt(ubatch));
-}
-
 bool llama_fasa_context::is_prompt(const llama_ubatch & ubatch) const {
     if (reads_prompt) {
         return true;
@@ -38,13 +34,12 @@ bool llama_fasa_context::is_prompt(const llama_ubatch & ubatch) const {
 // runs
 //
 
-llama_fasa_run llama_context::fasa_begin_run() {
-    if (fasa->begin_run()) {
+llama_fasa_run::llama_fasa_run(llama_fasa_context & fasa, llama_cparams & cparams) : fasa(fasa) {
+    if (fasa.begin_run()) {
         // without a profile and without capture the graph must not know of FASA at all
-        cparams.fasa = fasa->profile || fasa->capture != 0 ? fasa.get() : nullptr;
+        cparams.fasa = fasa.profile || fasa.capture != 0 ? &fasa : nullptr;
         cparams.fasa_epoch++;
     }
-    return llama_fasa_run(*fasa);
 }
 
 bool llama_fasa_context::begin_run() {
@@ -138,25 +133,25 @@ llama_fasa_context::capture_status llama_fasa_context::get_capture(
     const std::lock_guard<std::mutex> lock(mutex); // no run begins before the data is copied
 
     if (is_running) {
-        return IS_RUNNING;
+        return CAPTURE_STATUS_RUNNING;
     }
     const ggml_tensor * found = last_run ? last_run->get_captured(il, which) : nullptr;
     if (!found) {
-        return NOT_CAPTURED;
+        return CAPTURE_STATUS_NONE;
     }
     if (!dst) {
         std::copy_n(found->ne, 3, ne);
-        return IS_CAPTURED;
+        return CAPTURE_STATUS_FOUND;
     }
     if (!std::equal(ne, ne + 3, found->ne)) {
-        return HAS_CHANGED;
+        return CAPTURE_STATUS_CHANGED;
     }
     // a graph may go on after the run; not llama_context::synchronize, whose times are of the thread that decodes
     ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(ctx.get_sched(), const_cast<ggml_tensor *>(found));
     ggml_backend_tensor_get_async(backend, found, dst, 0, ggml_nbytes(found));
     ggml_backend_synchronize(backend);
 
-    return IS_CAPTURED;
+    return CAPTURE_STATUS_FOUND;
 }
 
 std::optional<llama_fasa_rope> llama_fasa_context::get_rope(int32_t il) const {

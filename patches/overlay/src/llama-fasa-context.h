@@ -10,6 +10,7 @@
 #include <optional>
 
 struct llama_context;
+struct llama_cparams;
 struct llama_ubatch;
 
 class llama_fasa_graph_input;
@@ -35,9 +36,6 @@ struct llama_fasa_context {
 
     // who chooses, as params.policy says
     llama_fasa_chooser & chooser() { return other ? *other : own; }
-
-    // whether it wants to see this micro-batch
-    bool observes(const llama_ubatch & ubatch);
 
     bool reads_prompt = false; // as the caller says
 
@@ -66,7 +64,7 @@ struct llama_fasa_context {
     void reset_stats();
 
     // as llama_fasa_get_capture
-    enum capture_status { IS_CAPTURED, NOT_CAPTURED, IS_RUNNING, HAS_CHANGED };
+    enum capture_status { CAPTURE_STATUS_FOUND, CAPTURE_STATUS_NONE, CAPTURE_STATUS_RUNNING, CAPTURE_STATUS_CHANGED };
     capture_status get_capture(const llama_context & ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) const;
 
     // of the keys captured last; nothing: they were not, or a run goes on
@@ -90,7 +88,8 @@ private:
 // a run, as long as it lives
 class llama_fasa_run {
 public:
-    explicit llama_fasa_run(llama_fasa_context & fasa) : fasa(fasa) {}
+    // cparams: through which the graph finds the context, if there is a profile or something is captured
+    llama_fasa_run(llama_fasa_context & fasa, llama_cparams & cparams);
     ~llama_fasa_run() { fasa.end_run(); }
 
     llama_fasa_run(const llama_fasa_run &) = delete;

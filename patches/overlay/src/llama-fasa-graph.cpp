@@ -30,14 +30,15 @@ static llama_fasa_graph_input * fasa_get_input(const llm_graph_context & graph, 
         }
     }
     return (llama_fasa_graph_input *) graph.res->add_input(std::make_unique<llama_fasa_graph_input>(
-            *graph.cparams.fasa, mctx ? mctx->get_fasa_tips() : nullptr, mctx ? mctx->get_n_kv() : 0, graph.ubatch));
+            *graph.cparams.fasa, mctx ? llama_fasa_tips::of(mctx->get_listener()) : nullptr, mctx ? mctx->get_n_kv() : 0, graph.ubatch));
 }
 
 bool llama_fasa_attn::is_flash_attn(const ggml_tensor * v) const {
     return v->nb[1] <= v->nb[2] && graph.cparams.flash_attn && !graph.cparams.auto_fa;
 }
 
-llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+llama_fasa_reason llama_fasa_attn::reason_dense(
+        const llama_fasa_tips * tips, uint32_t n_kv, bool is_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const {
     const auto & params = fasa->params;
 
     if (graph.hparams.is_swa(il)) {
@@ -49,13 +50,13 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!params.enabled) {
         return LLAMA_FASA_REASON_DISABLED;
     }
-    if (!mctx.get_fasa_tips()) {
+    if (!tips) {
         return LLAMA_FASA_REASON_NO_CHUNKS; // the cache of another context
     }
-    if (const auto reason = mctx.get_fasa_tips()->get_layer(il).reason; reason != LLAMA_FASA_REASON_NONE) {
+    if (const auto reason = tips->get_layer(il).reason; reason != LLAMA_FASA_REASON_NONE) {
         return reason;
     }
-    if (!mctx.get_fasa_tips()->is_valid()) {
+    if (!tips->is_valid()) {
         return LLAMA_FASA_REASON_STALE_TIPS;
     }
     if (!is_flash_attn(v)) {
@@ -64,10 +65,10 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
     if (!graph.cparams.causal_attn) {
         return LLAMA_FASA_REASON_NON_CAUSAL;
     }
-    if (fasa->is_prompt(graph.ubatch)) {
+    if (is_prompt) {
         return LLAMA_FASA_REASON_PROMPT;
     }
-    if (mctx.get_n_kv() < mctx.get_fasa_tips()->get_min_ctx(il, params)) {
+    if (n_kv < tips->get_min_ctx(il, params)) {
         return LLAMA_FASA_REASON_SHORT_CONTEXT;
     }
     return LLAMA_FASA_REASON_NONE;
@@ -76,8 +77,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(const llama_kv_cache_context & m
 bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const {
     ggml_backend_buffer_t buffer = k->view_src ? k->view_src->buffer : nullptr; // of the KV cache
 
-    return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) &&
-        is_flash_attn(v) && !fasa->is_prompt(graph.ubatch);
+    return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) && is_flash_attn(v);
 }
 
 void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const {
@@ -122,7 +122,7 @@ ggml_tensor * llama_fasa_attn::build(
         return nullptr;
     }
 
-    const auto * tips = mctx->get_fasa_tips();
+    const auto * tips = llama_fasa_tips::of(mctx->get_listener());
 
     if (tips && tips->get_layer(il).tips) {
         if (!inp->store.idxs) {
@@ -142,18 +142,18 @@ ggml_tensor * llama_fasa_attn::build(
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 
-    if (fasa->observes(graph.ubatch) && tips && tips->get_layer(il).tips && n_stream == 1 && is_flash_attn(v)) {
+    if (inp->is_observed() && tips && tips->get_layer(il).tips && n_stream == 1 && is_flash_attn(v)) {
         ggml_tensor * weights = llama_fasa_weights(ctx0, split_streams(q), k, kq_mask, kq_scale, softcap);
         ggml_build_forward_expand(gf, fasa->chooser().observe(ctx0, il, split_streams(q), weights, kq_mask));
     }
 
-    auto         reason    = reason_dense(*mctx, v, kq_b);
+    auto         reason    = reason_dense(tips, mctx->get_n_kv(), inp->is_prompt, v, kq_b);
     const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
 
     llama_fasa_chooser_args args = {};
 
     if (reason == LLAMA_FASA_REASON_NONE) {
-        const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_HEAD;
+        const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_TYPE_HEAD;
 
         inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
 
@@ -163,7 +163,7 @@ ggml_tensor * llama_fasa_attn::build(
         args.q          = split_streams(q_cur);
         args.q_rot      = q == q_cur ? args.q : split_streams(q);
         args.k          = k;
-        args.tips       = mctx->get_fasa_tips_view(ctx0, il);
+        args.tips       = tips->get_tips(ctx0, il, k);
         args.dims       = tips->get_layer(il).dims;
         args.ranges     = tips->get_layer(il).ranges;
         args.mask       = kq_mask;
@@ -180,9 +180,9 @@ ggml_tensor * llama_fasa_attn::build(
 
     const bool is_sparse = reason == LLAMA_FASA_REASON_NONE;
 
-    if (!is_sparse && !is_exact(k, v, kq_b)) {
+    if (!is_sparse && (inp->is_prompt || !is_exact(k, v, kq_b))) {
         inp->add_layer(reason, row_bytes, 0);
-        if (fasa->params.exact && !fasa->is_prompt(graph.ubatch) && !fasa->logged_exact) {
+        if (fasa->params.exact && !inp->is_prompt && !fasa->logged_exact) {
             LLAMA_LOG_WARN("fasa: fasa.exact has no effect on layer %d: it takes flash attention, K in host memory, and no bias on the logits\n", il);
             fasa->logged_exact = true;
         }
@@ -254,7 +254,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    fasa(fasa), tips(tips), n_kv(n_kv), is_prompt(fasa.is_prompt(ubatch)),
+    is_prompt(fasa.is_prompt(ubatch)), fasa(fasa), tips(tips), n_kv(n_kv),
     key(fasa.chooser().graph_key(ubatch)) {
 }
 
@@ -293,6 +293,10 @@ ggml_tensor * llama_fasa_graph_input::build_forced(ggml_context * ctx, int64_t n
     return forced;
 }
 
+bool llama_fasa_graph_input::is_observed() const {
+    return fasa.chooser().observes() && (is_prompt || !fasa.params.enabled);
+}
+
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
     // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
     // which alone changes what is stale, ends all reuse
@@ -308,7 +312,7 @@ void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {
     if (forced && forced->buffer) {
         set_forced(ubatch);
     }
-    fasa.chooser().begin(*ubatch, fasa.observes(*ubatch));
+    fasa.chooser().begin(*ubatch, is_observed());
     count(ubatch);
 }
 
@@ -353,7 +357,7 @@ void llama_fasa_graph_input::count(const llama_ubatch * ubatch) const {
         }
     }
 
-    if (fasa.is_prompt(*ubatch)) {
+    if (is_prompt) {
         step.n_steps_prompt = 1;
     } else {
         step.n_steps_decode = 1;

@@ -34,9 +34,10 @@ public:
             float         kq_scale) const;
 
 private:
-    llama_fasa_reason reason_dense(const llama_kv_cache_context & mctx, const ggml_tensor * v, const ggml_tensor * kq_b) const;
+    // tips: nullptr: the cache is that of another context
+    llama_fasa_reason reason_dense(const llama_fasa_tips * tips, uint32_t n_kv, bool is_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
-    // whether a layer that stays dense takes FASA's kernel
+    // whether a layer of a decode step that stays dense takes FASA's kernel
     bool is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
     bool is_flash_attn(const ggml_tensor * v) const;
@@ -86,6 +87,11 @@ public:
 
     std::map<int32_t, llama_fasa_rope> ropes; // of layers whose keys are captured
 
+    const bool is_prompt; // what the graph is built for, and so what runs it
+
+    // whether the chooser sees the attention of the micro-batch
+    bool is_observed() const;
+
 private:
     void set_forced(const llama_ubatch * ubatch) const;
     void count     (const llama_ubatch * ubatch) const;
@@ -99,9 +105,7 @@ private:
     const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
     const uint32_t          n_kv;
 
-    const bool     is_prompt; // what the graph was built for
-
-    const uint64_t key; // likewise: llama_fasa_chooser::graph_key
+    const uint64_t key; // what the graph is built for, too: llama_fasa_chooser::graph_key
 
     ggml_tensor * forced = nullptr;
 

@@ -106,7 +106,7 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
         throw std::runtime_error(format("fasa.max_batch = %u is out of range: it must be from 1 to %u", params.max_batch, FASA_MAX_BATCH));
     }
     if (!llama_fasa_select_name(params.select)) {
-        throw std::runtime_error(format("fasa.select = %d is out of range: it must be from 0 to %d", (int) params.select, LLAMA_FASA_SELECT_COUNT - 1));
+        throw std::runtime_error(format("fasa.select = %d is out of range: it must be from 0 to %d", (int) params.select, LLAMA_FASA_SELECT_TYPE_COUNT - 1));
     }
     if (!llama_fasa_chooser_name(params.policy)) {
         throw std::runtime_error(format("fasa.policy = %d is unknown: 0 is FASA, others take libllama-fasa-eval (llama-fasa-eval.h)", params.policy));

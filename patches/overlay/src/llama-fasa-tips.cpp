@@ -94,17 +94,18 @@ llama_fasa_tips::llama_fasa_tips(
         const llama_model    & model,
         std::shared_ptr<const llama_fasa_profile> profile_of_model,
         const llama_kv_cache & kv,
-        const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
-        bool v_trans,
-        bool no_alloc) : model(model), profile(std::move(profile_of_model)), kv(kv) {
+        bool v_trans) : model(model), profile(std::move(profile_of_model)), kv(kv) {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
-    for (const auto & [il, kv_tensors] : layers_kv) {
-        const auto & [k, v] = kv_tensors;
+    const auto ids = kv.get_layer_ids();
+
+    for (const uint32_t il : ids) {
+        const ggml_tensor * k = kv.get_k_storage(il);
+        const ggml_tensor * v = kv.get_v_storage(il);
 
         auto & layer = layers[il];
 
-        layer.k      = k;
+        layer.k      = kv.get_k_storage(il);
         layer.reason = fasa_reason_no_tips(model, *profile, il, k, v, v_trans);
 
         if (layer.reason != LLAMA_FASA_REASON_NONE) {
@@ -115,7 +116,7 @@ llama_fasa_tips::llama_fasa_tips(
         auto & ctx = ctx_map[ggml_backend_buffer_get_type(k->buffer)];
         if (!ctx) {
             ctx.reset(ggml_init({
-                /*.mem_size   =*/ 3*layers_kv.size()*ggml_tensor_overhead(),
+                /*.mem_size   =*/ 3*ids.size()*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ nullptr,
                 /*.no_alloc   =*/ true,
             }));
@@ -140,7 +141,7 @@ llama_fasa_tips::llama_fasa_tips(
 
     for (auto & [buft, ctx] : ctx_map) {
         ggml_backend_buffer_t buf;
-        if (no_alloc) {
+        if (model.hparams.no_alloc) {
             // memory is only being estimated: a dummy buffer keeps the scheduler from allocating the tensors
             buf = ggml_backend_buft_alloc_buffer(buft, 0);
             for (auto * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
@@ -160,14 +161,20 @@ llama_fasa_tips::llama_fasa_tips(
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
 
-    clear();
+    on_clear();
 
     if (!ctxs_bufs.empty()) {
         LLAMA_LOG_INFO("%s: size = %7.2f MiB (%u chunks of each key)\n", __func__, size()/(1024.0*1024.0), profile->params.n_tip);
     }
 }
 
-void llama_fasa_tips::clear() {
+std::unique_ptr<llama_kv_cache_listener> llama_kv_cache_make_listener(const llama_model & model, const llama_kv_cache & kv, bool v_trans) {
+    auto profile = llama_fasa_profile_of(model);
+
+    return profile ? std::make_unique<llama_fasa_tips>(model, std::move(profile), kv, v_trans) : nullptr;
+}
+
+void llama_fasa_tips::on_clear() {
     for (auto & [_, buf] : ctxs_bufs) {
         ggml_backend_buffer_clear(buf.get(), 0);
     }
@@ -178,6 +185,7 @@ void llama_fasa_tips::clear() {
         }
     }
     stale.clear();
+    n_failed = n_wait = 0;
 }
 
 const llama_fasa_tips::layer & llama_fasa_tips::get_layer(int32_t il) const {
@@ -195,7 +203,7 @@ uint32_t llama_fasa_tips::get_min_ctx(int32_t il, const llama_fasa_params & para
     const auto & layer = layers.at(il);
 
     const int64_t n_head_kv = model.hparams.n_head_kv(il);
-    const int64_t n_lists   = params.select == LLAMA_FASA_SELECT_HEAD ? model.hparams.n_head(il)/n_head_kv : 1;
+    const int64_t n_lists   = params.select == LLAMA_FASA_SELECT_TYPE_HEAD ? model.hparams.n_head(il)/n_head_kv : 1;
     const int64_t n_faster  = ggml_fasa_min_cells(layer.bandwidth, layer.row_bytes, layer.tip_bytes, params.budget*n_lists);
 
     return std::max<int64_t>(2*(int64_t) params.budget, n_faster);
@@ -212,12 +220,12 @@ uint32_t llama_fasa_tips::get_min_ctx(const llama_fasa_params & params) const {
     return res;
 }
 
-ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const {
+ggml_tensor * llama_fasa_tips::get_tips(ggml_context * ctx, int32_t il, const ggml_tensor * k) const {
     auto * tips = layers.at(il).tips;
 
     return ggml_view_4d(ctx, tips,
-            tips->ne[0], n_kv/ggml_fasa_cells_per_block(), tips->ne[2], s1 - s0 + 1,
-            tips->nb[1], tips->nb[2], tips->nb[3], s0*tips->nb[3]);
+            tips->ne[0], k->ne[2]/ggml_fasa_cells_per_block(), tips->ne[2], k->ne[3],
+            tips->nb[1], tips->nb[2], tips->nb[3], k->view_offs/k->nb[3]*tips->nb[3]);
 }
 
 bool llama_fasa_tips::copies_k() const {
@@ -296,19 +304,52 @@ void llama_fasa_tips::memory_breakdown(std::map<ggml_backend_buffer_type_t, size
 }
 
 //
-// rebuild
+// what the cache tells
 //
 
-void llama_fasa_tips::invalidate(uint32_t stream, const std::vector<uint32_t> & cells) {
+void llama_fasa_tips::on_change(uint32_t stream, const std::vector<uint32_t> & cells) {
+    if (ctxs_bufs.empty()) {
+        return; // no layer has tips
+    }
     for (const uint32_t cell : cells) {
         stale.push_back((int64_t) stream*kv.get_size() + cell);
     }
+    std::sort(stale.begin(), stale.end());
+    stale.erase(std::unique(stale.begin(), stale.end()), stale.end());
+    n_wait = 0;
 }
 
-void llama_fasa_tips::invalidate(uint32_t stream, uint32_t n_cells) {
-    std::vector<uint32_t> cells(n_cells);
-    std::iota(cells.begin(), cells.end(), 0);
-    invalidate(stream, cells);
+bool llama_fasa_tips::wants_update() {
+    if (stale.empty()) {
+        return false;
+    }
+    if (n_wait > 0) {
+        n_wait--;
+        return false;
+    }
+    return true;
+}
+
+bool llama_fasa_tips::update(llama_context * lctx) {
+    if (stale.empty() || n_wait > 0) {
+        return false;
+    }
+    const char * error = rebuild(lctx);
+
+    if (!error) {
+        if (n_failed > 0) {
+            LLAMA_LOG_INFO("%s: the tips are made again after %u failures\n", __func__, n_failed);
+        }
+        n_failed = 0;
+        return true;
+    }
+    if (n_failed == 0) {
+        LLAMA_LOG_ERROR("%s: failed to make the tips of %zu cells again: %s; until a later attempt succeeds their layers run dense\n",
+                __func__, stale.size(), error);
+    }
+    n_wait = (1u << std::min(n_failed, 16u)) - 1; // none after the first failure, which may be an abort that the application asked for
+    n_failed++;
+    return false;
 }
 
 namespace {
@@ -349,19 +390,9 @@ ggml_cgraph * llama_fasa_tips::build_graph_rebuild(llm_graph_result * res, std::
     return gf;
 }
 
-bool llama_fasa_tips::rebuild(llama_context * lctx) {
-    const auto has_tips = [](const auto & it) { return it.second.tips != nullptr; };
-
-    if (std::none_of(layers.begin(), layers.end(), has_tips)) {
-        stale.clear();
-        return true;
-    }
+const char * llama_fasa_tips::rebuild(llama_context * lctx) {
     // what is quantized (only that is rotated) is copied as f32: no more rows than a micro-batch computes, for which memory is reserved
     const size_t n_cells_max = copies_k() ? lctx->n_ubatch() : 8192;
-
-    // what has failed before is named again
-    std::sort(stale.begin(), stale.end());
-    stale.erase(std::unique(stale.begin(), stale.end()), stale.end());
 
     auto * sched = lctx->get_sched();
     auto * res   = lctx->get_gf_res_reserve();
@@ -374,19 +405,17 @@ bool llama_fasa_tips::rebuild(llama_context * lctx) {
 
         auto * gf = build_graph_rebuild(res, { first, stale.end() });
         if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-            LLAMA_LOG_ERROR("%s: failed to allocate the graph that rebuilds the tips\n", __func__);
-            return false;
+            return "memory for the graph cannot be allocated";
         }
 
         res->set_inputs(nullptr);
 
         if (lctx->graph_compute(gf, false) != GGML_STATUS_SUCCESS) {
-            LLAMA_LOG_ERROR("%s: failed to rebuild the tips\n", __func__);
-            return false;
+            return "the graph was aborted, or failed";
         }
 
         stale.erase(first, stale.end());
     }
 
-    return true;
+    return nullptr;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama-fasa.h"
+#include "llama-kv-cache-listener.h"
 #include "llama-kv-cache.h"
 
 #include <map>
@@ -13,9 +14,10 @@ struct llama_fasa_profile;
 
 // The tip cache: the dominant chunks of every cached key, packed, beside the K of a llama_kv_cache.
 //
-// Tips follow from K and are never serialized: whoever changes K other than through the graph's own store
-// (state restore, K-shift, stream copy) calls invalidate(), and the next memory update makes those tips again.
-class llama_fasa_tips {
+// Tips follow from K and are never serialized: where K changes other than through the graph's own store, the cache says so,
+// and the next memory update makes those tips again. Where that fails, updates are let pass before the next attempt, twice as
+// many each time, or until K changes again; meanwhile the layers run dense.
+class llama_fasa_tips : public llama_kv_cache_listener {
 public:
     struct layer {
         ggml_tensor * tips = nullptr; // see ggml_fasa_new_tips; nullptr: this layer runs dense
@@ -30,14 +32,11 @@ public:
         float  bandwidth = 0.0f; // of the memory that holds them, if when sparse attention pays is known there
     };
 
-    // layers_kv: model layer -> its K and V cache in kv, which owns the tips
-    llama_fasa_tips(
-            const llama_model    & model,
-            std::shared_ptr<const llama_fasa_profile> profile_of_model,
-            const llama_kv_cache & kv,
-            const std::map<int32_t, std::pair<ggml_tensor *, ggml_tensor *>> & layers_kv,
-            bool v_trans,
-            bool no_alloc);
+    // kv: owns the tips
+    llama_fasa_tips(const llama_model & model, std::shared_ptr<const llama_fasa_profile> profile_of_model, const llama_kv_cache & kv, bool v_trans);
+
+    // the only listeners that are made; nullptr: the model has no profile, or the cache is that of another context
+    static const llama_fasa_tips * of(const llama_kv_cache_listener * listener) { return static_cast<const llama_fasa_tips *>(listener); }
 
     const layer & get_layer(int32_t il) const;
 
@@ -47,8 +46,8 @@ public:
     // the least of all layers, 0: none has tips
     uint32_t get_min_ctx(const llama_fasa_params & params) const;
 
-    // the tips of the streams and cells that the current batch attends to
-    ggml_tensor * get_tips(ggml_context * ctx, int32_t il, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
+    // the tips of the streams and cells that a view of the cache shows: [n_embd_head, n_head_kv, n_kv, n_stream]
+    ggml_tensor * get_tips(ggml_context * ctx, int32_t il, const ggml_tensor * k) const;
 
     // what build_store needs to know of cells; input tensors
     struct store_inputs {
@@ -70,22 +69,24 @@ public:
     // (position, cell) of a sequence, ascending
     const std::set<std::pair<llama_pos, uint32_t>> & get_cells(llama_seq_id seq_id) const;
 
-    void invalidate(uint32_t stream, const std::vector<uint32_t> & cells);
-    void invalidate(uint32_t stream, uint32_t n_cells); // the first ones
     bool is_valid() const { return stale.empty(); }
 
-    // make the stale tips again from K; false: a graph did not run, they stay stale
-    bool rebuild(llama_context * lctx);
+    void on_clear() override;
+    void on_change(uint32_t stream, const std::vector<uint32_t> & cells) override;
 
-    void clear();
+    bool wants_update() override;
+    bool update(llama_context * lctx) override;
 
     size_t size() const; // bytes
-    void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
+    void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const override;
 
 private:
     bool copies_k() const; // a layer's keys have to be copied to be read
 
     ggml_cgraph * build_graph_rebuild(llm_graph_result * res, std::vector<int64_t> cells) const;
+
+    // makes the stale tips again from K, those at the end first; nullptr, or what did not work
+    const char * rebuild(llama_context * lctx);
 
     const llama_model & model;
 
@@ -97,5 +98,8 @@ private:
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
-    std::vector<int64_t> stale; // stream*kv_size + cell
+    std::vector<int64_t> stale; // stream*kv_size + cell, ascending
+
+    uint32_t n_failed = 0; // attempts in a row
+    uint32_t n_wait   = 0; // updates to let pass
 };

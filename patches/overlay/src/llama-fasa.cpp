@@ -28,9 +28,9 @@
 
 const char * llama_fasa_select_name(llama_fasa_select_type select) {
     switch (select) {
-        case LLAMA_FASA_SELECT_GROUP: return "group";
-        case LLAMA_FASA_SELECT_HEAD:  return "head";
-        case LLAMA_FASA_SELECT_COUNT: break;
+        case LLAMA_FASA_SELECT_TYPE_GROUP: return "group";
+        case LLAMA_FASA_SELECT_TYPE_HEAD:  return "head";
+        case LLAMA_FASA_SELECT_TYPE_COUNT: break;
     }
     return nullptr;
 }
@@ -150,7 +150,7 @@ static const llama_fasa_tips * fasa_get_tips(const llama_context * ctx) {
 
     const auto * kv = dynamic_cast<llama_kv_cache *>(memory);
 
-    return kv ? kv->get_fasa_tips() : nullptr;
+    return kv ? llama_fasa_tips::of(kv->get_listener()) : nullptr;
 }
 
 size_t llama_fasa_tips_size(const llama_context * ctx) {
@@ -224,14 +224,14 @@ void llama_fasa_set_capture(llama_context * ctx, uint32_t what) {
 
 int32_t llama_fasa_get_capture(llama_context * ctx, int32_t il, llama_fasa_capture which, int64_t ne[3], void * dst) {
     switch (ctx->get_fasa().get_capture(*ctx, il, which, ne, dst)) {
-        case llama_fasa_context::IS_CAPTURED:
+        case llama_fasa_context::CAPTURE_STATUS_FOUND:
             return 1;
-        case llama_fasa_context::NOT_CAPTURED:
+        case llama_fasa_context::CAPTURE_STATUS_NONE:
             return 0;
-        case llama_fasa_context::IS_RUNNING:
+        case llama_fasa_context::CAPTURE_STATUS_RUNNING:
             LLAMA_LOG_ERROR("%s: llama_decode or llama_encode is running: ask when it has returned\n", __func__);
             return -1;
-        case llama_fasa_context::HAS_CHANGED:
+        case llama_fasa_context::CAPTURE_STATUS_CHANGED:
             LLAMA_LOG_ERROR("%s: the shape of layer %d is another by now: ask for it again\n", __func__, il);
             return -1;
     }
