@@ -56,3 +56,10 @@ def test_enumerators_carry_the_name_of_their_enum(header: str) -> None:
     for name, body in enums:
         enumerators = re.findall(r"^ +([A-Z]\w+)", body, re.MULTILINE)
         assert len(enumerators) > 1 and all(each.startswith(f"{name.upper()}_") for each in enumerators)
+
+
+@pytest.mark.parametrize("name", ["FASA_TILE", "FASA_AHEAD", "fasa_combine", "FASA_BATCH", "fasa_query", "fasa_rows"])
+def test_a_name_means_one_thing_in_all_kernels(name: str) -> None:
+    defined = rf"#define +{name}\b|constexpr [\w ]+\b{name} +=|struct {name} \{{|^[\w :*&]*\b{name}\("
+    files = [path for path in KERNELS if re.search(defined, path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert len(files) <= 1, files

@@ -8,12 +8,14 @@
 #include <cfloat>
 #include <type_traits>
 
+namespace {
+
 static constexpr float   FASA_MASKED = -INFINITY;
 static constexpr float   FASA_LEAST  =  1e-30f; // a query of smaller elements is zero: their inverse is not finite
 static constexpr float   FASA_MOST   =  1e24f;  // step of a query at most, in units of the scores: none of these is infinite
 static constexpr int64_t FASA_CHUNK  = 1024; // cells
 static constexpr int64_t FASA_PIECE  = 128;  // cells
-static constexpr int64_t FASA_AHEAD  = 8;    // blocks of tips that are asked for before they are needed
+static constexpr int64_t FASA_BLOCKS_AHEAD = 8; // blocks of tips that are asked for before they are needed
 
 // bins of the distance to the best score: 64 for each power of two, from 2^-6 to 2^10
 static constexpr int32_t FASA_BINS      = 1024;
@@ -117,7 +119,7 @@ struct fasa_select_op {
 };
 
 // the dominant dims of a group's query heads, in units of the steps of the tips, in 8 bits: the sums of products are whole numbers
-struct fasa_query {
+struct fasa_group_query {
     int32_t * quads; // [n_quads, n_group] four dims each
     float   * scale; // [n_group]
 
@@ -126,12 +128,12 @@ struct fasa_query {
     float * sum;
 
     // the query heads from the ig-th on
-    fasa_query from(int64_t ig, int64_t n_quads) const {
+    fasa_group_query from(int64_t ig, int64_t n_quads) const {
         return { quads + ig*n_quads, scale + ig, max + ig*FASA_LANES, sum + ig*FASA_LANES };
     }
 };
 
-static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_query & query) {
+static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_group_query & query) {
     const float     scale = ggml_get_op_params_f32(op.dst, 0);
     const int32_t * dims  = (const int32_t *) op.dims->data + op.head_kv(row)*op.n_dim;
     const float   * steps = (const float *) op.ranges->data + (2*op.head_kv(row) + 1)*op.n_dim;
@@ -160,7 +162,7 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
 // scores of N query heads for one block of cells, of head i at i*stride; what is masked does not matter
 template <int N>
 static inline void fasa_score_block(
-        const char * block, const ggml_fp16_t * mask, int64_t n_quads, const fasa_query & query, float * scores, int64_t stride) {
+        const char * block, const ggml_fp16_t * mask, int64_t n_quads, const fasa_group_query & query, float * scores, int64_t stride) {
     static constexpr int N_VECS = 2;
 
     const vec masked = v_set1(FASA_MASKED);
@@ -210,7 +212,7 @@ static inline void fasa_score_block(
 
 // scores of some cells, and what they add to the statistics of each query head, lane by lane: between the loads of one
 // piece and the next there is little to compute, so the memory stays busy
-static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_query & query, int64_t cell0, int64_t cell1) {
+static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1) {
     const size_t        block_size = fasa_tips_block_size(op.n_dim);
     const char        * tips       = (const char *) op.tips->data + op.head_kv(part.row)*op.tips->nb[2] + op.stream(part.row)*op.tips->nb[3];
     const ggml_fp16_t * mask       = op.mask_of(part.row);
@@ -229,7 +231,7 @@ static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, 
             const char * block = tips + cell/FASA_TIPS_CELLS*block_size;
 
             for (size_t i = 0; i < block_size && ig == 0; i += CACHE_LINE_SIZE) {
-                FASA_PREFETCH(block + FASA_AHEAD*block_size + i);
+                FASA_PREFETCH(block + FASA_BLOCKS_AHEAD*block_size + i);
             }
 
             const auto score_block = [&](auto n) {
@@ -257,7 +259,7 @@ static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, 
 }
 
 static void fasa_score_chunk(
-        const fasa_select_op & op, const fasa_part & part, const fasa_query & query, int64_t cell0, int64_t cell1, fasa_row_stats * stats) {
+        const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1, fasa_row_stats * stats) {
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         v_store(query.max + ig*FASA_LANES, v_set1(-FLT_MAX)); // finite, as differences must be numbers
         v_store(query.sum + ig*FASA_LANES, v_set1(0.0f));
@@ -274,7 +276,7 @@ static void fasa_score_chunk(
     }
 }
 
-static void fasa_score(const fasa_select_op & op, const fasa_part & part, const fasa_query & query, fasa_row_stats * stats) {
+static void fasa_score(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, fasa_row_stats * stats) {
     fasa_round_query(op, part.row, query);
 
     for (int64_t cell = part.cell0; cell < part.cell1; cell += FASA_CHUNK) {
@@ -282,3 +284,5 @@ static void fasa_score(const fasa_select_op & op, const fasa_part & part, const 
         fasa_score_chunk(op, part, query, cell, std::min(cell + FASA_CHUNK, part.cell1), stats + (part.row*op.n_chunks + ic)*op.n_group);
     }
 }
+
+} // namespace

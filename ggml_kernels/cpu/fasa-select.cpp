@@ -18,12 +18,14 @@ static constexpr float FASA_FORCED = INFINITY;
 // where that leaves out most, candidates are the cells down to a score guessed from one vector of cells in so many
 static constexpr int64_t FASA_SAMPLE = 16;
 
-static constexpr int64_t FASA_BATCH = 64; // scores whose bins are computed together
+static constexpr int64_t FASA_BINS_BATCH = 64; // scores whose bins are computed together
 
 size_t ggml_fasa_select_work_size(const ggml_tensor * dst, int n_tasks) {
     const fasa_select_op op(dst);
     return op.size_stats + op.n_at_work(n_tasks)*(op.size_scores + 2*op.size_cells) + n_tasks*(op.size_parts + op.size_scratch + op.size_query);
 }
+
+namespace {
 
 //
 // combine
@@ -70,10 +72,10 @@ static float fasa_bin_end(int32_t bin) {
 // count scores by their bins
 static void fasa_count(const float * scores, int64_t n, float best, uint32_t * bins) {
     std::fill(bins, bins + FASA_BINS, 0);
-    for (int64_t i = 0; i < n; i += FASA_BATCH) {
-        const int64_t n_batch = std::min(FASA_BATCH, n - i);
+    for (int64_t i = 0; i < n; i += FASA_BINS_BATCH) {
+        const int64_t n_batch = std::min(FASA_BINS_BATCH, n - i);
 
-        int32_t batch[FASA_BATCH]; // apart from the counting, compilers make vectors of it
+        int32_t batch[FASA_BINS_BATCH]; // apart from the counting, compilers make vectors of it
         for (int64_t j = 0; j < n_batch; ++j) {
             batch[j] = fasa_bin(scores[i + j], best);
         }
@@ -147,7 +149,7 @@ static void fasa_collect(const fasa_select_op & op, fasa_part & part, const floa
 }
 
 // lse: [n_group], scratch
-static void fasa_combine(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
+static void fasa_combine_stats(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
     part.best = FASA_MASKED;
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const auto head = fasa_head_stats(op, stats, part.row, ig);
@@ -274,6 +276,8 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
     }
 }
 
+} // namespace
+
 //
 // threads
 //
@@ -296,7 +300,7 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
     auto * max      = scale + op.n_group;
     auto * sum      = max   + op.n_group*FASA_LANES;
 
-    const fasa_query query = { quads, scale, max, sum };
+    const fasa_group_query query = { quads, scale, max, sum };
 
     // at: of the rows at work
     const auto set_part = [&](fasa_part & part, int64_t row, int64_t cell0, int64_t cell1, int64_t at) {
@@ -344,7 +348,7 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         };
 
         for_each_own([&](fasa_part & part) { fasa_score  (op, part, query, stats); });
-        for_each_own([&](fasa_part & part) { fasa_combine(op, part, stats, query.sum); });
+        for_each_own([&](fasa_part & part) { fasa_combine_stats(op, part, stats, query.sum); });
         for_each_own([&](fasa_part & part) { fasa_gather (row_of(part), part); });
         for_each_own([&](fasa_part & part) { fasa_list   (op, row_of(part), part, scratch); });
     }
@@ -353,7 +357,7 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
         set_part(*own, row, 0, op.n_kv, ith);
 
         fasa_score  (op, *own, query, stats);
-        fasa_combine(op, *own, stats, query.sum);
+        fasa_combine_stats(op, *own, stats, query.sum);
 
         const fasa_row_parts whole(own, 1, row, op.n_fac);
 
