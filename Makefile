@@ -47,6 +47,9 @@ SIMT_LIB    := $(VENV)/build/bin/fasa-simt.so
 # Programs under a sanitizer, which tests/test_threads.py runs.
 SANITIZED   := $(VENV)/build/bin/fasa-threads-thread $(VENV)/build/bin/fasa-threads-address
 
+# Scripts that check and measure the kernels elsewhere than in the tests.
+TOOLS := ggml_kernels/tools
+
 PATCHES_TREE ?= $(VENV)/patches-tree
 
 TEXT ?=
@@ -60,7 +63,7 @@ export CCACHE_BASEDIR ?= $(CURDIR)
 
 # Folders are listed besides files: their times change when a file is removed.
 SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
-           $(shell find fasa_edge convert patches ggml_kernels -not -name __pycache__ -not -name '*.pyc')
+           $(shell find fasa_edge convert patches ggml_kernels -not -name __pycache__ -not -name '*.pyc' -not -path 'ggml_kernels/tools*')
 
 # Through pip and scikit-build-core both times, so that the patched and the stock build get the same flags.
 PIP_BUILD := $(PIP) install --no-build-isolation
@@ -90,11 +93,7 @@ test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run ll
 	    $(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -p no:cacheprovider -p bindings_plugin -q tests
 
 backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-ops; narrow it with OPS='FASA_.*' BACKEND=CPU
-	@$< -b $(BACKEND) -o '$(OPS)' >$(VENV)/backend-test.log 2>&1 || \
-	    { grep -a FAIL $(VENV)/backend-test.log; tail -n 4 $(VENV)/backend-test.log; exit 1; }
-	@grep -a '^ *[1-9][0-9]*/[0-9]* tests passed' $(VENV)/backend-test.log || \
-	    { echo "error: no test of OPS=$(OPS) runs on BACKEND=$(BACKEND); there are:" >&2; \
-	      grep -a '^Backend ' $(VENV)/backend-test.log >&2; exit 1; }
+	@.ci/backend-test $< '$(BACKEND)' '$(OPS)'
 
 test-simt: $(SIMT_LIB) ## run the tests of our ops on the GPU kernels, emulated on the CPU
 	@for device in $(SIMT); do \
@@ -116,25 +115,25 @@ soak: $(VENV)/build-sanitized/.built ## two sequences live long in one context, 
 
 # Other architectures than this machine's are cross-compiled and run under qemu-user; what is not installed is named.
 test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x86-64 and ARM; VARIANTS='haswell zen4' ARCH=aarch64
-	@$(BIN)/python tests/variants.py $(if $(ARCH),--arch $(ARCH)) $(VARIANTS)
+	@$(BIN)/python $(TOOLS)/variants.py $(if $(ARCH),--arch $(ARCH)) $(VARIANTS)
 
 test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch
 
 cuda-check: install ## compile the CUDA kernels for every architecture, print registers and spills; needs nvcc, no GPU
-	@$(BIN)/python tests/cuda_check.py $(if $(ARCH),--arch $(ARCH))
+	@$(BIN)/python $(TOOLS)/cuda_check.py $(if $(ARCH),--arch $(ARCH))
 
 # All of ggml-cuda, but for one architecture, in a build folder of its own: .venv/gpu-pack. Neither takes `make install`.
 gpu-pack: $(VENV)/.bindings $(MODEL) ## build for the GPUs of ARCH=90, and pack what checks and measures them elsewhere; needs nvcc, no GPU
-	$(BIN)/python tests/gpu_pack.py --arch $(or $(ARCH),native) --model $(MODEL)
+	$(BIN)/python $(TOOLS)/gpu_pack.py --arch $(or $(ARCH),native) --model $(MODEL)
 
 gpu: $(VENV)/.bindings $(MODEL) ## the same for the GPU of this machine, and run it: .venv/gpu/report.md, fit for an issue
-	$(BIN)/python tests/gpu_pack.py --model $(MODEL) --run --out $(CURDIR)/$(VENV)/gpu --patience 4
+	$(BIN)/python $(TOOLS)/gpu_pack.py --model $(MODEL) --run --out $(CURDIR)/$(VENV)/gpu --patience 4
 
 metal-check: ## check and measure the FASA ops on a Mac, for Metal: .venv/gpu/report.md
 	@test "$$(uname)" = Darwin || { echo "error: Metal is on Macs only, this is $$(uname)" >&2; exit 1; }
 	$(MAKE) --no-print-directory install $(VENV)/build/bin/test-backend-ops $(FASA_MODEL)
-	$(BIN)/python tests/gpu_check.py --device MTL0 --model $(FASA_MODEL)
+	$(BIN)/python $(TOOLS)/gpu_check.py --device MTL0 --model $(FASA_MODEL)
 
 demo: install model ## convert a model and run it with dense attention and with FASA
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -159,27 +158,13 @@ patches-refresh: $(VENV)/.tools ## write its commits back to patches/
 patches-rebase: $(VENV)/.tools ## move its commits to the llama.cpp that patches/upstream.txt pins by now
 	$(BIN)/python patches/series.py rebase $(PATCHES_TREE)
 
-# The libraries and the op tests, after each patch in turn, in one build folder; not optimized, since nothing runs.
 patches-check: $(VENV)/.tools ## see that the patches apply and that every prefix of the series compiles
-	@for n in $$(ls patches/*.patch | awk '{ print NR }'); do \
-	    echo "compiling with the first $$n patches" && \
-	    { $(BIN)/cmake -S . -B $(VENV)/build-patches -G Ninja -DFASA_PATCHES=$$n -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	          -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_FLAGS_DEBUG=-O0 -DCMAKE_CXX_FLAGS_DEBUG=-O0 $(CMAKE_ARGS) && \
-	      $(BIN)/cmake --build $(VENV)/build-patches --target all test-backend-ops; } >$(VENV)/patches-check.log 2>&1 || \
-	    { tail -n 40 $(VENV)/patches-check.log; exit 1; }; \
-	done
+	@.ci/patches-check
 
 wheel: $(VENV)/dist/.repaired ## build relocatable wheels of fasa-edge and the bindings into .venv/dist (long: every CPU variant)
 
-# Nothing of this tree, of .venv or of a compiler is in reach there: only what the wheels and the index hold.
 wheel-check: wheel $(SMALL_MODEL) ## install the wheels into a fresh environment without a compiler, convert and run
-	@set -e; work=$$(mktemp -d); path=$$PATH; trap 'PATH=$$path; rm -rf "$$work"' EXIT; \
-	$(PYTHON) -m venv "$$work/venv"; cd "$$work"; \
-	export PATH="$$work/venv/bin"; unset PYTHONPATH LD_LIBRARY_PATH FASA_LIB_PATH LLAMA_CPP_LIB_PATH; \
-	pip --disable-pip-version-check --quiet install --only-binary :all: --find-links $(CURDIR)/$(VENV)/dist fasa-edge; \
-	fasa-edge doctor; \
-	fasa-edge convert --output small.gguf $(abspath $(SMALL_MODEL)); \
-	fasa-edge run --prompt "The capital of France is" --n-predict 16 --budget 64 --override-kv fasa.min_ctx=int:1 small.gguf
+	@.ci/wheel-check $(PYTHON) $(abspath $(SMALL_MODEL))
 
 clean: ## remove .venv, and so all that was made
 	rm -rf $(VENV)
@@ -238,23 +223,8 @@ $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt pat
 	@ln -sfn fasa_edge/lib $(VENV)/stock/lib
 	@touch $@
 
-# Of the bindings the wheel holds no library, so it is fit for any platform. auditwheel takes libgomp along.
-$(VENV)/dist/.repaired: $(SOURCES) $(VENV)/.cmake-args | $(VENV)/.tools
-	$(PIP) install --group wheel
-	rm -rf $(VENV)/dist $(VENV)/dist-raw
-	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(PIP) wheel --no-build-isolation --no-cache-dir --no-deps \
-	    --wheel-dir $(VENV)/dist "$$archive"
-	$(BIN)/wheel tags --platform-tag any --remove $(VENV)/dist/llama_cpp_python-*.whl
-	@echo "compiling llama.cpp with FASA for every CPU variant: long the first time"
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(VENV)/dist-raw \
-	    --config-settings=build-dir=$(VENV)/build-wheel --config-settings=cmake.define.GGML_NATIVE=OFF \
-	    --config-settings=cmake.define.GGML_BACKEND_DL=ON --config-settings=cmake.define.GGML_CPU_ALL_VARIANTS=ON .
-ifeq ($(shell uname),Linux)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(VENV)/dist $(VENV)/dist-raw/fasa_edge-*.whl
-else
-	cp $(VENV)/dist-raw/fasa_edge-*.whl $(VENV)/dist
-endif
+$(VENV)/dist/.repaired: $(SOURCES) .ci/wheel $(VENV)/.cmake-args | $(VENV)/.tools
+	.ci/wheel
 	@touch $@
 
 $(VENV)/.torch: pyproject.toml | install

@@ -209,10 +209,10 @@ def obtain(pin: Pin, downloads: Path, tree: Path) -> None:
 
 
 def own_files() -> dict[str, Path]:
-    """Our own source files by their place in the tree."""
+    """Return our own source files by their place in the tree; documentation and tools have none."""
     files = {path.relative_to(PATCHES / "overlay").as_posix(): path for path in files_under(PATCHES / "overlay")}
     for path in files_under(KERNELS):
-        if not path.name.startswith("README"):
+        if not path.name.startswith("README") and KERNELS / "tools" not in path.parents:
             files[f"ggml/src/ggml-fasa/{path.relative_to(KERNELS).as_posix()}"] = path
     return files
 

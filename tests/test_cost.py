@@ -9,7 +9,8 @@ from fasa_edge.runtime.ggml import base
 
 import pytest
 
-FIGURES = json.loads((Path(__file__).parent / "gpu_figures.json").read_text())["layers"]
+TOOLS = Path(__file__).resolve().parent.parent / "ggml_kernels/tools"
+FIGURES = json.loads((TOOLS / "gpu_figures.json").read_text())["layers"]
 
 ERROR = 0.3
 """How far an estimate may be from a figure: one model for all GPUs, fitted to a few."""

@@ -67,6 +67,7 @@ class Project:
                 "patches/overlay/src/fasa.cpp": "int overlay;\n",
                 "patches/0001-hook.patch": diff("src/llama.cpp", SOURCE, SOURCE.replace("line_20", "hook")),
                 "ggml_kernels/README.md": "documentation stays here\n",
+                "ggml_kernels/tools/check.py": "tools, too\n",
                 "ggml_kernels/cpu/fasa.cpp": "int kernel;\n",
             },
         )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run the FASA cases of test-backend-ops on ggml's variants of the CPU backend, compiled as the wheels have them.
 
-    python tests/variants.py [--arch ARCH] [--ops REGEX] [VARIANT ...]
+    python ggml_kernels/tools/variants.py [--arch ARCH] [--ops REGEX] [VARIANT ...]
 
 Two builds for each architecture: the test program without a CPU backend, and the variants. So the program finds none
 beside it and loads the one it is told (GGML_BACKEND_PATH), unless that says that the processor lacks its instructions.
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".venv" / "variants"
 CMAKE = ROOT / ".venv" / "bin" / "cmake"
 
@@ -32,16 +32,20 @@ VARIANTS = {
 
 
 class VariantsError(Exception):
-    """What cannot be built or run, and the remedy."""
+    """Something cannot be built or run; the message names the remedy."""
 
 
 def arch_of(variant: str) -> str:
-    """The architecture that ggml names a variant for."""
+    """Return the architecture that ggml names a variant for."""
     return "aarch64" if variant.startswith("arm") else "x86_64"
 
 
 def emulator(arch: str) -> list[str]:
-    """The command that runs programs of an architecture here, the tools for it checked."""
+    """Return the command that runs programs of an architecture here; for this machine's own it is empty.
+
+    Raises:
+        VariantsError: a cross-compiler or qemu is not installed.
+    """
     if arch == platform.machine():
         return []
     compiler, qemu = f"{arch}-linux-gnu-g++", f"qemu-{arch}"
@@ -57,7 +61,11 @@ def emulator(arch: str) -> list[str]:
 
 
 def logged(log: Path, *command: str | Path) -> None:
-    """Run a step of the build; the log holds the output of the last one."""
+    """Run a step of the build; the log holds the output of the last one.
+
+    Raises:
+        VariantsError: the step failed.
+    """
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     if done.returncode != 0:
@@ -86,7 +94,13 @@ def build(arch: str, variants: list[str]) -> None:
 
 
 def run(arch: str, variant: str, ops: str) -> bool | None:
-    """Test one variant, and say how it went; None if this machine lacks its instructions."""
+    """Test one variant and print how it went; return whether it passed, None if this machine lacks its instructions.
+
+    Args:
+        arch: the architecture of the variant.
+        variant: its name, as in libggml-cpu-VARIANT.so.
+        ops: a regular expression of ops, as -o of test-backend-ops.
+    """
     library = OUT / arch / "cpu" / "bin" / f"libggml-cpu-{variant}.so"
     log = OUT / f"{variant}.log"
     command = [*emulator(arch), OUT / arch / "tests" / "bin" / "test-backend-ops", "-b", "CPU", "-o", ops]
@@ -110,7 +124,7 @@ def run(arch: str, variant: str, ops: str) -> bool | None:
 
 
 def main() -> int:
-    """Command line entry point."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Run the FASA cases of test-backend-ops on ggml's CPU variants.")
     parser.add_argument("--arch", choices=VARIANTS, help="only this architecture's; without it, all")
     parser.add_argument("--ops", default="FASA_.*", help="as -o of test-backend-ops")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compile all that we add to CUDA with nvcc, for every supported architecture, and print registers and spills.
 
-What is patched of ggml-cuda is host code, compiled for the newest one.
+The file of ggml-cuda that is patched is host code, compiled for the newest architecture only.
 
-    python tests/cuda_check.py [--arch 89 ...]
+    python ggml_kernels/tools/cuda_check.py [--arch 89 ...]
 
 Needs no GPU, and nothing of CUDA but its compiler: where cuBLAS' headers are missing, which ggml-cuda includes, they
 come out of NVIDIA's Python package. What is compiled here has not run anywhere.
@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".venv" / "cuda-check"
 TREE = ROOT / ".venv" / "build" / "llama.cpp"
 KERNELS = TREE / "ggml/src/ggml-fasa/cuda"
@@ -39,11 +39,15 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 class CudaCheckError(Exception):
-    """What is missing or does not compile, and the remedy."""
+    """Something is missing or does not compile; the message names the remedy."""
 
 
 def find_nvcc() -> Path:
-    """CUDA's compiler: NVCC, or on the PATH, or where its installer puts it."""
+    """Find CUDA's compiler: NVCC names it, or it is on the PATH, or where CUDA's installer puts it.
+
+    Raises:
+        CudaCheckError: it is at none of these places.
+    """
     found = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not shutil.which(found):
         raise CudaCheckError(f"{found}: no such compiler\n  remedy: install CUDA's nvcc, or set NVCC to it")
@@ -51,7 +55,11 @@ def find_nvcc() -> Path:
 
 
 def run(nvcc: Path, *arguments: str | Path) -> str:
-    """What nvcc says."""
+    """Run nvcc, through ccache where that is installed, and return its stdout and stderr.
+
+    Raises:
+        CudaCheckError: it failed; the message has the command and what it printed.
+    """
     command = [*filter(None, [shutil.which("ccache")]), nvcc, *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -60,7 +68,7 @@ def run(nvcc: Path, *arguments: str | Path) -> str:
 
 
 def finds_cublas(nvcc: Path) -> bool:
-    """Whether nvcc finds cuBLAS' headers by itself."""
+    """Return whether nvcc finds cuBLAS' headers by itself."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "cublas.cu"
         source.write_text("#include <cublas_v2.h>\n")
@@ -72,12 +80,21 @@ def finds_cublas(nvcc: Path) -> bool:
 
 
 def cuda_version(nvcc: Path) -> str:
-    """CUDA's, as 13.0."""
+    """Return CUDA's version, such as 13.0."""
     return re.search(r"release (\d+\.\d+)", run(nvcc, "--version"))[1]
 
 
 def download_cublas(nvcc: Path, folder: Path, *parts: str) -> Path:
-    """Parts ("include", "lib") of NVIDIA's Python package of cuBLAS, in a folder; returns that which holds them."""
+    """Download NVIDIA's Python package of cuBLAS into a folder, unless it is there, and return the folder of its parts.
+
+    Args:
+        nvcc: the compiler, whose major version the package must have.
+        folder: where it is unpacked.
+        parts: the folders of the package that are taken: "include", "lib".
+
+    Raises:
+        CudaCheckError: pip could not download it.
+    """
     if not (found := list(folder.rglob("cublas_v2.h"))):
         version = cuda_version(nvcc).split(".")[0]
         package = f"nvidia-cublas=={version}.*" if int(version) >= 13 else f"nvidia-cublas-cu{version}"
@@ -96,19 +113,23 @@ def download_cublas(nvcc: Path, folder: Path, *parts: str) -> Path:
 
 
 def cublas_headers(nvcc: Path) -> list[str]:
-    """The option that leads to cuBLAS' headers; empty where nvcc finds them by itself."""
+    """Return the option that leads to cuBLAS' headers, or none where nvcc finds them by itself."""
     return [] if finds_cublas(nvcc) else [f"-I{download_cublas(nvcc, OUT / 'cublas', 'include')}/include"]
 
 
 def kernel_name(mangled: str) -> str:
-    """``fasa_split_kernel<16, 4>`` from what the compiler calls it."""
+    """Return a kernel's name, such as ``fasa_split_kernel<16, 4>``, from its mangled one."""
     name = re.search(r"(fasa_[a-z_]+?_kernel)", mangled)[1]
     parameters = [number.replace("n", "-") for number in re.findall(r"(?<=[IE])Li(n?\d+)E", mangled)]
     return name + (f"<{', '.join(parameters)}>" if parameters else "")
 
 
 def usage(log: str) -> dict[str, dict[int, str]]:
-    """Registers, and bytes spilled if there are any, by kernel and architecture."""
+    """Read out of ptxas' messages how many registers a thread takes, and how many bytes are spilled.
+
+    Returns:
+        By kernel and architecture (compute capability times ten): "40", or "255, 16 B spilled".
+    """
     res: dict[str, dict[int, str]] = {}
     name, arch, spills = "", 0, 0
     for line in log.splitlines():
@@ -122,7 +143,14 @@ def usage(log: str) -> dict[str, dict[int, str]]:
 
 
 def check(archs: Sequence[int]) -> None:
-    """Compile everything; the table is printed."""
+    """Compile everything and print a table of registers.
+
+    Args:
+        archs: compute capabilities times ten.
+
+    Raises:
+        CudaCheckError: something is missing or does not compile.
+    """
     from tabulate import tabulate  # gpu_pack.py, which takes functions from here, does without
 
     nvcc = find_nvcc()
@@ -154,7 +182,7 @@ def check(archs: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), help="compute capability times ten")
     try:

