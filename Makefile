@@ -43,6 +43,11 @@ OPS         ?= .*
 BACKEND     ?= CPU
 # One device for each language in which there are GPU kernels.
 SIMT        := SIMT-CUDA SIMT-METAL
+# Processes that share the tests, a file at a time, in this order: those of few tests are not the short ones. Threads that wait
+# sleep, or they would keep the other process from its cores.
+WORKERS     ?= 2
+PYTEST       = OMP_WAIT_POLICY=passive FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache \
+    $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SIMT_LIB    := $(VENV)/build/bin/fasa-simt.so
 # Programs under a sanitizer, which tests/test_threads.py runs.
 SANITIZED   := $(VENV)/build/bin/fasa-threads-thread $(VENV)/build/bin/fasa-threads-address
@@ -81,12 +86,11 @@ model-qwen: $(QWEN) ## get Qwen2.5-Coder-0.5B-Instruct, to measure on: make qual
 
 model-gemma: $(GEMMA) ## get Gemma 3 270M (Gemma's terms of use), likewise
 
-test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests
-	FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest
-	$(MAKE) --no-print-directory test-bindings
+test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
+	$(PYTEST)
 	$(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)'
 	$(MAKE) --no-print-directory backend-test OPS='$(PATCHED_OPS)'
-	$(MAKE) --no-print-directory test-simt
+	$(MAKE) --no-print-directory -j $(WORKERS) test-bindings test-simt
 
 test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run llama-cpp-python's own tests on the patched library
 	cd $(VENV)/bindings-tests && PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
@@ -95,11 +99,12 @@ test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run ll
 backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-ops; narrow it with OPS='FASA_.*' BACKEND=CPU
 	@.ci/backend-test $< '$(BACKEND)' '$(OPS)'
 
-test-simt: $(SIMT_LIB) ## run the tests of our ops on the GPU kernels, emulated on the CPU
-	@for device in $(SIMT); do \
-	    echo "$(FASA_OPS) on $$device, emulated: a minute"; \
-	    GGML_BACKEND_PATH=$(CURDIR)/$(SIMT_LIB) $(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)' BACKEND=$$device || exit 1; \
-	done
+test-simt: $(SIMT:%=test-%) ## run the tests of our ops on the GPU kernels, emulated on the CPU
+
+.PHONY: $(SIMT:%=test-%)
+$(SIMT:%=test-%): test-%: $(VENV)/build/bin/test-backend-ops $(SIMT_LIB)
+	@echo "$(FASA_OPS) on $*, emulated: a minute"
+	@GGML_BACKEND_PATH=$(CURDIR)/$(SIMT_LIB) .ci/backend-test $< '$*' '$(FASA_OPS)'
 
 # Seeds are printed, and how to repeat what fails. Our own code is what has the sanitizers. ASan wraps exceptions where it finds
 # them as it is loaded: libstdc++ has to be there by then.

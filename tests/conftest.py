@@ -80,10 +80,10 @@ def gpu(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture(scope="session")
 def fasa_model_path(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model, annotated by the converter."""
+    """The real model, annotated by the converter on a quarter of the tokens that it would take by itself."""
     from unchecked import convert
 
-    return convert(model_path, tmp_path_factory.mktemp("models") / "annotated.gguf", tokens=2048).path
+    return convert(model_path, tmp_path_factory.mktemp("models") / "annotated.gguf", tokens=512).path
 
 
 @pytest.fixture(params=["CPU", "SIMT-CUDA", "SIMT-METAL"])

@@ -6,6 +6,8 @@ import ctypes
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from fasa_edge.config import FasaConfig
@@ -207,13 +209,25 @@ def load(ctx: Context, data: ctypes.Array, seq: int | None = None, ok: bool = Tr
 
 
 def annotated_tiny(folder: Path, arch: str = "llama", n_tip: int | None = None, **shape: int) -> Path:
-    """A random model with a profile that keeps ``TINY_BUDGET`` cells in every layer, however short the context.
+    """Write a random model, and a copy with a profile that keeps ``TINY_BUDGET`` cells in every layer of any context.
 
-    Its attention is spread wide: whoever attends to other cells gets other logits.
+    Its attention is spread wide: whoever attends to other cells gets other logits. A process converts it once.
+
+    Returns:
+        The copy, beside ``tiny.gguf``.
     """
+    make_model(folder / "tiny.gguf", arch, Shape(**shape))
+    path = folder / "annotated.gguf"
+    path.write_bytes(_annotated_tiny(arch, n_tip, Shape(**shape)))
+    return path
+
+
+@cache
+def _annotated_tiny(arch: str, n_tip: int | None, shape: Shape) -> bytes:
     config = FasaConfig(budget=TINY_BUDGET, n_sink=4, n_recent=8, n_dense_layers=0, min_ctx=1)
-    model = make_model(folder / "tiny.gguf", arch, Shape(**shape))
-    return convert(model, folder / "annotated.gguf", tokens=512, config=config, n_tip=n_tip).path
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder) / "tiny.gguf", arch, shape)
+        return convert(model, Path(folder) / "annotated.gguf", tokens=512, config=config, n_tip=n_tip).path.read_bytes()
 
 
 def fresh_steps(model: Path, prompt: list[int], *steps: int, **params) -> np.ndarray:
