@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model model-qwen model-gemma test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
+.PHONY: help install stock model model-qwen model-gemma check test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
         demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -85,6 +85,9 @@ model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
 model-qwen: $(QWEN) ## get Qwen2.5-Coder-0.5B-Instruct, to measure on: make quality MODEL=...
 
 model-gemma: $(GEMMA) ## get Gemma 3 270M (Gemma's terms of use), likewise
+
+check: lint install $(SMALL_MODEL) $(SIMT_LIB) ## run what most changes break first: a minute
+	$(PYTEST) -q -m check
 
 test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
 	$(PYTEST)

@@ -68,7 +68,12 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+# `make check`: both ways to turn, a part of the dims turned, windows, sinks, recurrent layers
+CHECKED = {"llama", "qwen2", "phi3", "gemma3", "gpt-oss", "lfm2"}
+PARAMS = [pytest.param(case, marks=[pytest.mark.check] if case.name in CHECKED else []) for case in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 

@@ -44,6 +44,7 @@ def random_llama(folder: Path, geometry: Geometry = TINY, **kwargs) -> fasa_edge
     return fasa_edge.Llama(str(path), fasa_profile=profile, verbose=False, **{"n_ctx": 2048, **kwargs})
 
 
+@pytest.mark.check
 def test_bench_of_ops(tmp_path: Path) -> None:
     png = tmp_path / "ops.png"
     args = ("bench", "--op", "--geometry", "4/2x64,smollm2-135m", "-d", "600,300", "--layers", 2, "-t", 2, "-r", 3)
@@ -103,6 +104,7 @@ def test_all_ops_attend_to_the_same_caches(types: tuple[str, str], on_gpu: bool)
     assert all(nmse(stock, output) <= 5e-4 for output in outputs.values())
 
 
+@pytest.mark.check
 def test_bench_of_ops_on_a_gpu(on_gpu: bool) -> None:
     rows = list(ops.run([HEADS], [300], [40], 2, 2, n_layers=2, on_gpu=on_gpu))
     assert [row.op for row in rows] == ["flash_attn_ext", "exact", "fasa", "fasa_select", "fasa_attend"]
@@ -117,6 +119,7 @@ def test_bench_of_ops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         list(ops.run([HEADS], [300], [40], 2, 2, on_gpu=True))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("fill", ["random", "prefill"])
 def test_bench_of_a_geometry(fill: str, tmp_path: Path) -> None:
     png = tmp_path / "models.png"
@@ -153,6 +156,7 @@ def test_random_models_decode_from_random_caches(arch: str, tied: bool, tmp_path
     llm.close()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("types", "flash_attn"), [(("f16", "f16"), 1), (("f16", "f16"), 0), (("f32", "bf16"), 0), (("q8_0", "q4_0"), 1)]
 )

@@ -46,6 +46,7 @@ def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
     assert error.startswith("Error: ") and str(out) in error and "--force" in error
 
 
+@pytest.mark.check
 def test_profile(tmp_path: Path) -> None:
     model, profile, png = make_model(tmp_path / "tiny.gguf"), tmp_path / "profile.gguf", tmp_path / "heat.png"
     assert str(profile) in fasa("convert", model, "--profile", profile, "--tokens", 512, "--no-check").stdout
@@ -153,6 +154,7 @@ def test_bench(fasa_model_path: Path, model_path: Path) -> None:
     assert "expected numbers separated by commas" in fasa("bench", fasa_model_path, "-d", "x", code=2).stderr
 
 
+@pytest.mark.check
 def test_doctor() -> None:
     report = json.loads(fasa("doctor", "--json").stdout)
     assert report["llama_commit"] == "0c1e57098" and report["fasa"] == "compiled in"
@@ -160,6 +162,7 @@ def test_doctor() -> None:
     assert fasa_edge.__version__ in fasa("doctor").stdout
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("command", ["convert", "inspect", "run", "chat", "bench", "eval", "doctor"])
 def test_help_is_complete(command: str) -> None:
     assert "Usage:" in fasa(command, "--help").stdout

@@ -39,6 +39,7 @@ def run(*arguments: object, code: int = 0) -> click.testing.Result:
 # Functions
 
 
+@pytest.mark.check
 def test_measure(model: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     few = {"depths": [0, 100], "n_gen": 2, "n_repetitions": 1, "n_threads": 1, "verbose": False}
@@ -74,6 +75,7 @@ def test_measure_ops() -> None:
     assert [(row.heads, row.op) for row in rows][::5] == [("4/2x64", "flash_attn_ext"), ("2/2x32", "flash_attn_ext")]
 
 
+@pytest.mark.check
 def test_evaluate(model: Path, tmp_path: Path) -> None:
     few = {"prefixes": [200], "n_blocks": 1, "n_tokens": 8, "budgets": [64], "n_threads": 1}
     found = evaluate(model, **few, settings={"n_sink": 0, "n_dense_layers": 0}, resume=tmp_path / "r.jsonl")
@@ -93,6 +95,7 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
         evaluate(model, tasks=["x"])
 
 
+@pytest.mark.check
 def test_inspect_and_examine(model: Path) -> None:
     assert isinstance(inspect(model), FileReport)
     report = examine()
@@ -122,12 +125,14 @@ def test_convert_runs_the_model_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 # Options
 
 
+@pytest.mark.check
 def test_commands_are_listed_in_the_order_of_use() -> None:
     lines = run("--help").stdout.partition("Commands:")[2].splitlines()
     names = [line.split()[0] for line in lines if line[2:3].strip()]
     assert names == ["convert", "inspect", "run", "chat", "bench", "eval", "doctor"]
 
 
+@pytest.mark.check
 def test_an_option_means_one_thing() -> None:
     """By its short name; long names have the same type and the same short one in all commands that have them."""
     meanings: dict[str, set[tuple]] = {}

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from tiny_models import SWA_WINDOW, Shape, make_model
 
+pytestmark = pytest.mark.check
+
 N_CTX = 512
 
 

@@ -12,6 +12,8 @@ from fasa_edge.errors import ConvertError
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.check
+
 N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 4, 2, 16
 N_CHUNK = N_EMBD_HEAD // 2
 BLOCK = 64

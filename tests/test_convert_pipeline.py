@@ -33,6 +33,7 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_convert_writes_a_profile_that_inspect_reads(model, objective):
     config = FasaConfig(budget=64, n_recent=8)
@@ -58,12 +59,14 @@ def test_convert_writes_a_profile_that_inspect_reads(model, objective):
     assert plain["calibration"]["objective"] == objective and plain["config"]["budget"] == 64
 
 
+@pytest.mark.check
 def test_plain_model_is_not_annotated(model):
     report = inspect(model)
     assert not report.annotated and report.profile is None
     assert report.to_dict()["annotated"] is False and report.n_tensors == 21
 
 
+@pytest.mark.check
 def test_tensors_and_old_keys_are_byte_identical(model):
     out = convert(model, tokens=TOKENS).path
     before, after = read_header(model), read_header(out)
@@ -167,6 +170,7 @@ def test_tip_size_follows_the_head(tmp_path, n_embd_head, n_tip):
     assert convert(model, tokens=512, n_tip=3, force=True).profile.n_tip == 3
 
 
+@pytest.mark.check
 def test_chunks_that_matter_are_found(tmp_path):
     """Only the planes of chunks 3 and 20 of Q and K have weights, in each layer and head: they must rank first."""
     gguf = pytest.importorskip("gguf")
@@ -212,6 +216,7 @@ def test_models_without_chunks(tmp_path, refuses, arch, message):
     refuses(make_model(tmp_path / f"{arch}.gguf", arch), message)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -238,6 +243,7 @@ def test_text_too_short_or_not_utf8(model, refuses, tmp_path):
     refuses(model, "not UTF-8: byte 0xe9 at offset 3", text=text)
 
 
+@pytest.mark.check
 def test_damaged_models(model, refuses, tmp_path):
     data = model.read_bytes()
     model.write_bytes(data[:-1000])
@@ -280,6 +286,7 @@ def test_damaged_profile_is_named_by_inspect(model, monkeypatch, tmp_path):
         inspect(out)
 
 
+@pytest.mark.check
 def test_interruption_leaves_nothing_behind(model):
     def interrupt(stage, done, total):
         if stage == "write" and done:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from test_schema import SHAPES, make_profile
 
+pytestmark = pytest.mark.check
+
 N_ROW, N_CHUNK = sum(n_head for n_head, _ in SHAPES), max(n_chunk for _, n_chunk in SHAPES)
 
 

@@ -7,6 +7,8 @@ from fasa_edge.convert.stretch import Depth, depths, turn
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.check
+
 ANGLES = np.array([2.0, 0.3, 0.01, 0.0, 0.0])
 N = 60
 

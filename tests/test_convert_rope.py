@@ -21,6 +21,8 @@ import pytest
 from runtime import decode_embeddings
 from tiny_models import MROPE_SECTIONS, Shape, make_model
 
+pytestmark = pytest.mark.check
+
 N_POSITIONS = 96
 LAYOUTS = {  # name: architecture, shape, RoPE type, another pairing of the same dims
     "norm": ("llama", Shape(), ROPE_NORM, ROPE_NEOX),

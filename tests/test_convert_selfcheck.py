@@ -48,6 +48,7 @@ def check(model, profile, n_ctx: int = 4096, **options) -> Check:
     return check_profile(read_header(model), profile, read_text()[1], n_ctx, **options)
 
 
+@pytest.mark.check
 def test_good_chunks_pass(model, profile):
     found = check(model, replace(profile, n_tip=2))
     assert (found.text, found.n_prefix, found.n_tokens, found.budget) == ("pydoc_data.topics", 2048, 128, 512)
@@ -59,6 +60,7 @@ def test_good_chunks_pass(model, profile):
     assert halved.clipped_share > 10 * found.clipped_share
 
 
+@pytest.mark.check
 def test_bad_chunks_warn_and_name_a_layer(model, profile):
     chunks = [layer[:, ::-1].copy() for layer in profile.chunks]
     found = check(model, replace(profile, chunks=chunks, n_tip=2))
@@ -82,6 +84,7 @@ def test_auto_finds_the_fewest_chunks(model):
     ]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("n_tips", [[12], list(range(2, 33, 2)), [2, 4, 5]])
 def test_bisection_finds_the_smallest_or_ends_with_the_largest(n_tips):
     for smallest in (*n_tips, None):
@@ -96,6 +99,7 @@ def test_bisection_finds_the_smallest_or_ends_with_the_largest(n_tips):
         assert measured[0] == n_tips[len(n_tips) // 2] and len(measured) <= len(n_tips).bit_length()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,6 +121,7 @@ def test_gates(change, message):
         assert re.search(message, found.warning)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("kl_error", "noise_error", "clearly"),
     [(0.002, 0, True), (0.002, 0.002, True), (0.002, 0.003, False), (0.004, 0, False), (float("nan"), 0, False)],

@@ -244,6 +244,7 @@ def test_errors_name_the_remedy(hub, child, tmp_path):
         assert "user/tiny is not in the cache and" in error and "check the network, HF_HUB_OFFLINE" in error
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("names", "quant", "chosen"),
     [
@@ -266,6 +267,7 @@ def test_choice_is_that_of_llama_cpp(names, quant, chosen):
     assert choose_gguf("user/model", names, quant) == [f"{name}.gguf" for name in chosen.split()]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("names", "quant", "message"),
     [
@@ -279,6 +281,7 @@ def test_impossible_choice(names, quant, message):
         choose_gguf("user/model", [f"{name}.gguf" for name in names.split()], quant)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -299,6 +302,7 @@ def test_names_of_models(text, parts):
 # What needs no hub
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("src", ["missing", "missing.gguf", "a/b/c", "{tmp}/missing.gguf", "x" * 5000])
 def test_source_that_is_nowhere(tmp_path, src):
     with pytest.raises(ConvertError, match="does not exist: give a GGUF file, the folder"):

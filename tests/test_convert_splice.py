@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from tiny_models import make_model
 
+pytestmark = pytest.mark.check
+
 T = GGUFValueType
 OURS = [
     ("fasa.version", T.UINT32, 1),

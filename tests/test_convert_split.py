@@ -92,6 +92,7 @@ def test_output_names_the_set(split, tmp_path, out):
         convert(again, tokens=TOKENS)
 
 
+@pytest.mark.check
 def test_copied_where_links_are_impossible(split, tmp_path, monkeypatch):
     def link(source, target):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -169,6 +170,7 @@ def overwrite(path, key: str, dtype, value: int) -> None:
     reader.data.flush()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -224,6 +226,7 @@ def test_output_named_as_another_file(split, tmp_path, out):
         convert(split, tmp_path / out)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("name", "parts"),
     [

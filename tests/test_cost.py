@@ -9,6 +9,8 @@ from fasa_edge.runtime.ggml import base
 
 import pytest
 
+pytestmark = pytest.mark.check
+
 TOOLS = Path(__file__).resolve().parent.parent / "ggml_kernels/tools"
 FIGURES = json.loads((TOOLS / "gpu_figures.json").read_text())["layers"]
 

@@ -69,6 +69,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.check
 def test_methods() -> None:
     methods = expand(["noise", "fasa", "all", "oracle", "fasa"], [64, 32], [8, 12], {"n_sink": 0})
     more = (("n_sink", 0),)
@@ -113,6 +114,7 @@ def test_measures_of_a_text(real_runner: Runner) -> None:
     assert cells[4].kl.mean() == pytest.approx(kl_divergence(logits, at_once), rel=1e-4)
 
 
+@pytest.mark.check
 def test_blocks() -> None:
     blocks = text.blocks_of("a", list(range(100)), [10, 20], 3, 5, bos=7)
     starts = [(10, 0), (10, 42), (10, 85), (20, 0), (20, 37), (20, 75)]
@@ -126,6 +128,7 @@ def test_blocks() -> None:
         text.blocks_of("a", list(range(100)), [10], 18, 5)
 
 
+@pytest.mark.check
 def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -> None:
     """With a method of other chunks, in a context of its own, and with the prefix before."""
     tiny_runner.prefill(TEXTS[1][:500])
@@ -147,10 +150,12 @@ def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -
     assert kl_divergence(tiny_runner.decode(NEXT, other).logits, found[other]) > 100 * SAME
 
 
+@pytest.mark.check
 def test_every_policy_is_a_method() -> None:
     assert set(policies()) < METHODS.keys()
 
 
+@pytest.mark.check
 def test_policies(tiny_runner: Runner) -> None:
     """All from one prefix, in any order; each counted by the cells that it attends to."""
     methods = [method for method in expand(policies(), [TINY_BUDGET]) if method.sparse]
@@ -207,6 +212,7 @@ def test_a_memory_that_cannot_be_cut_back(tmp_path: Path) -> None:
         check(wanted, hybrid.decode([*PREFIX, *NEXT], DENSE, batch=512).logits[-N_TOKENS:], 1e-5)
 
 
+@pytest.mark.check
 def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> None:
     file = tmp_path / "results.jsonl"
     blocks = text.blocks_of("random", TEXTS[2], [200, 100], 1, 8)
@@ -245,6 +251,7 @@ def test_results_last(tiny_runner: Runner, tmp_path: Path, fed: list[int]) -> No
     assert other.read_text() == "GGUF"
 
 
+@pytest.mark.check
 def test_identity(tiny: Path, tmp_path: Path) -> None:
     names = [f"m-{no:05}-of-00002.gguf" for no in (1, 2)]
     for name in names:
@@ -293,6 +300,7 @@ def test_another_backend_of_a_device_is_another_identity(tiny: Path, tmp_path: P
     assert sorted(libraries(names[0])) != sorted([*alone, sha256])
 
 
+@pytest.mark.check
 def test_the_question_goes_on_after_the_context(tiny: Path) -> None:
     """A SentencePiece vocabulary puts a space before, and may want an end after, what is tokenized by itself."""
     prompt = Prompt("ab", "cd", " e", ("f",))

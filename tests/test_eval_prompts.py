@@ -16,6 +16,8 @@ from fasa_edge.io.text import read_text
 import llama_cpp
 import pytest
 
+pytestmark = pytest.mark.check
+
 TEXT = read_text()[1]
 WITH_DEPTH = [name for name, task in TASKS.items() if task.has_depth]
 NEEDLES = [name for name in WITH_DEPTH if name != "passage_retrieval"]

@@ -12,6 +12,8 @@ import pytest
 from runtime import TEXTS, Context, annotated_tiny, last_logits, nmse, teacher_forced
 from tiny_models import Shape, make_model
 
+pytestmark = pytest.mark.check
+
 N_PROMPT, N_DECODE, N_LAYER = 300, 4, 2
 TOKENS = TEXTS[0][: N_PROMPT + N_DECODE]
 SAME_ATTENTION = 3e-5  # of the NMSE: stock rounds to f16 on the way

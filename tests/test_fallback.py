@@ -22,6 +22,8 @@ import pytest
 from tiny_models import Shape, make_model
 from unchecked import convert
 
+pytestmark = pytest.mark.check
+
 DESIGN = Path(__file__).resolve().parent.parent / "docs/design.md"
 
 

@@ -18,6 +18,8 @@ import pytest
 from runtime import annotated_tiny
 from tiny_models import Shape, make_model
 
+pytestmark = pytest.mark.check
+
 N_LAYER = 4
 N_CTX_TRAIN = 1 << 16
 PLENTY = 1 << 40

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("device")
 ggml.declare({"ggml_set_output": (None, ggml.ptr)})
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("type_v", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("n_tokens", [1, 3, 32, 33])
 @pytest.mark.parametrize("shape", [Shape(), Shape(n_embd_head=128, n_head=8, n_head_kv=4, n_dim=32)])

@@ -56,6 +56,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.check
 def test_whatever_a_step_does_the_next_ones_run(visit: Visit) -> None:
     def sees_the_others() -> str:
         assert [line["step"] for line in gpu_check.read_lines(visit.results)] == ["hangs", "crashes", "odd", "lacks"]

@@ -24,6 +24,7 @@ from unchecked import convert
 COMMANDS = {"convert": (), "run": ("-p", "x"), "chat": (), "bench": (), "eval": ()}
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("command", [*COMMANDS, "inspect"])
 def test_a_pipe_is_refused(tmp_path: Path, command: str) -> None:
     os.mkfifo(tmp_path / "fifo.gguf")
@@ -32,6 +33,7 @@ def test_a_pipe_is_refused(tmp_path: Path, command: str) -> None:
     assert "is a pipe, a device or the like" in result.stderr
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_crashes_llama_cpp_is_refused(tmp_path: Path, command: str) -> None:
     """A token that stands twice fails an assertion of llama-vocab.cpp."""

@@ -109,6 +109,7 @@ def test_from_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # The cache
 
 
+@pytest.mark.check
 def test_types_of_the_cache(model: Path) -> None:
     sizes = {}
     for type_k, type_v in ((None, None), (llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_Q4_0)):
@@ -120,6 +121,7 @@ def test_types_of_the_cache(model: Path) -> None:
     assert sizes[llm.context_params.type_k] < 0.5 * sizes[None]
 
 
+@pytest.mark.check
 def test_a_prompt_cache_on_disk(model: Path, tmp_path: Path) -> None:
     texts = []
     for n_prompt, n_cached in ((N_PROMPT, 0), (N_PROMPT + 3, N_PROMPT)):  # the second as another process would
@@ -148,6 +150,7 @@ def first_logits(llm: fasa_edge.Llama, tokens: list[int]) -> np.ndarray:
     return seen[0]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("n_new", [0, 1, 7], ids=["same", "one token more", "a short question more"])
 def test_what_the_cache_lacks_of_a_prompt_is_read_as_a_prompt(model: Path, n_new: int) -> None:
     rows = []
@@ -163,6 +166,7 @@ def test_what_the_cache_lacks_of_a_prompt_is_read_as_a_prompt(model: Path, n_new
     assert llm.fasa.stats().n_layers_sparse == 2 * N_LAYER  # the tokens that follow are decoded
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("sizes", [{"n_batch": 8}, {"n_ubatch": 8}, {"n_batch": 16, "n_ubatch": 16}])
 def test_small_batches_read_prompts_densely(model: Path, sizes: dict[str, int]) -> None:
     wanted, llm = first_logits(load(model, fasa_enabled=False, **sizes), TOKENS), load(model, **sizes)
@@ -184,6 +188,7 @@ def test_tokens_of_a_caller_are_decoded(model: Path) -> None:
 # The context
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("logits_all", [False, True])
 def test_all_of_the_context_can_be_used(model: Path, logits_all: bool) -> None:
     llm = load(model, n_ctx=300, logits_all=logits_all)
@@ -209,6 +214,7 @@ def test_a_context_that_the_model_was_trained_for_is_rounded_up(tmp_path: Path) 
 # Copies, and FASA switched off
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda llm: pickle.loads(pickle.dumps(llm))])
 def test_a_copy_has_the_settings_in_force(model: Path, tmp_path: Path, copy_of: Callable) -> None:
     llm = load(model, fasa_budget=100, fasa_n_tip=10)
@@ -244,6 +250,7 @@ def test_switching_off_is_no_mistake(model: Path, tmp_path: Path) -> None:
 EMBEDDED = [bytes(token - 3 for token in text[:n]).decode() for text in TEXTS for n in (9, 400)]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])
 def test_embeddings(model: Path, pooling: str) -> None:
     """Whole texts are prompts; those of at most ``max_batch`` tokens decode, but see fewer cells than the budget."""
@@ -264,6 +271,7 @@ def test_embeddings(model: Path, pooling: str) -> None:
 # Chat
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("source", ["metadata", "registered format", "handler"])
 def test_chat_formats(model: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     formatter = llama_chat_format.Jinja2ChatFormatter(TEMPLATE, eos_token="</s>", bos_token="<s>")
@@ -334,6 +342,7 @@ def make_adapter(path: Path, arch: str = "llama", rank: int = 4) -> Path:
     return path
 
 
+@pytest.mark.check
 def test_lora(model: Path, tmp_path: Path) -> None:
     adapter = str(make_adapter(tmp_path / "adapter.gguf"))
     plain = teacher_forced(load(model), TOKENS, N_PROMPT, enabled=False)
@@ -454,6 +463,7 @@ def closed(model: Path) -> fasa_edge.Llama:
     return llm
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("call", _NEED_FASA.values(), ids=_NEED_FASA)
 def test_a_closed_model_says_so(closed: fasa_edge.Llama, model: Path, call: Callable) -> None:
     with pytest.raises(FasaError, match="annotated.gguf is closed"):

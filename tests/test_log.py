@@ -19,6 +19,8 @@ from fasa_edge.runtime.log import error_log, quiet_log, unheard
 import pytest
 from runtime import annotated_tiny
 
+pytestmark = pytest.mark.check
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from runtime import TEXTS, Context, annotated_tiny
 
+pytestmark = pytest.mark.check
+
 N_PROMPT = 300
 
 

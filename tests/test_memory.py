@@ -130,16 +130,19 @@ NO_LIMITS = {
 }
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("files, n_bytes, of", LIMITS.values(), ids=LIMITS)
 def test_limits_of_groups(kernel, files, n_bytes: int, of: str) -> None:
     assert kernel(files) == memory.Available(n_bytes, of)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("files", NO_LIMITS.values(), ids=NO_LIMITS)
 def test_what_is_no_limit(kernel, files) -> None:
     assert kernel(files) == memory.Available(MACHINE, "the machine's memory")
 
 
+@pytest.mark.check
 def test_the_least_is_named(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     own = memory.Available(390, "the address space limit (ulimit -v)", is_virtual=True)
     monkeypatch.setattr(memory, "_of_process", lambda: iter([own, memory.Available(500, "data", is_virtual=True)]))
@@ -241,6 +244,7 @@ def test_other_errors_do_not(tmp_path: Path) -> None:
     assert said.startswith("ModelError ") and "missing.gguf" in said and "ulimit" not in said
 
 
+@pytest.mark.check
 def test_memory_is_asked_for_in_one_place() -> None:
     package = Path(memory.__file__).parents[1]
     assert [path.name for path in package.rglob("*.py") if "virtual_memory" in path.read_text()] == ["memory.py"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from clang.cindex import Diagnostic, Index
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".venv/build"
 TREE = BUILD / "llama.cpp"

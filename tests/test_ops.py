@@ -104,6 +104,7 @@ def assert_same_cells(idx: np.ndarray, expected: np.ndarray, scores: np.ndarray,
             assert abs(scores[index][cell] - taken.min()) < tolerance, f"{index}: cell {cell} is not at the threshold"
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("shape", SHAPES)
 def test_store_then_select_matches_reference(shape: Shape) -> None:
     case = make_case(shape)
@@ -140,6 +141,7 @@ def test_ops_are_the_same_for_any_number_of_threads(shape: Shape) -> None:
         assert (run_attend(case, None, k, n_threads=n_threads) == exact).all()
 
 
+@pytest.mark.check
 def test_select_gives_equal_scores_to_the_lower_id() -> None:
     case = make_case(Shape())
     case.k[:] = case.k[0]
@@ -147,6 +149,7 @@ def test_select_gives_equal_scores_to_the_lower_id() -> None:
     assert (run_select(case, 40)[0] == visible[:40]).all()
 
 
+@pytest.mark.check
 def test_select_takes_forced_cells_if_they_are_visible() -> None:
     case = make_case(Shape(n_hidden=50))
     scores = scores_of(case)
@@ -221,6 +224,7 @@ def test_store_is_equal_to_the_bit_from_the_f16_cache() -> None:
         assert (g.read(fresh, np.int8) == g.read(rebuilt, np.int8)).all()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("type_k", ["f32", "f16", "bf16"])
 def test_store_reads_keys_where_the_cache_holds_them(type_k: str) -> None:
     """Of some cells of two streams, behind the op that writes their keys, to the bit."""
@@ -271,6 +275,7 @@ def test_store_rounds_as_a_bf16_cache_does() -> None:
         assert (g.read(fresh, np.int8) != g.read(unrounded, np.int8)).any()
 
 
+@pytest.mark.check
 def test_streams_do_not_touch_each_other() -> None:
     """Stored into a tip cache of two streams, selected and attended in the first cells of both, to the bit."""
     shape = Shape(n_tokens=2)
@@ -306,6 +311,7 @@ def test_streams_do_not_touch_each_other() -> None:
 
 
 # Each group and each head size with each way to choose; test-backend-ops has them with one another, at random.
+@pytest.mark.check
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("n_group", range(1, 17))
 def test_every_group_and_head_size(n_group: int, by_head: bool) -> None:
@@ -339,6 +345,7 @@ def test_attend_reads_every_cache_type(type_k: str, type_v: str, n_embd_head: in
     assert nmse(out, reference.attend(case.q, k, v, idx, case.scale, 5.0, sinks)) <= NMSE_REFERENCE
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -383,6 +390,7 @@ def test_attend_over_all_cells_matches_flash_attention(shape: Shape, with_sinks:
         assert nmse(run_attend(case, idx, k, sinks=sinks), stock) <= NMSE_STOCK
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.n_tokens == 1])
 def test_select_matches_its_composed_twin(shape: Shape) -> None:
     """The same choice from get_rows, mul_mat, soft_max, log, pool_1d and top_k, on queries that 8 bits hold exactly."""
@@ -495,6 +503,7 @@ def test_attend_minds_no_row_whose_weight_is_too_small_for_f32() -> None:
     assert nmse(out, reference.attend(case.q, case.k, case.v, every, case.scale)) <= NMSE_REFERENCE
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("type_k", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stored_levels_are_the_reference(shape: Shape, type_k: str) -> None:

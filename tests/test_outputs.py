@@ -27,6 +27,7 @@ def names(folder: Path) -> list[str]:
 # Two at once
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("links", [True, False])
 def test_what_somebody_else_wrote_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     if not links:
@@ -119,6 +120,7 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGTERM
 
 
+@pytest.mark.check
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     with hang(out) as process:

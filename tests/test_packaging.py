@@ -9,6 +9,10 @@ from pathlib import Path
 
 from fasa_edge.runtime.library import lib_dir
 
+import pytest
+
+pytestmark = pytest.mark.check
+
 
 def test_libraries_are_relocatable(tmp_path: Path) -> None:
     assert not [path for path in lib_dir().rglob("*") if path.is_symlink()]  # wheels hold none

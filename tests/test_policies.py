@@ -186,6 +186,7 @@ def h2o(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
     return chosen
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("batch", [1, N_STEPS])
 @pytest.mark.parametrize("select", ["group", "head"])
 @pytest.mark.parametrize("twin", [oracle, streaming, quest, snapkv, h2o])
@@ -230,6 +231,7 @@ def assert_reference(
         assert len(cells) == len(expected) and all(abs(row[cell] - last) < 1e-5 for cell in cells ^ expected)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("select", ["group", "head"])
 def test_fasa_chooses_what_the_reference_does(select: str, ctx: Context, model: Path) -> None:
     forced = np.stack([forced_cells(token) for token in range(N_PROMPT, N_PROMPT + N_STEPS)]).astype(np.int32)
@@ -269,6 +271,7 @@ def test_variants_on_the_dominant_chunks(ctx: Context, model: Path) -> None:
     assert all((np.array(a[1]) == b[1]).all() for a, b in zip(*[decode(ctx, 1, policy="random")] * 2, strict=True))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("select", ["group", "head"])
 @pytest.mark.parametrize("policy", policies())
 def test_mass_and_bytes_are_those_of_the_cells(policy: str, select: str, ctx: Context) -> None:
@@ -282,6 +285,7 @@ def test_mass_and_bytes_are_those_of_the_cells(policy: str, select: str, ctx: Co
     assert ctx.bytes_kv == n_rows * 2 * 2 * ctx.prompt[0].k.shape[-1]  # f16, of K and of V
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("policy", "type_k", "settings"),
     [
@@ -305,6 +309,7 @@ def test_policy_that_cannot_choose_leaves_the_layer_dense(policy, type_k, settin
         assert ctx.reasons() == {"policy": N_LAYER}
 
 
+@pytest.mark.check
 def test_policy_and_select_are_settings(model: Path) -> None:
     load = lambda **settings: fasa_edge.Llama(str(model), n_ctx=512, verbose=False, **settings)  # noqa: E731
     llm = load(kv_overrides={"fasa.policy": "quest"}, fasa_select="head")

@@ -120,10 +120,12 @@ PATCHED = STOCK | {
 }
 
 
+@pytest.mark.check
 def test_offline_archive(project):
     assert project.tree() == PATCHED
 
 
+@pytest.mark.check
 def test_stock_tree_is_upstream_alone(project):
     assert project.tree("--out", project.out, "--stock") == STOCK
 
@@ -192,6 +194,7 @@ def test_folder_without_llama_cpp(project, tmp_path):
     assert f"FASA_LLAMA_CPP_DIR={tmp_path}" in project.refusal(FASA_LLAMA_CPP_DIR=tmp_path)
 
 
+@pytest.mark.check
 def test_patch_that_does_not_apply(project):
     before = project.tree()
     other = SOURCE.replace("line_19", "moved")
@@ -217,6 +220,7 @@ def test_patch_that_git_passes_over(project, tmp_path):
     assert "0001-hook.patch: git reported success but src/llama.cpp did not change" in project.refusal(**environment)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "own, upstream",
     [("patches/overlay/src/llama.cpp", "src/llama.cpp"), ("patches/overlay/ggml/src/ggml.c", "ggml/src/ggml.c")],
@@ -235,12 +239,14 @@ def test_folder_of_somebody_else(project, tmp_path):
 # ---- updates -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 def test_second_run_does_nothing(project):
     project.tree()
     done = project.run(FASA_LLAMA_CPP_ARCHIVE="/nowhere.tar.gz")  # not even looked at
     assert done.stdout == f"prepare: {project.out} is up to date\n"
 
 
+@pytest.mark.check
 def test_only_changed_files_look_changed(project):
     def times() -> dict[str, int]:
         return {name: (project.out / name).stat().st_mtime_ns for name in PATCHED}
@@ -278,6 +284,7 @@ def test_stock_and_patched_take_turns(project):
 # ---- the real pin ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.check
 def test_bindings_and_library_have_one_pin():
     pin = runpy.run_path(str(PREPARE))["read_pin"](ROOT / "patches/upstream.txt")
     assert f'"llama-cpp-python=={pin.version}"' in (ROOT / "pyproject.toml").read_text()

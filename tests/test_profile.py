@@ -121,6 +121,7 @@ def test_outputs_are_not_overwritten_and_differ(model, annotated, tmp_path) -> N
 # Loading
 
 
+@pytest.mark.check
 def test_a_profile_does_what_an_annotation_does(model, annotated, profile, tokens) -> None:
     llm, reference = load(model, profile), load(annotated)
     assert llm.fasa.available and llm.fasa.settings == reference.fasa.settings
@@ -177,6 +178,7 @@ def bare_model(model: Path) -> Iterator[int]:
     llama_cpp.llama_model_free(handle)
 
 
+@pytest.mark.check
 def test_a_refused_profile_leaves_the_model_as_it_was(bare_model, model, profile, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("no GGUF at all")
     for path in (tmp_path / "missing.gguf", tmp_path / "text.txt", tmp_path, model):
@@ -209,6 +211,7 @@ def rewrite(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.check
 def test_every_truncation_is_refused(bare_model, profile, tmp_path) -> None:
     data, path = profile.read_bytes(), tmp_path / "cut.gguf"
     for n in range(len(data)):
@@ -218,6 +221,7 @@ def test_every_truncation_is_refused(bare_model, profile, tmp_path) -> None:
     assert capi.load_profile(bare_model, path)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("patch", [b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\x00" * 8, b"\x01" * 4, b"\x80"])
 def test_overwritten_bytes_never_crash(bare_model, profile, tmp_path, patch) -> None:
     """Some are taken: a text, a value of the objective, a setting within its limits."""
@@ -440,6 +444,7 @@ CASES = [
 ]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_python_and_the_library_agree_on_what_is_valid(bare_model, model, profile, tmp_path, case) -> None:
     metadata = case.change(to_metadata(inspect(profile).profile))

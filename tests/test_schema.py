@@ -9,6 +9,8 @@ from fasa_edge.errors import SchemaError
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.check
+
 SHAPES = [(2, 8), (0, 0), (1, 16)]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from runtime import GGML_TYPES, TEXTS, Context, annotated_tiny, check, fresh_steps, nmse
 
+pytestmark = pytest.mark.check
+
 N_PROMPT = 700
 OTHER = 1e-3  # NMSE of attending to other cells
 

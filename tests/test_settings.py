@@ -18,6 +18,8 @@ import pytest
 from tiny_models import make_model
 from unchecked import convert
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = [setting for setting in SETTINGS.values() if setting.type is int]
 LATER = [setting for setting in SETTINGS.values() if not setting.is_fixed]

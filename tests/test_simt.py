@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.check
+
 
 @pytest.fixture(scope="module")
 def simt_lib() -> Path:

@@ -26,6 +26,7 @@ def model(tmp_path_factory) -> Path:
     return annotated_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("type_kv", ["f32", "f16", "bf16", "q8_0", "q4_0", "q5_1"])
 def test_restored_contexts_decode_as_before(model: Path, type_kv: str) -> None:
     params = {"type_k": GGML_TYPES[type_kv], "type_v": GGML_TYPES[type_kv]}
@@ -66,6 +67,7 @@ def test_a_whole_state_of_several_sequences(arch: str, kv_unified: bool, tmp_pat
         assert nmse(*wanted) > 10 * tolerance
 
 
+@pytest.mark.check
 def test_tips_are_made_again_in_pieces(tmp_path: Path) -> None:
     """Of more cells than one graph takes."""
     model = annotated_tiny(tmp_path, n_layer=1, n_head=1, n_head_kv=1)
@@ -105,6 +107,7 @@ def test_tips_are_made_again_in_the_memory_that_is_reserved(model: Path, type_kv
     assert sizes and not [line for line in sizes if "does not match" in line]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("seq", [None, 0], ids=["whole", "sequence"])
 def test_a_truncated_state_leaves_nothing_behind(model: Path, seq: int | None) -> None:
     with Context(model) as ctx:
@@ -169,6 +172,7 @@ def test_session_files_of_ours_serve_stock(model: Path, stock_lib: Path, tmp_pat
     check(dense, on_stock(stock_lib, "load", model, tmp_path / "session"))
 
 
+@pytest.mark.check
 def test_tips_that_could_not_be_made_again(model: Path) -> None:
     with Context(model) as ctx:
         ctx.read(PROMPT)
@@ -259,6 +263,7 @@ class _Draft(llama_cpp.llama_speculative.LlamaDraftModel):
         return np.array([3 if i % 4 == 0 else self.text[i] for i in range(n, min(n + 10, len(self.text)))], np.intc)
 
 
+@pytest.mark.check
 def test_speculative_decoding(model: Path) -> None:
     n = 60
     plain = open_llama(model)

@@ -69,6 +69,7 @@ class Meanwhile:
         return ctx.reasons()
 
 
+@pytest.mark.check
 def test_what_is_set_while_a_token_is_decoded_waits_for_the_next(model: Path) -> None:
     meanwhile = Meanwhile()
 
@@ -82,6 +83,7 @@ def test_what_is_set_while_a_token_is_decoded_waits_for_the_next(model: Path) ->
         assert meanwhile.during(ctx, N_PROMPT + 3, lambda: None) == {"none": N_LAYER}
 
 
+@pytest.mark.check
 def test_counters_and_settings_are_read_and_captures_refused_meanwhile(model: Path) -> None:
     meanwhile, found = Meanwhile(), []
 
