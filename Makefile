@@ -11,7 +11,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install stock model model-qwen model-gemma check test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
-        demo bench quality lint patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
+        demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
 VENV   := .venv
@@ -62,7 +62,8 @@ EVAL  = $(BIN)/fasa-edge eval $(FASA_MODEL) --resume $(VENV)/quality.jsonl $(TEX
 
 # One download serves the bindings, the patched and the stock build.
 export FASA_DOWNLOAD_DIR ?= $(CURDIR)/$(VENV)/download
-export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(CORES)
 # Where ccache is at hand, it recognizes a file in another build folder only by its relative path.
 export CCACHE_BASEDIR ?= $(CURDIR)
 
@@ -154,8 +155,21 @@ quality: install $(FASA_MODEL) ## measure quality against dense attention and ot
 bench: install $(FASA_MODEL) ## measure decoding speed at several depths, dense against FASA
 	$(BIN)/fasa-edge bench $(FASA_MODEL)
 
+# On all cores. A geometry has random weights, on which speed does not depend; performance.md says how it is measured.
+speed: install $(FASA_MODEL) ## measure anew and draw the picture of README.md: docs/speed.csv, docs/speed.svg
+	$(BIN)/fasa-edge bench $(FASA_MODEL) -d 0,2048,7168 --exact -t $(CORES) -n 16 -r 7 --json >$(VENV)/speed-model.json
+	$(BIN)/fasa-edge bench --geometry llama-3.2-1b -d 0,8192,32768 --budget 1024 --exact -t $(CORES) -n 4 -r 7 --json >$(VENV)/speed-geometry.json
+	$(BIN)/python docs/speed.py $(VENV)/speed-model.json $(VENV)/speed-geometry.json
+
 lint: $(VENV)/.tools ## check the Python code
 	$(BIN)/ruff check
+
+format: $(VENV)/.tools ## format the Python code
+	$(BIN)/ruff format
+
+docs: $(VENV)/.docs ## build the site of docs/ into .venv/site; a link that leads nowhere is an error
+	rm -rf $(VENV)/docs && mkdir $(VENV)/docs && cp -R fasa_edge $(VENV)/docs && cp -R convert $(VENV)/docs/fasa_edge
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 patches-tree: $(VENV)/.tools ## make .venv/patches-tree, a git repository of llama.cpp with a commit for each patch
 	$(BIN)/python patches/series.py tree $(PATCHES_TREE)
@@ -237,6 +251,10 @@ $(VENV)/dist/.repaired: $(SOURCES) .ci/wheel $(VENV)/.cmake-args | $(VENV)/.tool
 
 $(VENV)/.torch: pyproject.toml | install
 	$(PIP) install --group test-torch
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.tools
+	$(PIP) install --group docs
 	@touch $@
 
 $(SMALL_MODEL): tests/model.txt | $(VENV)/.tools

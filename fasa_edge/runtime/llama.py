@@ -193,10 +193,9 @@ class Llama(llama_cpp.Llama):
         type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
-        fasa_settings: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`,
-            in place of the default stored in the model; ``fasa_exact`` is the one that needs no profile. And
-            ``fasa_policy``, see :meth:`Fasa.configure`.
-        kwargs: every other argument of ``llama_cpp.Llama``.
+        kwargs: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`, in place
+            of the default stored in the model; ``fasa_exact`` is the one that needs no profile. ``fasa_policy``, see
+            :meth:`Fasa.configure`. And every other argument of ``llama_cpp.Llama``.
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
