@@ -85,7 +85,8 @@ def main() -> None:
             writer.writerows(rows)
     with CSV.open(newline="", encoding="utf-8") as file:
         figure = draw(list(csv.DictReader(file)))
-    matplotlib.rcParams["svg.hashsalt"] = CSV.name  # the same figures give the same file
+    # the same figures give the same file, and letters are text
+    matplotlib.rcParams.update({"svg.hashsalt": CSV.name, "svg.fonttype": "none"})
     figure.savefig(SVG, metadata={"Date": None})
 
 

@@ -1,12 +1,15 @@
 """The README stays short, and what it and docs/ name is there: links, commands, make targets, files, Python names."""
 
 import ast
+import json
 import pkgutil
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from fasa_edge.bench.models import BenchRow
 from fasa_edge.cli import main
 
 import click
@@ -150,6 +153,23 @@ def test_python_is_right(page: Path) -> None:
     ]
     for name in names:
         pkgutil.resolve_name(name)
+
+
+def test_the_picture_is_drawn_from_what_bench_prints(tmp_path: Path) -> None:
+    speed = runpy.run_path(str(ROOT / "docs/speed.py"))
+    (tmp_path / "rows.json").write_text(json.dumps([row(0, "dense", 20.0), row(9, "dense", 5.0), row(9, "fasa", 15.0)]))
+    rows = speed["measured"]([str(tmp_path / "rows.json")])
+    assert rows[2] == dict(zip(speed["COLUMNS"], ("m.Q4_1", 2, "fasa", 512, 9, 15.0, 14.0, 16.0), strict=True))
+    labels = [line.get_label() for line in speed["draw"](rows).axes[0].get_lines()]
+    assert labels == ["FASA, 512 cells", "stock, flash attention"]
+
+
+def row(depth: int, method: str, median: float) -> dict[str, object]:
+    """A row of ``fasa-edge bench --json``, as far as the picture takes it."""
+    result = BenchRow("m.Q4_1-fasa.gguf", 1, 1, 2, "f16", "f16", True, 0, 1, depth, "prefill", method, False, 512)
+    result.budget *= method == "fasa"
+    result.samples_ts, result.samples_ns = [median - 1, median, median + 1], [1, 1, 1]
+    return result.as_dict()
 
 
 def test_what_is_wrong_is_found() -> None:

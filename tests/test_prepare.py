@@ -289,5 +289,5 @@ def test_bindings_and_library_have_one_pin():
     pin = runpy.run_path(str(PREPARE))["read_pin"](ROOT / "patches/upstream.txt")
     assert f'"llama-cpp-python=={pin.version}"' in (ROOT / "pyproject.toml").read_text()
     assert f'LLAMA_COMMIT = "{pin.commit}"\n' in (ROOT / "fasa_edge/runtime/library.py").read_text()
-    for name in ("docs/install.md", "pyproject.toml"):
+    for name in ("docs/install.md", ".github/workflows/check.yml", ".github/workflows/wheels.yml", "pyproject.toml"):
         assert set(re.findall(r"llama-cpp-python==([\d.]+)", (ROOT / name).read_text())) == {pin.version}, name
