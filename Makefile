@@ -161,14 +161,15 @@ speed: install $(FASA_MODEL) ## measure anew and draw the picture of README.md: 
 	$(BIN)/fasa-edge bench --geometry llama-3.2-1b -d 0,8192,32768 --budget 1024 --exact -t $(CORES) -n 4 -r 7 --json >$(VENV)/speed-geometry.json
 	$(BIN)/python docs/speed.py $(VENV)/speed-model.json $(VENV)/speed-geometry.json
 
-lint: $(VENV)/.tools ## check the Python code
+# Types of other packages are those of what is installed.
+lint: install $(VENV)/package ## check the Python code: ruff, and mypy on the package
 	$(BIN)/ruff check
+	cd $(VENV)/package && ../bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 format: $(VENV)/.tools ## format the Python code
 	$(BIN)/ruff format
 
-docs: $(VENV)/.docs ## build the site of docs/ into .venv/site; a link that leads nowhere is an error
-	rm -rf $(VENV)/docs && mkdir $(VENV)/docs && cp -R fasa_edge $(VENV)/docs && cp -R convert $(VENV)/docs/fasa_edge
+docs: $(VENV)/.docs $(VENV)/package ## build the site of docs/ into .venv/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 patches-tree: $(VENV)/.tools ## make .venv/patches-tree, a git repository of llama.cpp with a commit for each patch
@@ -252,6 +253,10 @@ $(VENV)/dist/.repaired: $(SOURCES) .ci/wheel $(VENV)/.cmake-args | $(VENV)/.tool
 $(VENV)/.torch: pyproject.toml | install
 	$(PIP) install --group test-torch
 	@touch $@
+
+# The sources as they lie when installed, for what reads them.
+$(VENV)/package: FORCE | $(VENV)/.tools
+	@rm -rf $@ && mkdir -p $@/fasa_edge && ln -s $(CURDIR)/fasa_edge/* $(CURDIR)/convert $@/fasa_edge
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.tools
 	$(PIP) install --group docs

@@ -86,7 +86,7 @@ def _run(command: list, folder: Path, home: Path, progress: Progress) -> None:
         errors="replace",
     ) as process:
         try:
-            for line in process.stdout:  # tqdm's carriage returns end lines, too
+            for line in process.stdout or ():  # tqdm's carriage returns end lines, too
                 if match := _WRITTEN.match(line):
                     progress("convert", int(match[1]), 100)
                 elif line.strip(" ^~\n"):  # not the marks of a traceback

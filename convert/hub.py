@@ -164,7 +164,7 @@ def _list_files(repo: str) -> tuple[str, dict[str, int]]:
     """Commit, files and their sizes in bytes of a repository; of the cache where the hub cannot be reached."""
     try:
         info = HfApi().model_info(repo, files_metadata=True)
-        return info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
+        return info.sha or "main", {file.rfilename: file.size or 0 for file in info.siblings or ()}
     except HFValidationError as error:
         raise ConvertError(f"{repo} is no name of a model on a hub: {_first_line(error)}") from error
     except RepositoryNotFoundError as error:

@@ -9,7 +9,7 @@ the depths of a context (:mod:`fasa_edge.convert.stretch`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +38,19 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, Callable[[int, int, int, int, Sequence[Depth]], Objective]] = {
+class ObjectiveClass(Protocol):
+    """Makes the objective of one layer; see :data:`OBJECTIVES`."""
+
+    uses_top_k: bool
+
+    def __call__(
+        self, n_head_kv: int, n_chunk: int, n_tokens: int, top_k: int, depths: Sequence[Depth], /
+    ) -> Objective:
+        """The objective, which has seen nothing yet."""
+        ...
+
+
+OBJECTIVES: dict[str, ObjectiveClass] = {
     "agreement": ContextualAgreement,
     "energy": Energy,
     "lsq": LeastSquares,

@@ -42,7 +42,7 @@ class _SecondMoments:
 
     def _covariance(self) -> np.ndarray:
         """``A``, float64 ``[n_head_kv, n_chunk, n_chunk]``, mean over the depths, in shares of their variances."""
-        res = 0
+        res: np.ndarray = np.zeros(())
         for depth in self._depths:
             cov = self._covariance_at(depth)
             total = cov.sum((1, 2), keepdims=True)

@@ -94,12 +94,16 @@ class Check:
     @property
     def worst_layer(self) -> int:
         """The sparse layer that recalls least."""
-        return min((mass, il) for il, mass in enumerate(self.mass) if mass is not None)[1]
+        return self._worst[1]
+
+    @property
+    def _worst(self) -> tuple[float, int]:
+        return min((mass, il) for il, mass in enumerate(self.mass) if mass is not None)
 
     @property
     def passed(self) -> bool:
         """Whether both gates hold."""
-        return self.mass[self.worst_layer] >= MIN_MASS and self.kl - self.noise <= self.max_kl
+        return self._worst[0] >= MIN_MASS and self.kl - self.noise <= self.max_kl
 
     @property
     def passed_clearly(self) -> bool:
@@ -116,7 +120,7 @@ class Check:
         """What falls short of which gate, and the remedy; None if nothing does."""
         if self.passed:
             return None
-        short, worst = [], self.mass[self.worst_layer]
+        short, worst = [], self._worst[0]
         if not worst >= MIN_MASS:
             short.append(f"layer {self.worst_layer} recalls {worst:.2f} of the attention mass, less than {MIN_MASS}")
         if not self.kl - self.noise <= self.max_kl:
@@ -212,7 +216,7 @@ def _mean(x: np.ndarray) -> tuple[float, float]:
 
 def smallest_passing(n_tips: Sequence[int], measure: Callable[[int], Check]) -> Check:
     """Bisects rising numbers of chunks, at least one; the check of the last, if none passes clearly."""
-    best = check = None
+    best: Check | None = None
     low, high = 0, len(n_tips)
     while low < high:
         middle = (low + high) // 2

@@ -11,9 +11,10 @@ load.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 from fasa_edge.config import SETTINGS, FasaConfig
 from fasa_edge.errors import SchemaError
@@ -42,7 +43,8 @@ class GGUFValueType(IntEnum):
     FLOAT64 = 12
 
 
-NUMPY_TYPES = {  # element types of GGUF, little endian as in the file; strings have no fixed width
+# element types of GGUF, little endian as in the file; strings have no fixed width
+NUMPY_TYPES: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -221,7 +223,7 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
     )
 
 
-def _array_of(values: list, key: str) -> np.ndarray:
+def _array_of(values: list[Any], key: str) -> np.ndarray:
     return np.array(values, NUMPY_TYPES[ARRAYS[key]])
 
 
@@ -229,7 +231,7 @@ def _flat(layers: list[np.ndarray], key: str) -> np.ndarray:
     return _array_of([x for layer in layers for x in layer.flat], key)
 
 
-def _split(key: str, flat: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+def _split(key: str, flat: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
     sizes = [math.prod(shape) for shape in shapes]
     if len(flat) != sum(sizes):
         raise SchemaError(
@@ -268,19 +270,19 @@ def _check_rankings(layers: list[np.ndarray]) -> None:
                 )
 
 
-def _require(metadata: Mapping[str, object], key: str) -> object:
+def _require(metadata: Mapping[str, object], key: str) -> Any:
     if key not in metadata:
         raise SchemaError(f"{key} is missing: convert the model again")
     return metadata[key]
 
 
-def _scalar(metadata: Mapping[str, object], key: str) -> bool | int | str:
+def _scalar(metadata: Mapping[str, object], key: str) -> Any:
     value, type_ = _require(metadata, key), SCALARS[key]
     if isinstance(value, np.generic):
         if value.dtype != NUMPY_TYPES.get(type_):
             raise SchemaError(f"{key} has type {value.dtype}: expected {type_.name.lower()}")
         value = value.item()
-    expected = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str}.get(type_, int)
+    expected: Any = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str}.get(type_, int)
     if type(value) is not expected:
         raise SchemaError(f"{key} = {value!r} has type {type(value).__name__}: expected {type_.name.lower()}")
     if expected is str and "\0" in value:

@@ -7,6 +7,7 @@ number of tokens is the same with more cells. Restoring it makes the tips, too.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fasa_edge.bench.random_data import RandomFiller
@@ -51,7 +52,7 @@ class StateLayout:
     @classmethod
     def parse(cls, state: np.ndarray) -> StateLayout | None:
         """That of a state, uint8; ``None`` if it is of another kind."""
-        data = memoryview(state)
+        data = state.data
         try:
             magic, _, n_stream, n_cells = _HEAD.unpack_from(data)
             offset = _HEAD.size + n_cells * _CELL.itemsize
@@ -91,7 +92,7 @@ class StateLayout:
             raise FasaError(f"a state of {len(state)} bytes is not of {n_cells} cells: {self.n_bytes(n_cells)} are")
         list(self._write_frame(state, n_cells))
 
-    def _write_frame(self, state: np.ndarray, n_cells: int):
+    def _write_frame(self, state: np.ndarray, n_cells: int) -> Iterator[tuple[_Section, int]]:
         """All but the numbers themselves; yields where those of each section begin."""
         cells = np.zeros(n_cells, _CELL)
         cells["pos"], cells["n_seq"] = np.arange(n_cells), 1

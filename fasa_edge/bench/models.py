@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from fasa_edge.bench.cache_fill import StateLayout
 from fasa_edge.errors import FasaError
@@ -131,7 +132,7 @@ class _Runner:
     method: str
     llm: llama_cpp.Llama
     flash_attn: bool
-    settings: dict[str, int | bool] | None = None
+    settings: dict[str, Any] | None = None
 
 
 def _stock(llm: Llama, flash_attn: bool) -> _Runner:
@@ -250,7 +251,7 @@ def run(
     rng = random.Random(0)
     tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
 
-    settings = llm.fasa.settings
+    settings: dict[str, Any] = llm.fasa.settings
     if fill == "random" and _layout(llm, tokens) is None:
         warnings.warn(f"{llm.model_path}: its memory is not one plain KV cache, so tokens are evaluated", stacklevel=2)
         fill = "prefill"
@@ -305,6 +306,7 @@ def _fill(models: Sequence[llama_cpp.Llama], depth: int, tokens: Sequence[int]) 
         layout = _layout(model, tokens)
         if depth == 0:
             continue
+        assert layout is not None  # or tokens are evaluated
         if state is None:
             state = layout.random_state(depth)
         else:

@@ -12,7 +12,7 @@ from fasa_edge.io.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_Lines = dict[str, list[tuple[float, float, float, float]]]  # by label: x, median, least, greatest
+_Lines = dict[str, list[tuple[float, ...]]]  # by label: x, median, least, greatest
 _FLOOR = ", memory floor"
 
 

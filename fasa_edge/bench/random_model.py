@@ -146,4 +146,6 @@ def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:
 def _fingerprint(model: Path) -> str:
     """As the runtime will compare it."""
     with without_weights(model) as loaded:
+        if loaded is None:
+            raise FasaError(f"llama.cpp does not load {model}, made of random weights: see its log")
         return capi.fingerprint(loaded)

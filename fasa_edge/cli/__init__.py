@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Any
@@ -36,7 +37,8 @@ class _Group(click.Group):
 def main() -> None:
     """Sparse attention for llama.cpp: decode faster from long contexts."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict":  # a character that the terminal's encoding lacks is spelled out
+        # a character that the terminal's encoding lacks is spelled out
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: echo(f"warning: {message}", err=True)
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_AFTER = 0.05  # seconds
@@ -56,7 +57,7 @@ def _raised_again() -> Iterator[None]:
     swallowed: list[BaseException] = []
     report, on_alarm = sys.unraisablehook, signal.getsignal(signal.SIGALRM)
 
-    def hook(unraisable: object) -> None:
+    def hook(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, (_Terminated, KeyboardInterrupt)):
             swallowed.append(unraisable.exc_value)
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_AFTER)

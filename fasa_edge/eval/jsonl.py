@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ problem or question or prompt, answer (AIME)"""
 """The keys of a line, for ``--help`` and messages."""
 
 
-def read_jsonl(path: str | Path) -> list[Prompt]:
+def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
     """Reads prompts.
 
     Other keys than those of :data:`FORMATS` are ignored; ``match`` and ``n_predict`` are taken in every format.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fasa_edge.eval.answers import AnswerRow
 from fasa_edge.eval.methods import Method
@@ -28,6 +28,7 @@ def draw(texts: Sequence[TextRow], answers: Sequence[AnswerRow], measure: str = 
     Raises:
         FasaError: matplotlib is missing.
     """
+    panels: list[tuple[Callable[..., None], list[Any], str | None]]
     panels = [(_draw_text, group, measure) for group in _grouped(texts, lambda row: row.n_prefix)]
     panels += [(_draw_map, group, None) for group in _grouped(answers, lambda row: (row.task, _name(row, True)))]
     n_columns = min(_N_COLUMNS, max(len(panels), 1))
@@ -41,8 +42,8 @@ def draw(texts: Sequence[TextRow], answers: Sequence[AnswerRow], measure: str = 
     return figure
 
 
-def _grouped(rows, key) -> list[list]:
-    groups: dict = {}
+def _grouped(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    groups: dict[Any, list[Any]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())

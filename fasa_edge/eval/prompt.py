@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MATCHES = ("all", "any", "number")
@@ -33,7 +34,7 @@ class Prompt:
     references: tuple[str, ...]
     match: str = "all"
     n_predict: int = 32
-    tags: dict[str, int | float | str] = field(default_factory=dict)
+    tags: Mapping[str, int | float | str] = field(default_factory=dict)
 
     def score(self, answer: str) -> float:
         """0 to 1, by substrings regardless of case (RULER's string_match_all and string_match_part), or by a number."""

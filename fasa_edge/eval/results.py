@@ -118,10 +118,9 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
 def _libraries() -> list[Path]:
     """libllama, libggml-base and the backends that are loaded, or could be where the system does not tell."""
     build = library.check(library.llama_cpp, library.lib_dir())
-    backends = library.backends()
-    if backends is None:
-        backends = sorted(filter(library.is_backend, library.lib_dir().iterdir()))
-    return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *map(Path, backends)]
+    loaded = library.backends()
+    backends = sorted(filter(library.is_backend, library.lib_dir().iterdir())) if loaded is None else map(Path, loaded)
+    return [*(Path(os.fsdecode(path)) for path in (build.llama_path, build.ggml_base_path)), *backends]
 
 
 def _sha256(path: Path) -> str:

@@ -221,7 +221,7 @@ class Runner:
         llm = context.llm
         vocab = llama_cpp.llama_model_get_vocab(llm.model)
         steps = self._run(context, list(tokens), method, self.max_batch)
-        kept = [steps.kept] * len(tokens)
+        kept = [steps.kept or 0.0] * len(tokens)
         res: list[int] = []
         while len(res) < n:
             token = int(steps.logits[-1].argmax())
@@ -231,7 +231,7 @@ class Runner:
             if stop(res) or len(res) == n:
                 break
             steps = self._run(context, [token], method, 1)
-            kept.append(steps.kept)
+            kept.append(steps.kept or 0.0)
         return Generated(res, float(np.mean(kept)) if method.sparse else None)
 
     def _require(self, n_tokens: int) -> None:
@@ -254,6 +254,7 @@ class Runner:
             sequence.restore(context.llm.ctx, self._state)
             context.tokens = list(self._main.tokens)
         elif not sequence.cut(context.llm.ctx, len(context.tokens)):
+            assert self._state is not None  # prefill saves it of a memory that forgets nothing
             sequence.restore(context.llm.ctx, self._state)
         self._configure(context, method)
         return context
@@ -282,9 +283,7 @@ class Runner:
         base = {name: value for name, value in context.base.items() if name not in ("n_tip", "n_dense_layers")}
         context.llm.fasa.configure(**(base | method.run_time_settings(context.llm.n_ctx()) | more))
 
-    def _run(
-        self, context: _Context, tokens: list[int], method: Method, batch: int, mass: bool = False
-    ) -> Steps:
+    def _run(self, context: _Context, tokens: list[int], method: Method, batch: int, mass: bool = False) -> Steps:
         llm = context.llm
         captures = (Capture.CELLS, *([Capture.MASS] if mass else [])) if method.sparse else ()
         n_layer = len(capi.layer_geometry(llm.model))
@@ -310,8 +309,8 @@ class Runner:
                         continue
                     n_cells += int((cells >= 0).sum())
                     n_lists += cells.shape[0] * cells.shape[1]
-                    if mass:
-                        masses[il].append(capi.captured(llm.ctx, il, Capture.MASS))
+                    if mass and (held := capi.captured(llm.ctx, il, Capture.MASS)) is not None:
+                        masses[il].append(held)
         finally:
             capi.set_capture(llm.ctx)
             llama_cpp.llama_set_n_threads(llm.ctx, *threads)

@@ -205,6 +205,7 @@ def run(
             if method in todo:
                 steps = dense if method == DENSE else runner.decode(fed, method, batch, mass)
                 value = results.put(key_, _measure(dense, steps, targets))
+            assert value is not None  # or it was to be measured
             n_done += 1
             progress(n_done, n_total)
             arrays = {name: np.array(value[name]) for name in ("nll", "kl", "agree")}

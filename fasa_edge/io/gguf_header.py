@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.schema import NUMPY_TYPES, GGUFValueType
@@ -156,15 +156,13 @@ class GgufHeader:
         value = self._get(key, np.integer, "a whole number")
         return default if value is None else int(value)
 
-    def _get(self, key: str, kind: type, expected: str) -> object:
+    def _get(self, key: str, kind: type, expected: str) -> Any:
         entry = self.find(key)
         if entry is None:
             return None
         held = f"an array of {entry.count}" if entry.count is not None else entry.value()  # it may be long
         if entry.count is not None or not isinstance(held, kind):
-            raise ConvertError(
-                f"{self.path} is damaged: {key} = {str(held)[:60]} is not {expected}; download it again"
-            )
+            raise ConvertError(f"{self.path} is damaged: {key} = {str(held)[:60]} is not {expected}; download it again")
         return held
 
 
@@ -295,7 +293,7 @@ def _read_entry(reader: _Reader) -> Entry:
     n, what = 1 if count is None else count, f"the value of key {key!r}"
     if type_ == GGUFValueType.STRING:
         reader.check(n, 8, what)
-        body = bytearray()  # an object for each would take ten times as much
+        body: bytes | bytearray = bytearray()  # an object for each would take ten times as much
         for _ in range(n):
             body += _read_string(reader, what)
     else:
@@ -318,7 +316,8 @@ def _alignment(reader: _Reader, entries: dict[str, Entry]) -> int:
         return DEFAULT_ALIGNMENT
     if entry.type != GGUFValueType.UINT32 or entry.count is not None:
         raise reader.error(f"general.alignment has type {entry.type.name}, not UINT32,")
-    alignment = int(entry.value())
+    value: Any = entry.value()
+    alignment = int(value)
     if alignment == 0 or alignment & (alignment - 1):
         raise reader.error(f"general.alignment = {alignment} is not a power of two")
     return alignment

@@ -12,7 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.io.gguf_header import MAGIC, GgufHeader
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 _ELEMENT_TYPES = {dtype: type_ for type_, dtype in NUMPY_TYPES.items()}
 
 
-def encode_entry(key: str, type_: GGUFValueType, value: object) -> bytes:
+def encode_entry(key: str, type_: GGUFValueType, value: Any) -> bytes:
     """Encodes one key-value pair as GGUF stores it.
 
     Args:

@@ -21,7 +21,7 @@ class SplitName(NamedTuple):
 
     prefix: str
     no: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own is of no use here
 
 
 def parse_name(name: str) -> SplitName:
@@ -107,10 +107,10 @@ def read_shards(header: GgufHeader) -> list[GgufHeader]:
             raise ConvertError(
                 f"{shard.path} is not file {i + 1} of {count}: its split.no is {found}, expected {i} (UINT16)"
             )
-    found, expected = sum(shard.n_tensors for shard in shards), header.get_integer("split.tensors.count", -1)
-    if found != expected:
+    n_found, expected = sum(shard.n_tensors for shard in shards), header.get_integer("split.tensors.count", -1)
+    if n_found != expected:
         raise ConvertError(
-            f"{path} and the {count - 1} files that follow hold {found} tensors but split.tensors.count is {expected}: "
-            "they are not of one model, download them again"
+            f"{path} and the {count - 1} files that follow hold {n_found} tensors but split.tensors.count is "
+            f"{expected}: they are not of one model, download them again"
         )
     return shards

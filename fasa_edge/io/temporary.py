@@ -12,7 +12,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where nothing tells whether the process of a leftover still runs
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _LIVE, _UNLOCKED = ".tmp", ".new"
 _N_RANDOM = 8  # characters of tempfile.mkdtemp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fasa_edge.errors import ConvertError
@@ -9,7 +10,7 @@ from fasa_edge.errors import ConvertError
 DEFAULT_NAME = "pydoc_data.topics"
 
 
-def read_text(path: str | Path | None = None) -> tuple[str, str]:
+def read_text(path: str | os.PathLike[str] | None = None) -> tuple[str, str]:
     """Reads a text.
 
     Args:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import reduce
-from itertools import count, takewhile
+from itertools import count
 from operator import or_
+from typing import Any
 
 from fasa_edge.config import SELECTS, FasaConfig
 from fasa_edge.errors import FasaError
@@ -63,7 +64,7 @@ class Params(ctypes.Structure):
 
     def as_dict(self) -> dict[str, int | bool | str]:
         """The fields by name."""
-        return {(name := field.removeprefix("_")): getattr(self, name) for field, _ in self._fields_}
+        return {(name := field.removeprefix("_")): getattr(self, name) for field, *_ in self._fields_}
 
 
 def _enumerator(names: tuple[str, ...], i: int) -> str:
@@ -94,7 +95,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def _function(name: str, restype, *argtypes, lib: ctypes.CDLL = _lib):
+def _function(name: str, restype: Any, *argtypes: Any, lib: ctypes.CDLL = _lib) -> Any:
     function = getattr(lib, name)
     function.restype = restype
     function.argtypes = argtypes
@@ -104,11 +105,11 @@ def _function(name: str, restype, *argtypes, lib: ctypes.CDLL = _lib):
 _ptr = ctypes.c_void_p
 
 
-def _method(name: str, restype, *argtypes):
+def _method(name: str, restype: Any, *argtypes: Any) -> Callable[..., Any]:
     """A function of a model or context, which it reads unchecked: ``llama_cpp.Llama`` has None once it is closed."""
     function = _function(name, restype, _ptr, *argtypes)
 
-    def checked(handle: int | None, *args):
+    def checked(handle: int | None, *args: Any) -> Any:
         if not handle:
             raise FasaError("the model is closed: load it again")
         return function(handle, *args)
@@ -169,7 +170,10 @@ def cache_type(name: str) -> int:
 
 
 def _names(name_of: Callable[[int], bytes | None]) -> tuple[str, ...]:
-    return tuple(name.decode() for name in takewhile(lambda name: name is not None, map(name_of, count())))
+    names: list[str] = []
+    while (name := name_of(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
 
 
 REASONS = tuple((name, _reason_description(i).decode()) for i, name in enumerate(_names(_reason_name)))
@@ -308,15 +312,15 @@ def layer_geometry(model: int) -> list[LayerGeometry]:
     layers: list[LayerGeometry] = []
     layer = _Layer()
     while _get_layer(model, len(layers), ctypes.byref(layer)):
-        layers.append(LayerGeometry(*(getattr(layer, name) for name, _ in _Layer._fields_)))
+        layers.append(LayerGeometry(*(getattr(layer, name) for name, *_ in _Layer._fields_)))
     return layers
 
 
 def chunk_dims(layer: LayerGeometry) -> np.ndarray:
     """The two dims of each chunk of a head as the runtime pairs them, int32 [n_chunk, 2]; empty: it knows no planes."""
-    c_layer = _Layer(*(getattr(layer, name) for name, _ in _Layer._fields_))
+    c_layer = _Layer(*(getattr(layer, name) for name, *_ in _Layer._fields_))
     dims = (ctypes.c_int32 * 2)()
-    rows = []
+    rows: list[tuple[int, ...]] = []
     while _chunk_dims(ctypes.byref(c_layer), len(rows), dims):
         rows.append(tuple(dims))
     return np.array(rows, dtype=np.int32).reshape(-1, 2)

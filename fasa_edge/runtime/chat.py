@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from fasa_edge.errors import ChatError
 from fasa_edge.runtime.library import llama_cpp
@@ -40,7 +40,7 @@ class Chat:
         """Whether the context has no room for another token."""
         return self._llm.n_tokens + 1 >= self._llm.n_ctx()
 
-    def ask(self, question: str, *, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def ask(self, question: str, *, max_tokens: int, temperature: float, seed: int) -> Generator[str, None, None]:
         """Ask a question and stream the answer; both join the history, an answer broken off as far as it came.
 
         Args:
@@ -68,7 +68,7 @@ class Chat:
                     pieces.append(piece)
                     yield piece
         except (ValueError, TemplateError) as error:
-            asked = None
+            asked = []
             raise ChatError(self._reason(error)) from error
         finally:
             if asked:

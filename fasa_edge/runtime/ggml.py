@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from typing import Any
 
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import capi, library
@@ -121,7 +122,7 @@ class Graph:
         base.ggml_backend_free(self._backend)
         base.ggml_free(self._ctx)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         function = getattr(base, name)
         return lambda *args: function(self._ctx, *args)
 

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fasa_edge.errors import LibraryError
 
@@ -172,4 +173,7 @@ def check(llama_cpp: ModuleType, lib_dir: Path) -> Build:
     return build
 
 
-llama_cpp = load()
+if TYPE_CHECKING:
+    import llama_cpp
+else:
+    llama_cpp = load()

@@ -110,7 +110,7 @@ class Fasa:
                 if _ARGUMENTS[name].is_fixed:
                     raise FasaError(f"{name} is fixed when the model is loaded: pass fasa_{name}= to fasa_edge.Llama")
                 _ARGUMENTS[name].check(value)
-            wanted = {**params.as_dict(), **settings}
+            wanted: dict[str, Any] = {**params.as_dict(), **settings}
             FasaConfig(**{field.name: wanted[field.name] for field in fields(FasaConfig)})
             capi.set_params(self._llm.ctx, capi.Params(**wanted))
             if isinstance(self._llm, Llama):
@@ -193,9 +193,9 @@ class Llama(llama_cpp.Llama):
         type_v: the same for values.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
-        kwargs: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`, in place
-            of the default stored in the model; ``fasa_exact`` is the one that needs no profile. ``fasa_policy``, see
-            :meth:`Fasa.configure`. And every other argument of ``llama_cpp.Llama``.
+        kwargs: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`, in
+            place of the default stored in the model; ``fasa_exact`` is the one that needs no profile. ``fasa_policy``,
+            see :meth:`Fasa.configure`. And every other argument of ``llama_cpp.Llama``.
 
     Raises:
         FasaError: flash attention is off, or a ``fasa_*`` argument is unknown.
@@ -325,7 +325,7 @@ class Llama(llama_cpp.Llama):
         closed = _Closed(self.model_path)
         if getattr(self.tokenizer_, "_model", None) is self._model:
             self.tokenizer_._model = closed
-        vars(self).update(_model=closed, _ctx=closed)  # not through the setter, which loads the profile
+        self.__dict__.update(_model=closed, _ctx=closed)  # not through the setter, which loads the profile
 
     @property
     def _model(self) -> llama_cpp._internals.LlamaModel:

@@ -11,6 +11,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from fasa_edge.runtime.library import llama_cpp
 
@@ -24,7 +25,7 @@ class _Thread(threading.local):
     is_quiet = False
 
 
-def _address(callback: ctypes._CFuncPtr) -> int | None:
+def _address(callback: Any) -> int | None:
     return ctypes.cast(callback, ctypes.c_void_p).value
 
 
@@ -45,13 +46,13 @@ def _dispatch(level: int, text: bytes, user_data: int | None) -> None:
         _application(level, text, user_data)
 
 
-def _installed() -> tuple[ctypes._CFuncPtr, ctypes.c_void_p]:
+def _installed() -> tuple[Any, ctypes.c_void_p]:
     callback, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(user_data))
     return callback, user_data
 
 
-def _is_ours(callback: ctypes._CFuncPtr) -> bool:
+def _is_ours(callback: Any) -> bool:
     return _address(callback) == _address(_dispatch)
 
 
