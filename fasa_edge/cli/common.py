@@ -158,7 +158,7 @@ class _File(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Its path."""
-        path = super().convert(value, param, ctx)
+        path: Any = super().convert(value, param, ctx)
         if not os.path.isfile(path):
             self.fail(f"{path} is a pipe, a device or the like: give a file", param, ctx)
         return path
