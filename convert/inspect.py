@@ -44,7 +44,7 @@ class FileReport:
         return self.profile is not None
 
     def to_dict(self) -> dict:
-        """The same as plain values for JSON; of each ranking only the ``n_tip`` chunks that the runtime uses."""
+        """Return the same as plain values for JSON; of each ranking only the ``n_tip`` chunks that the runtime uses."""
         report = {
             "path": str(self.path),
             "n_files": self.n_files,

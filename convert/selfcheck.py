@@ -88,7 +88,7 @@ class Check:
 
     @property
     def clipped_share(self) -> float:
-        """Mean over the layers."""
+        """The mean of ``clipped`` over the layers that have one."""
         return float(np.mean([share for share in self.clipped if share is not None]))
 
     @property

@@ -70,7 +70,7 @@ class Evaluation:
     by_depth: list[AnswerRow]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON."""
+        """Return the same as plain values for JSON."""
         rows = {name: [row.as_dict() for row in getattr(self, name)] for name in _ROWS}
         return {name: value for name, value in vars(self).items() if name not in _ROWS} | rows
 

@@ -117,7 +117,7 @@ class Fasa:
                 self._llm._fasa_configured |= settings
 
     def stats(self) -> FasaStats:
-        """Counters and effective settings."""
+        """Return the counters and the settings in force."""
         stats = capi.get_stats(self._llm.ctx)
         n_layers = dict(zip((name for name, _ in capi.REASONS), stats.n_layers, strict=True))
         return FasaStats(
@@ -297,7 +297,7 @@ class Llama(llama_cpp.Llama):
 
     @property
     def fasa(self) -> Fasa:
-        """Settings and counters."""
+        """The settings that can change between steps, and the counters."""
         return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
