@@ -15,6 +15,8 @@ from fasa_edge.cli import main
 import click
 import pytest
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "ggml_kernels/README.md", *sorted((ROOT / "docs").glob("*.md"))]
