@@ -247,7 +247,7 @@ def test_overrides_are_taken_or_reported(fasa_model_path) -> None:
     [
         ({"fasa_budget": 20}, "n_sink = 4 and fasa.n_recent = 32 do not fit into fasa.budget = 20"),
         ({"fasa_n_tip": 33}, "fasa.n_tip = 33 is out of range: a head of layer 0 has 32 chunks"),
-        ({"fasa_budget": -1}, "fasa.budget = -1 is out of range"),
+        ({"kv_overrides": {"fasa.budget": -1}}, "fasa.budget = -1 is out of range"),
     ],
 )
 def test_values_out_of_range_are_refused_at_load(fasa_model_path, settings, message) -> None:

@@ -121,7 +121,7 @@ def test_keys() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_arguments_and_configure_check_alike(setting: Setting, annotated: Path, llm: fasa_edge.Llama) -> None:
-    for value in (1.5, "nonsense"):
+    for value in (1.5, "nonsense", *([-1] if setting.type is int else [])):
         with pytest.raises(SchemaError, match=f"^fasa_{setting.name} = {value!r}"):
             fasa_edge.Llama(str(annotated), **{f"fasa_{setting.name}": value})
         if not setting.is_fixed:
