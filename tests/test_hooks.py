@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 OURS = sorted(path for folder in ("patches/overlay", "patches/eval") for path in (ROOT / folder).rglob("*.[hc]*"))
-KERNELS = sorted(path for path in (ROOT / "ggml_kernels").rglob("*.*") if path.suffix not in (".md", ".cmake"))
+SOURCES = {".h", ".cpp", ".cu", ".cuh", ".metal"}
+KERNELS = sorted(path for path in (ROOT / "ggml_kernels").rglob("*") if path.suffix in SOURCES)
 
 
 def added(patch: Path, file: str) -> str:
