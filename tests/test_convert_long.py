@@ -1,4 +1,4 @@
-"""A short text, stretched, against really reading one of four times its tokens, as a conversion has it by default."""
+"""A short text, stretched, against really reading a long one: the small model's whole context."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ import numpy as np
 import pytest
 
 N_LAYERS = 6
-N_SHORT, N_LONG = 1024, 4096
-N_QUERIES = 32
+N_SHORT, N_LONG = 2048, 8192
+N_QUERIES, BUDGET = 32, 512
 
 
 @dataclass
 class Layer:
-    """Planes as they stand in the long text: of its keys, and of the queries of all blocks but the first.
-
-    Attributes:
-        k: complex64 [n_tokens, n_head_kv, n_chunk].
-        q: complex64 [n_queries, n_head, n_chunk].
-    """
+    """Planes as they stand in the long text: of its keys, and of the queries of all blocks but the first."""
 
     k: np.ndarray
     q: np.ndarray
@@ -35,7 +30,7 @@ class Layer:
 
 @pytest.fixture(scope="module")
 def layers(model_path):
-    """Captures a text in some layers, and ranks their chunks by its first tokens, stretched; both are by layer."""
+    """What was captured, and what the first tokens gave when stretched, by layer."""
     with ModelRun(model_path, N_LONG) as model:
         dims = plan_chunks(model)
         every = [il for il in dims if not model.geometry[il].is_swa]
@@ -55,7 +50,7 @@ def layers(model_path):
 
 
 def as_it_stands(layer: Layer) -> np.ndarray:
-    """Rank by keys and queries where they are, none of them turned: int [n_head_kv, n_chunk], best first."""
+    """The ranking by keys and queries where they are, none of them turned."""
     n_head_kv, n_chunk = layer.k.shape[1:]
     objective = LeastSquares(n_head_kv, n_chunk, len(layer.k), 0, [Depth(1, np.zeros(n_chunk))])
     for q, k in zip(np.array_split(layer.q, 8), np.array_split(layer.k, 8), strict=True):
@@ -63,15 +58,8 @@ def as_it_stands(layer: Layer) -> np.ndarray:
     return objective.rank()[0]
 
 
-def lost_mass(layer: Layer, chunks: np.ndarray, tips: np.ndarray, n_cells: int = N_LONG // 8) -> float:
-    """Return the share of attention at the end of the text that chosen cells do not hold, one list for a group.
-
-    Args:
-        layer: what was read.
-        chunks: those by which cells are chosen, int [n_head_kv, n_tip].
-        tips: the keys by which cells are chosen, as ``layer.k``.
-        n_cells: how many are chosen.
-    """
+def lost_mass(layer: Layer, chunks: np.ndarray, tips: np.ndarray) -> float:
+    """Attention at the end of the text that the cells chosen by some chunks do not hold, one list for a group."""
     n_head_kv, n_chunk = layer.k.shape[1:]
     queries = layer.q[-16 * N_QUERIES :: 16].reshape(N_QUERIES, n_head_kv, -1, n_chunk)
     scale = np.sqrt(2 * n_chunk)
@@ -83,7 +71,7 @@ def lost_mass(layer: Layer, chunks: np.ndarray, tips: np.ndarray, n_cells: int =
         score = (queries[:, ih][..., best] @ tips[:, ih][:, best].conj().T).real / scale
         score = np.exp(score - score.max(-1, keepdims=True))
         score = (score / score.sum(-1, keepdims=True)).max(1)
-        cells = np.argpartition(-score, n_cells, axis=1)[:, :n_cells]
+        cells = np.argpartition(-score, BUDGET, axis=1)[:, :BUDGET]
         lost.append(1 - np.take_along_axis(mass, cells[:, None], 2).sum(-1).mean())
     return float(np.mean(lost))
 
@@ -101,14 +89,14 @@ def test_stretching_ranks_as_reading_does(layers):
     }
     by_stretching = {il: ranking.chunks for il, ranking in stretched.items()}
     for n_tip in (12, 16, 24):
-        assert in_common(by_stretching, by_reading, n_tip) > 0.94
+        assert in_common(by_stretching, by_reading, n_tip) > 0.95
         assert mean_lost(read, by_stretching, n_tip) < 1.03 * mean_lost(read, by_reading, n_tip)
-    # the fewer the chunks, the more it matters which; here the short text as it stands loses 8 % more
+    # the fewer the chunks, the more it matters which; here the short text as it stands loses 6 % more
     assert mean_lost(read, by_stretching, 12) < 0.98 * mean_lost(read, by_short, 12)
 
 
 def in_common(rankings, others, n_tip) -> float:
-    """Return the share of the chosen chunks that two rankings agree on."""
+    """Share of the chosen chunks that two rankings agree on."""
     pairs = [heads for il in rankings for heads in zip(rankings[il], others[il], strict=True)]
     return float(np.mean([np.isin(a[:n_tip], b[:n_tip]).mean() for a, b in pairs]))
 
@@ -132,9 +120,8 @@ def test_ranges_hold_the_keys_of_the_long_text(layers):
         rounded = ranking.centre + (np.clip(levels, 0, 15) - 7.5) * step
         tips = np.empty_like(layer.k)
         np.put_along_axis(tips, ranking.chunks[None], (rounded[..., 0] + 1j * rounded[..., 1]).astype(tips.dtype), 2)
-        # so many cells that little is lost: wrong ranges then show
-        chosen_by = ((ranking.chunks[:, :24], tips), (ranking.chunks, layer.k))
-        lost.append([lost_mass(layer, chunks, k, N_LONG // 4) for chunks, k in chosen_by])
+        chunks = ranking.chunks
+        lost.append([lost_mass(layer, chunks[:, :24], tips), lost_mass(layer, chunks, layer.k)])
     assert np.mean(clipped) < 0.015
     rounded, unrounded = np.mean(lost, axis=0)
     assert rounded < 1.15 * unrounded
