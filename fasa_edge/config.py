@@ -120,10 +120,7 @@ class FasaConfig:
             )
 
 
-SETTINGS = {
-    item.name: Setting(item.name, type(item.default), **item.metadata)
-    for item in fields(FasaConfig)
-}
+SETTINGS = {item.name: Setting(item.name, type(item.default), **item.metadata) for item in fields(FasaConfig)}
 SETTINGS["n_tip"] = Setting("n_tip", int, "Chunks scored per KV head.", limits=(1, INT32_MAX), is_fixed=True)
 """By name: the fields of :class:`FasaConfig`, and ``n_tip``, whose default and greatest value depend on the heads."""
 

@@ -247,9 +247,7 @@ def run_git(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     }
     command = ["git", *arguments]
     try:
-        return subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, encoding="utf-8", check=False
-        )
+        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, encoding="utf-8", check=False)
     except FileNotFoundError:
         raise PrepareError("git is not installed\n  remedy: install git; it applies the patches") from None
 

@@ -47,7 +47,7 @@ def metal_errors(source: str) -> list[str]:
 
 def test_pointers_stay_in_their_address_spaces(kernels: str) -> None:
     # in Metal, instances have host names, and vectors are converted by their elements
-    source = '#include <metal_stdlib>\n' + re.sub(r"\[\[host_name.*?\]\]", "", kernels)
+    source = "#include <metal_stdlib>\n" + re.sub(r"\[\[host_name.*?\]\]", "", kernels)
     source = source.replace("int4(as_type<char4>(a))*int4(as_type<char4>(b))", "{}")
     assert not metal_errors(source)
     (error,) = metal_errors(f"{source}device float * f(threadgroup float * p) {{ return p; }}\n")

@@ -267,6 +267,7 @@ def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_O
         # new tensors each time: ggml-cuda knows a graph that it has recorded by the first of its nodes
         for k, v in zip(layers.k, layers.v, strict=True):
             yield graph.ggml_reshape_3d(k, *shape), graph.ggml_reshape_3d(v, *shape)
+
     mask_bytes = graph.n_bytes(mask)
 
     def op(name: str, results: list[int], n_bytes: int, budget: int = 0) -> _Op:

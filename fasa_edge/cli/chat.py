@@ -27,9 +27,7 @@ import click
 @click.command(name="chat")
 @model_options
 @click.option("--system", help="System message.")
-@click.option(
-    "-f", "--file", "document_file", type=TextFile(), help="Text put before the first question."
-)
+@click.option("-f", "--file", "document_file", type=TextFile(), help="Text put before the first question.")
 @click.option("-n", "--n-predict", type=click.IntRange(1), default=512, help="Tokens of an answer at most.")
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")

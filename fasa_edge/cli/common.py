@@ -147,6 +147,7 @@ def refuse_ignored(ctx: click.Context, names: Iterable[str], why: str) -> None:
         if param.name in names and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{'/'.join(param.opts)} has no effect with {why}: leave it out", ctx)
 
+
 _cache_type = click.Choice(capi.CACHE_TYPES)
 
 
@@ -210,9 +211,7 @@ def setting_option(name: str, *declarations: str, default: str | None = None, **
 threads_option = click.option(
     "-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"
 )
-gpu_layers_option = click.option(
-    "-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all."
-)
+gpu_layers_option = click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all.")
 
 
 _ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_type (include/llama.h)

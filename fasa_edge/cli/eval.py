@@ -104,9 +104,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 @click.option("--set", "settings", type=_Setting(), multiple=True, help="Another setting of all sparse methods.")
 @_list("--prefix", int, evaluation.PREFIXES, "Tokens read before.", "prefixes")
 @click.option("--blocks", "n_blocks", type=click.IntRange(1), default=evaluation.N_BLOCKS, help="Windows of each text.")
-@click.option(
-    "--n-tokens", type=click.IntRange(1), default=evaluation.N_TOKENS, help="Tokens decoded in each window."
-)
+@click.option("--n-tokens", type=click.IntRange(1), default=evaluation.N_TOKENS, help="Tokens decoded in each window.")
 @click.option(
     "--batch",
     type=click.IntRange(1),

@@ -25,12 +25,8 @@ import click
 @click.command(name="run")
 @model_options
 @click.option("-p", "--prompt", help="The prompt.")
-@click.option(
-    "-f", "--file", "prompt_file", type=TextFile(), help="File with the prompt; - for standard input."
-)
-@click.option(
-    "--parse-special/--no-parse-special", default=True, help="Special tokens in the prompt count as such."
-)
+@click.option("-f", "--file", "prompt_file", type=TextFile(), help="File with the prompt; - for standard input.")
+@click.option("--parse-special/--no-parse-special", default=True, help="Special tokens in the prompt count as such.")
 @click.option("-n", "--n-predict", type=click.IntRange(1), default=128, help="Tokens to generate.")
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.0, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
