@@ -162,8 +162,9 @@ speed: install $(FASA_MODEL) ## measure anew and draw the picture of README.md: 
 	$(BIN)/python docs/speed.py $(VENV)/speed-model.json $(VENV)/speed-geometry.json
 
 # Types of other packages are those of what is installed.
-lint: install $(VENV)/package ## check the Python code: ruff, and mypy on the package
+lint: install $(VENV)/package ## check the Python code: ruff, its format, and mypy on the package
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
 	cd $(VENV)/package && ../bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 format: $(VENV)/.tools ## format the Python code
