@@ -4,10 +4,10 @@ Installed as ``fasa_edge.convert``. Only the commands import it.
 """
 
 from .checkpoint import OUTTYPES
-from .inspect import FileReport, farthest, inspect, picture
 from .objectives import OBJECTIVES
-from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ROPE_ARGUMENTS, ConvertResult, convert
+from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
 from .plot import write_plot
+from .report import FileReport, farthest, inspect, picture
 from .selfcheck import Check
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "DEFAULT_TOP_K",
     "OBJECTIVES",
     "OUTTYPES",
-    "ROPE_ARGUMENTS",
     "Check",
     "ConvertResult",
     "FileReport",

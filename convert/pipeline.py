@@ -16,6 +16,7 @@ from fasa_edge.io.output import check_outputs, write_bytes
 from fasa_edge.io.profile import encode_profile
 from fasa_edge.io.split import output_paths, read_shards
 from fasa_edge.io.text import read_text
+from fasa_edge.runtime.llama import ROPE_ARGUMENTS
 from fasa_edge.runtime.trial import try_model
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 from fasa_edge.version import __version__
@@ -29,12 +30,6 @@ from .source import find_source, local_gguf
 DEFAULT_TOKENS = 2048  # twice as many change 2 to 3 % of the chosen chunks, and attention recall in the 4th digit
 MIN_TOKENS = 512
 DEFAULT_TOP_K = 256
-
-ROPE_ARGUMENTS = (
-    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
-    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
-)
-"""What changes RoPE at run time, of the arguments of :class:`llama_cpp.Llama`."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,7 +98,7 @@ def convert(
         config: defaults of the runtime to be stored; None for those of :class:`fasa_edge.config.FasaConfig`.
         check: measure the profile on text that it was not calibrated on (:mod:`fasa_edge.convert.selfcheck`). What
             comes of it decides nothing but an automatic ``n_tip``: the files are written in any case.
-        n_threads: that run the model; None: half of the CPUs.
+        n_threads: that run the model; None: all CPUs to read, half of them to decode token by token.
         n_gpu_layers: layers of it that a GPU runs; -1: all.
         rope: by name, the :data:`ROPE_ARGUMENTS` that the model will be run with; chunks are ranked for those, over a
             ``context`` that is theirs. None for what the model says.

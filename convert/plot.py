@@ -14,7 +14,7 @@ from fasa_edge.schema import Profile
 
 import numpy as np
 
-from .inspect import FileReport
+from .report import FileReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,8 +26,11 @@ from fasa_edge.errors import (
 from fasa_edge.runtime.llama import Fasa, FasaStats, Llama
 from fasa_edge.version import __version__
 
-if not Path(__file__).with_name("convert").is_dir():  # in a clone it lies beside this folder
-    __path__.append(str(Path(__file__).parents[1]))
+if (
+    not Path(__file__).with_name("convert").is_dir()
+    and Path(__file__).parents[1].joinpath("convert/__init__.py").is_file()
+):
+    __path__.append(str(Path(__file__).parents[1]))  # a clone, where it lies beside this folder
 
 __all__ = [
     "AdapterError",

@@ -134,7 +134,7 @@ def test_commands_are_listed_in_the_order_of_use() -> None:
 
 @pytest.mark.check
 def test_an_option_means_one_thing() -> None:
-    """By its short name; long names have the same type and the same short one in all commands that have them."""
+    """By its short name."""
     meanings: dict[str, set[tuple]] = {}
     for command in main.commands.values():
         for option in command.params:
@@ -153,7 +153,7 @@ def test_an_option_means_one_thing() -> None:
     [
         *((option, ("bench", "--op", "--geometry", "4/2x64", *option)) for option in (
             ("-n", 4), ("--fill", "random"), ("--type", "f16"), ("-c", 512), ("--exact",), ("-v",),
-            ("--override-kv", "fasa.n_sink=int:1"),
+            ("--override-kv", "fasa.n_sink=int:1"), ("--rope-freq-base", 1e6), ("--rope-scaling", "yarn"),
         )),
         *((option, ("bench", "MODEL", *option)) for option in (("--layers", 1), ("--type", "f16"))),
         (("--profile",), ("bench", "--geometry", "smollm2-135m", "--profile", "MODEL")),
@@ -163,6 +163,13 @@ def test_an_option_means_one_thing() -> None:
         *((option, ("eval", "MODEL", *option)) for option in (
             ("--lengths", 9), ("--depths", 0), ("--seed", 1), ("--seeds", 1), ("--teacher-forced",),
             ("--only-if-dense",),
+        )),
+        *((option, ("eval", "MODEL", "--task", "jsonl", "--file", "MODEL", *option)) for option in (
+            ("--lengths", 9), ("--depths", 0), ("--seed", 2), ("--seeds", 2), ("--text", "MODEL"),
+        )),
+        (("--depths",), ("eval", "MODEL", "--task", "fwe", "--depths", 0)),
+        *((option, ("eval", "MODEL", "--methods", "dense", *option)) for option in (
+            ("--budgets", 9), ("--n-tip", 9), ("--set", "n_sink=1"),
         )),
         (("--top-k",), ("convert", "MODEL", "--top-k", 9)),
         (("--budget",), ("run", "MODEL", "--dense", "--budget", 9, "-p", "x")),
@@ -184,3 +191,18 @@ def test_a_result_goes_into_a_file(model: Path, tmp_path: Path) -> None:
     for name in ("json", "md"):
         assert "it names a file" in run(*args, "-o", name, code=2).stderr
     assert "is the input" in run("eval", model, "-o", model, "--force", code=1).stderr
+
+
+def test_measuring_prints_nothing(capfd: pytest.CaptureFixture) -> None:
+    rows = measure(geometry=GEOMETRY, depths=[0], n_gen=1, n_repetitions=1)
+    assert rows and capfd.readouterr() == ("", "")
+
+
+def test_a_result_that_cannot_be_written_is_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FasaError("no space left on device")
+
+    monkeypatch.setattr("fasa_edge.cli.common.write_bytes", fail)
+    args = ("bench", "--op", "--geometry", "2/1x64", "-d", 256, "-r", 1, "--layers", 1, "-o", tmp_path / "ops.txt")
+    done = run(*args, code=1)
+    assert "fasa_select" in done.stdout and "no space left" in done.stderr

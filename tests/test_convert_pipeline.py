@@ -15,6 +15,7 @@ from fasa_edge.io.gguf_splice import splice
 from fasa_edge.io.text import read_text
 from fasa_edge.schema import VERSION, GGUFValueType
 
+import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -135,7 +136,6 @@ def test_context_to_stretch_over(model):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_chunks_whose_keys_never_move_come_last(tmp_path, objective):
     """Chunk 20 of the first KV head is zero, chunk 3 of the second one."""
-    gguf = pytest.importorskip("gguf")
     path = make_model(tmp_path / "dead.gguf", "qwen2")
     reader = gguf.GGUFReader(path, "r+")
     dead = [(0, 20), (1, 3)]
@@ -173,7 +173,6 @@ def test_tip_size_follows_the_head(tmp_path, n_embd_head, n_tip):
 @pytest.mark.check
 def test_chunks_that_matter_are_found(tmp_path):
     """Only the planes of chunks 3 and 20 of Q and K have weights, in each layer and head: they must rank first."""
-    gguf = pytest.importorskip("gguf")
     path = make_model(tmp_path / "planted.gguf", "qwen2")
     reader = gguf.GGUFReader(path, "r+")
     keep = np.isin(np.arange(64) % 32, [3, 20])

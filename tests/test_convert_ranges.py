@@ -1,7 +1,7 @@
 """Centre and step of the tips: against keys that are turned to every position, and where keys never move."""
 
-from fasa_edge.convert.inspect import farthest, picture
 from fasa_edge.convert.ranges import KeyRanges, clipped
+from fasa_edge.convert.report import farthest, picture
 from fasa_edge.convert.stretch import Depth, depths, turn
 
 import numpy as np

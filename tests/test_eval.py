@@ -268,6 +268,20 @@ def test_identity(tiny: Path, tmp_path: Path) -> None:
     assert (key["n_threads"], key["n_threads_batch"], key["type_k"]) == (2, 1, "f16")
 
 
+def test_what_changes_the_model_at_run_time_is_another_identity(tiny: Path) -> None:
+    keys = []
+    for options in (
+        {},
+        {"rope_freq_base": 500.0},
+        {"rope_scaling_type": 2},
+        {"yarn_orig_ctx": 64},
+        {"swa_full": False},
+    ):
+        with Runner(str(tiny), 64, **options) as opened:
+            keys.append(json.dumps(identity(opened, []), sort_keys=True))
+    assert len(set(keys)) == len(keys)
+
+
 _LIBRARIES = """
 import ctypes, json, sys
 from fasa_edge.eval.results import identity

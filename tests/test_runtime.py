@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 
 import fasa_edge
 from fasa_edge.convert import inspect
+from fasa_edge.errors import LibraryError
 from fasa_edge.io.gguf_header import read_header
 from fasa_edge.io.gguf_splice import splice
 from fasa_edge.runtime import capi, library
@@ -387,3 +388,12 @@ def test_a_missing_library_is_an_error_with_a_remedy(tmp_path) -> None:
 def test_an_annotated_model_can_be_converted_again(fasa_model_path, tmp_path) -> None:
     again = convert(fasa_model_path, tmp_path / "again.gguf", tokens=512, force=True)
     assert fasa_edge.Llama(str(again.path), n_ctx=512, verbose=False).fasa.available
+
+
+def test_a_library_of_other_sources_is_refused():
+    """Its structs may have other fields; a library from before their sizes were told says 0."""
+    build = llama_cpp.llama_cpp._lib.llama_fasa_get_build()
+    capi.check_sizes(build)
+    build.sizeof_fasa_stats = 0
+    with pytest.raises(LibraryError, match=r"llama_fasa_stats has \d+ bytes in these sources .* 0 in the library"):
+        capi.check_sizes(build)

@@ -6,6 +6,7 @@ from fasa_edge import schema
 from fasa_edge.config import FasaConfig, default_n_tip, tip_bytes
 from fasa_edge.errors import SchemaError
 
+import gguf
 import numpy as np
 import pytest
 
@@ -58,7 +59,6 @@ def test_metadata_names_every_key_with_its_type():
 
 
 def test_types_are_those_of_gguf():
-    gguf = pytest.importorskip("gguf")
     assert {t.name: t.value for t in schema.GGUFValueType} == {t.name: t.value for t in gguf.GGUFValueType}
 
 

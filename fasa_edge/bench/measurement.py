@@ -83,7 +83,7 @@ def measure(
         raise FasaError("fasa_profile goes with a model: a geometry has one of its own")
     if not depths or min(depths) < 0:
         raise FasaError(f"depth {min(depths, default=None)}: choose 0 or more")
-    options |= {"n_ctx": n_ctx or max(depths) + n_gen, "fasa_n_tip": n_tip}
+    options = {"verbose": False} | options | {"n_ctx": n_ctx or max(depths) + n_gen, "fasa_n_tip": n_tip}
     given = (depths, n_gen, n_repetitions, budgets)
     if model is not None:
         return _measure(os.fspath(model), *given, fill or "prefill", progress, options)
@@ -126,7 +126,7 @@ def _measure(
                     why = "below its min_ctx: take a smaller budget, or set the key fasa.min_ctx to 1"
                 else:
                     why = "in all layers: see fasa.n_dense_layers, and llama.cpp's log for other reasons"
-                warnings.warn(f"FASA ran dense at depth {row.n_depth}, {why}", stacklevel=3)
+                warnings.warn(f"{row.model_filename}: FASA ran dense at depth {row.n_depth}, {why}", stacklevel=3)
         return rows
     finally:
         llm.close()

@@ -22,7 +22,7 @@ from fasa_edge.bench.cache_fill import StateLayout
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import capi, memory, sequence
 from fasa_edge.runtime.library import llama_cpp
-from fasa_edge.runtime.llama import Llama, kv_bytes_per_cell
+from fasa_edge.runtime.llama import ROPE_ARGUMENTS, Llama, kv_bytes_per_cell
 
 _N_WARM_UP = 4  # tokens until a GPU decodes as it will
 
@@ -147,6 +147,7 @@ def _stock(llm: Llama, flash_attn: bool) -> _Runner:
         n_gpu_layers=llm.model_params.n_gpu_layers,
         type_k=llm.context_params.type_k,
         type_v=llm.context_params.type_v,
+        **{name: getattr(llm.context_params, name) for name in ROPE_ARGUMENTS},
         kv_overrides={"fasa.version": 0},
         flash_attn=flash_attn,
         verbose=llm.verbose,

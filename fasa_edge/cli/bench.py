@@ -31,13 +31,14 @@ from fasa_edge.cli.common import (
 )
 from fasa_edge.io.split import model_files
 from fasa_edge.runtime import capi
+from fasa_edge.runtime.llama import ROPE_ARGUMENTS
 
 import click
 from tabulate import tabulate
 
 _NOT_OF_OPS = (
     *("weight_type", "n_gen", "fill", "n_ctx", "exact", "overrides", "verbose", "profile"),
-    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_orig_ctx"),
+    *ROPE_ARGUMENTS,
 )
 
 

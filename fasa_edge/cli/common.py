@@ -121,7 +121,11 @@ def print_result(rows: Any, table: str, *, as_json: bool, output: Path | None = 
     if output is None:
         return print_json(rows) if as_json else echo(table)
     text = json.dumps(rows, indent=2) if as_json else printable(table)
-    write_bytes(output, [], f"{text}\n".encode(), force=force)
+    try:
+        write_bytes(output, [], f"{text}\n".encode(), force=force)
+    except FasaError:
+        click.echo(text)  # it may have taken hours
+        raise
     echo(f"written: {output}", err=True)
 
 

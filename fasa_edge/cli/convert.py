@@ -20,6 +20,7 @@ from fasa_edge.cli.common import (
     threads_option,
 )
 from fasa_edge.config import FasaConfig
+from fasa_edge.runtime.llama import ROPE_ARGUMENTS
 
 import click
 
@@ -68,14 +69,14 @@ def command(ctx: click.Context, src: str, output: str | None, as_json: bool, **o
     With --profile they go into a small file of their own, which serves every quantization of the model: give it to
     `run`, `chat`, `bench` and `eval` with --profile.
 
-    The settings from --budget on are defaults stored with them; each can be changed when the model is loaded.
+    The settings from --budget to --select are defaults stored with them; each can be changed when the model is loaded.
 
     In the end the chunks are tried on text that they were not chosen by: how far predictions are from those of dense
     attention, and how much attention the chosen cells hold in the worst layer. A warning says what falls short.
     """
     if not convert.OBJECTIVES[options["objective"]].uses_top_k:
         refuse_ignored(ctx, ("top_k",), f"--objective {options['objective']}")
-    rope = {name: options.pop(name) for name in convert.ROPE_ARGUMENTS if name in options}
+    rope = {name: options.pop(name) for name in ROPE_ARGUMENTS if name in options}
     settings = {field.name: options.pop(field.name) for field in fields(FasaConfig) if field.name in options}
     start = time.perf_counter()
     with progress_bars(as_json) as progress:

@@ -65,7 +65,9 @@ class _Setting(click.ParamType):
 
 _OF_TEXTS = ("prefixes", "n_blocks", "n_tokens", "batch")
 _OF_PROMPTS = ("lengths", "depths", "seed", "n_seeds", "teacher_forced", "only_if_dense")
-"""Options that only one kind of task heeds."""
+_OF_MADE_PROMPTS = ("lengths", "depths", "seed", "n_seeds")
+_OF_SPARSE = ("budgets", "n_tips", "settings")
+"""Options that only one kind of task, or of method, heeds."""
 
 _OWN = ("methods", "budgets", "prefixes", "n_blocks", "n_tokens", "batch", "lengths", "depths", "teacher_forced",
         "only_if_dense", "n_ctx")  # fmt: skip
@@ -175,6 +177,13 @@ def command(
         refuse_ignored(ctx, _OF_TEXTS, f"--task {','.join(names)}, which reads prompts")
     if not of_prompts:
         refuse_ignored(ctx, _OF_PROMPTS, f"--task {','.join(names)}, which reads texts")
+    if of_prompts == ["jsonl"]:
+        ignored = (*_OF_MADE_PROMPTS, *(() if of_texts else ("texts",)))
+        refuse_ignored(ctx, ignored, "--task jsonl, whose prompts are in a file")
+    elif of_prompts and not any(tasks.TASKS[name].has_depth for name in of_prompts if name != "jsonl"):
+        refuse_ignored(ctx, ("depths",), f"--task {','.join(names)}, which has no needle")
+    if not any(Method(name).sparse for name in options["methods"]):
+        refuse_ignored(ctx, _OF_SPARSE, f"--methods {','.join(options['methods'])}, which attend to all cells")
     profile = options["profile"]
     inputs = [*model_files(Path(model)), *(Path(path) for path in (profile, prompts, *texts, resume) if path)]
     check_results([output], inputs, plot, force=force)

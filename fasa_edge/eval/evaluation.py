@@ -134,8 +134,10 @@ def evaluate(
         ConvertError: a text cannot be read, or ``resume`` is one of the inputs.
     """
     of_texts, of_prompts = split_tasks(tasks, prompts)
-    if not (of_texts and prefixes) and not (of_prompts and (lengths or prompts is not None)):
-        raise FasaError("nothing to measure: name a task, and a prefix or a length for it")
+    if of_texts and not prefixes:
+        raise FasaError(f"nothing to measure for {', '.join(of_texts)}: give at least one of prefixes")
+    if not of_texts and not of_prompts:
+        raise FasaError("nothing to measure: give at least one of tasks")
     settings = settings or {}
     at_load = {f"fasa_{name}": value for name, value in settings.items() if name in _AT_LOAD}
     settings = {name: value for name, value in settings.items() if name not in _AT_LOAD}
@@ -154,6 +156,10 @@ def evaluate(
             tokens = vocabulary.tokenize(content.encode(), add_bos=False)
             blocks += text.blocks_of(name, tokens, prefixes, n_blocks, n_tokens, bos)
     items = _items(of_prompts, prompts, vocabulary, named[0][1], lengths, depths, seeds)
+    if of_prompts and not items:
+        raise FasaError(
+            f"nothing to measure for {', '.join(of_prompts)}: give at least one of lengths, depths and seeds"
+        )
     # the last token of a block is only a target
     needed = max([len(block.tokens) - 1 for block in blocks] + [item.n_tokens for item in items])
     n_ctx = _context(vocabulary, n_ctx, needed, max(budgets, default=0))

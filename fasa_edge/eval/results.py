@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -14,6 +15,7 @@ from typing import Any
 from fasa_edge.errors import FasaError
 from fasa_edge.eval.runner import Runner
 from fasa_edge.runtime import capi, capi_eval, library
+from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.version import __version__
 
 import numpy as np
@@ -106,13 +108,30 @@ def identity(runner: Runner, files: Sequence[Path]) -> dict[str, Any]:
         "fasa_edge": __version__,
         "fingerprint": capi.fingerprint(llm.model),
         "library": [_sha256(path) for path in (*_libraries(), *capi_eval.library())],
-        "files": [_sha256(path) for path in files],
+        "files": [_sha256(path) for path in (*files, *([Path(llm.lora_path)] if llm.lora_path else []))],
+        "lora_scale": llm.lora_scale,
         "base": runner.settings,
         "overrides": dict(llm.kv_overrides or {}),
         "n_gpu_layers": llm.model_params.n_gpu_layers,
+        "context": _changed(llm.context_params),
         **types,
         **threads,
     }
+
+
+def _changed(params: ctypes.Structure) -> dict[str, Any]:
+    """Tells what results may depend on: the numbers among the parameters of a context that are not the defaults."""
+    default = llama_cpp.llama_context_default_params()
+    named = {name: getattr(params, name) for name, *_ in params._fields_ if name not in _TOLD_APART}
+    return {
+        name: value
+        for name, value in named.items()
+        if isinstance(value, int | float) and value != getattr(default, name)
+    }
+
+
+_TOLD_APART = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "type_k", "type_v")
+"""Told otherwise, or of no effect on what one token after another gives."""
 
 
 def _libraries() -> list[Path]:

@@ -13,7 +13,7 @@ from operator import or_
 from typing import Any
 
 from fasa_edge.config import SELECTS, FasaConfig
-from fasa_edge.errors import FasaError
+from fasa_edge.errors import FasaError, LibraryError
 from fasa_edge.runtime.capi_eval import FASA, policy_name, policy_number
 from fasa_edge.runtime.library import ggml, llama_cpp
 
@@ -193,6 +193,26 @@ class Stats(ctypes.Structure):
         ("bytes_kv_dense", ctypes.c_uint64),
     ]
 
+
+def check_sizes(build: Any) -> None:
+    """Compare the structs mirrored here with the library's.
+
+    Args:
+        build: what the library says of itself, a :class:`fasa_edge.runtime.library.Build`.
+
+    Raises:
+        LibraryError: one has another size, so its fields would be read and written where they are not.
+    """
+    for name, struct in (("params", Params), ("stats", Stats), ("memory", Memory), ("layer", _Layer)):
+        size = getattr(build, f"sizeof_fasa_{name}")
+        if ctypes.sizeof(struct) != size:
+            raise LibraryError(
+                f"llama_fasa_{name} has {ctypes.sizeof(struct)} bytes in these sources of fasa_edge and {size} in the "
+                "library, which was built from others: build it again (`make install`), or reinstall fasa-edge"
+            )
+
+
+check_sizes(_lib.llama_fasa_get_build())
 
 _get_stats = _method("llama_fasa_get_stats", None, ctypes.POINTER(Stats))
 _reset_stats = _method("llama_fasa_reset_stats", None)

@@ -39,6 +39,10 @@ class Build(ctypes.Structure):
         ("sizeof_context_params", ctypes.c_size_t),
         ("sizeof_batch", ctypes.c_size_t),
         ("sizeof_kv_override", ctypes.c_size_t),
+        ("sizeof_fasa_params", ctypes.c_size_t),
+        ("sizeof_fasa_stats", ctypes.c_size_t),
+        ("sizeof_fasa_memory", ctypes.c_size_t),
+        ("sizeof_fasa_layer", ctypes.c_size_t),
     ]
 
 

@@ -23,6 +23,11 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 
 _ARGUMENTS = {**SETTINGS, "policy": Setting("policy", str, "Who chooses, for evaluation.")}
 _N_BATCH = 512  # of llama_cpp.Llama
+ROPE_ARGUMENTS = (
+    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+"""What changes RoPE at run time, of the arguments of :class:`llama_cpp.Llama`."""
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
 

@@ -213,6 +213,10 @@ extern "C" {
         size_t sizeof_context_params;
         size_t sizeof_batch;
         size_t sizeof_kv_override;
+        size_t sizeof_fasa_params;
+        size_t sizeof_fasa_stats;
+        size_t sizeof_fasa_memory;
+        size_t sizeof_fasa_layer;
     };
 
     LLAMA_API struct llama_fasa_build llama_fasa_get_build(void);

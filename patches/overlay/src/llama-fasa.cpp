@@ -270,6 +270,10 @@ llama_fasa_build llama_fasa_get_build(void) {
     build.sizeof_context_params = sizeof(llama_context_params);
     build.sizeof_batch          = sizeof(llama_batch);
     build.sizeof_kv_override    = sizeof(llama_model_kv_override);
+    build.sizeof_fasa_params    = sizeof(llama_fasa_params);
+    build.sizeof_fasa_stats     = sizeof(llama_fasa_stats);
+    build.sizeof_fasa_memory    = sizeof(llama_fasa_memory);
+    build.sizeof_fasa_layer     = sizeof(llama_fasa_layer);
 
     return build;
 }
