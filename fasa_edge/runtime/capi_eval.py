@@ -32,9 +32,13 @@ def policies() -> tuple[str, ...]:
         ) from None
     except RuntimeError as error:
         raise LibraryError(f"the library llama-fasa-eval does not load: {error}; reinstall fasa-edge") from error
-    lib.llama_fasa_eval_init.restype, lib.llama_fasa_eval_init.argtypes = None, ()
-    lib.llama_fasa_eval_init()
-    name_of = lib.llama_fasa_policy_name
+    try:
+        init, name_of = lib.llama_fasa_eval_init, lib.llama_fasa_policy_name
+    except AttributeError as error:
+        raise LibraryError(f"the library llama-fasa-eval is none of ours: {error}; reinstall fasa-edge") from error
+    init.restype, init.argtypes = ctypes.c_bool, ()
+    if not init():
+        raise LibraryError("the library llama-fasa-eval is of another build than libllama: reinstall fasa-edge")
     name_of.restype, name_of.argtypes = ctypes.c_char_p, (ctypes.c_int,)
     return tuple(name.decode() for name in takewhile(lambda name: name is not None, map(name_of, count())))
 

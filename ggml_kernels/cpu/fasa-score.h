@@ -10,19 +10,19 @@
 
 namespace {
 
-static constexpr float   FASA_MASKED = -INFINITY;
-static constexpr float   FASA_LEAST  =  1e-30f; // a query of smaller elements is zero: their inverse is not finite
-static constexpr float   FASA_MOST   =  1e24f;  // step of a query at most, in units of the scores: none of these is infinite
-static constexpr int64_t FASA_CHUNK  = 1024; // cells
-static constexpr int64_t FASA_PIECE  = 128;  // cells
-static constexpr int64_t FASA_BLOCKS_AHEAD = 8; // blocks of tips that are asked for before they are needed
+constexpr float   FASA_MASKED = -INFINITY;
+constexpr float   FASA_LEAST  =  1e-30f; // a query of smaller elements is zero: their inverse is not finite
+constexpr float   FASA_MOST   =  1e24f;  // step of a query at most, in units of the scores: none of these is infinite
+constexpr int64_t FASA_CHUNK  = 1024; // cells
+constexpr int64_t FASA_PIECE  = 128;  // cells
+constexpr int64_t FASA_BLOCKS_AHEAD = 8; // blocks of tips that are asked for before they are needed
 
 // bins of the distance to the best score: 64 for each power of two, from 2^-6 to 2^10
-static constexpr int32_t FASA_BINS      = 1024;
-static constexpr int32_t FASA_BIN_SHIFT = 17;
-static constexpr int32_t FASA_BIN_FIRST = (127 - 6) << (23 - FASA_BIN_SHIFT); // upper bits of 2^-6
+constexpr int32_t FASA_BINS      = 1024;
+constexpr int32_t FASA_BIN_SHIFT = 17;
+constexpr int32_t FASA_BIN_FIRST = (127 - 6) << (23 - FASA_BIN_SHIFT); // upper bits of 2^-6
 
-static constexpr int FASA_MAX_TILE = 4; // query heads scored together
+constexpr int FASA_SCORE_HEADS = 4; // query heads scored together
 
 // scores are in units of log(2), which changes no order
 struct fasa_row_stats {
@@ -133,7 +133,7 @@ struct fasa_group_query {
     }
 };
 
-static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_group_query & query) {
+void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_group_query & query) {
     const float     scale = ggml_get_op_params_f32(op.dst, 0);
     const int32_t * dims  = (const int32_t *) op.dims->data + op.head_kv(row)*op.n_dim;
     const float   * steps = (const float *) op.ranges->data + (2*op.head_kv(row) + 1)*op.n_dim;
@@ -161,7 +161,7 @@ static void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_
 
 // scores of N query heads for one block of cells, of head i at i*stride; what is masked does not matter
 template <int N>
-static inline void fasa_score_block(
+inline void fasa_score_block(
         const char * block, const ggml_fp16_t * mask, int64_t n_quads, const fasa_group_query & query, float * scores, int64_t stride) {
     static constexpr int N_VECS = 2;
 
@@ -212,17 +212,17 @@ static inline void fasa_score_block(
 
 // scores of some cells, and what they add to the statistics of each query head, lane by lane: between the loads of one
 // piece and the next there is little to compute, so the memory stays busy
-static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1) {
+void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1) {
     const size_t        block_size = fasa_tips_block_size(op.n_dim);
     const char        * tips       = (const char *) op.tips->data + op.head_kv(part.row)*op.tips->nb[2] + op.stream(part.row)*op.tips->nb[3];
     const ggml_fp16_t * mask       = op.mask_of(part.row);
 
-    for (int64_t ig = 0; ig < op.n_group; ig += FASA_MAX_TILE) {
-        const int64_t n_heads = std::min<int64_t>(FASA_MAX_TILE, op.n_group - ig);
+    for (int64_t ig = 0; ig < op.n_group; ig += FASA_SCORE_HEADS) {
+        const int64_t n_heads = std::min<int64_t>(FASA_SCORE_HEADS, op.n_group - ig);
         const auto    heads   = query.from(ig, op.n_quads);
         float       * scores  = part.scores + ig*op.n_kv + (cell0 - part.cell0);
 
-        vec before[FASA_MAX_TILE];
+        vec before[FASA_SCORE_HEADS];
         for (int64_t ih = 0; ih < n_heads; ++ih) {
             before[ih] = v_load(heads.max + ih*FASA_LANES);
         }
@@ -258,7 +258,7 @@ static void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, 
     }
 }
 
-static void fasa_score_chunk(
+void fasa_score_chunk(
         const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1, fasa_row_stats * stats) {
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         v_store(query.max + ig*FASA_LANES, v_set1(-FLT_MAX)); // finite, as differences must be numbers
@@ -276,7 +276,7 @@ static void fasa_score_chunk(
     }
 }
 
-static void fasa_score(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, fasa_row_stats * stats) {
+void fasa_score_part(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, fasa_row_stats * stats) {
     fasa_round_query(op, part.row, query);
 
     for (int64_t cell = part.cell0; cell < part.cell1; cell += FASA_CHUNK) {

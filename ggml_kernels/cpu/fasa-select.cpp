@@ -1,7 +1,7 @@
 // Scores every cell on its tips and lists the best ones, in four steps with a barrier between them:
 //
 //   score    tip scores of each query head; their maximum and sum of exp, by chunks of cells (fasa-score.h)
-//   combine  one score per cell, comparable between the query heads of a group; candidates, and a histogram of them
+//   find     candidates by one score per cell, comparable between the query heads of a group; a histogram of them
 //   gather   scores of the candidates in the bin that holds the n_fac-th best cell
 //   list     the candidates in better bins, and of that one the best
 //
@@ -13,13 +13,6 @@
 
 #include <functional>
 
-static constexpr float FASA_FORCED = INFINITY;
-
-// where that leaves out most, candidates are the cells down to a score guessed from one vector of cells in so many
-static constexpr int64_t FASA_SAMPLE = 16;
-
-static constexpr int64_t FASA_BINS_BATCH = 64; // scores whose bins are computed together
-
 size_t ggml_fasa_select_work_size(const ggml_tensor * dst, int n_tasks) {
     const fasa_select_op op(dst);
     return op.size_stats + op.n_at_work(n_tasks)*(op.size_scores + 2*op.size_cells) + n_tasks*(op.size_parts + op.size_scratch + op.size_query);
@@ -27,12 +20,19 @@ size_t ggml_fasa_select_work_size(const ggml_tensor * dst, int n_tasks) {
 
 namespace {
 
+constexpr float FASA_FORCED = INFINITY;
+
+// where that leaves out most, candidates are the cells down to a score guessed from one vector of cells in so many
+constexpr int64_t FASA_SAMPLE = 16;
+
+constexpr int64_t FASA_BINS_BATCH = 64; // scores whose bins are computed together
+
 //
-// combine
+// find
 //
 
 // the maximum over all cells, and what makes the heads of a group comparable: the logarithm of the sum
-static fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_stats * stats, int64_t row, int64_t ig) {
+fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_stats * stats, int64_t row, int64_t ig) {
     const auto chunk = [&](int64_t ic) -> const fasa_row_stats & {
         return stats[(row*op.n_chunks + ic)*op.n_group + ig];
     };
@@ -51,7 +51,7 @@ static fasa_row_stats fasa_head_stats(const fasa_select_op & op, const fasa_row_
     return res;
 }
 
-static int32_t fasa_bin(float score, float best) {
+int32_t fasa_bin(float score, float best) {
     const float distance = best - score;
 
     int32_t bits;
@@ -61,7 +61,7 @@ static int32_t fasa_bin(float score, float best) {
 }
 
 // no score in this bin or a better one is farther from the best
-static float fasa_bin_end(int32_t bin) {
+float fasa_bin_end(int32_t bin) {
     const int32_t bits = (bin + 1 + FASA_BIN_FIRST) << FASA_BIN_SHIFT;
 
     float res;
@@ -70,7 +70,7 @@ static float fasa_bin_end(int32_t bin) {
 }
 
 // count scores by their bins
-static void fasa_count(const float * scores, int64_t n, float best, uint32_t * bins) {
+void fasa_count_bins(const float * scores, int64_t n, float best, uint32_t * bins) {
     std::fill(bins, bins + FASA_BINS, 0);
     for (int64_t i = 0; i < n; i += FASA_BINS_BATCH) {
         const int64_t n_batch = std::min(FASA_BINS_BATCH, n - i);
@@ -86,7 +86,7 @@ static void fasa_count(const float * scores, int64_t n, float best, uint32_t * b
 }
 
 // scores of the group, made of those of its heads; lse: [n_group]
-static vec fasa_group_score(const fasa_select_op & op, const float * scores, const float * lse) {
+vec fasa_group_score(const fasa_select_op & op, const float * scores, const float * lse) {
     vec res = v_set1(FASA_MASKED);
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         res = v_max(v_sub(v_load(scores + ig*op.n_kv), v_set1(lse[ig])), res);
@@ -95,7 +95,7 @@ static vec fasa_group_score(const fasa_select_op & op, const float * scores, con
 }
 
 // forced cells that are visible are better than any other
-static void fasa_force(const fasa_select_op & op, const fasa_part & part) {
+void fasa_force(const fasa_select_op & op, const fasa_part & part) {
     const int64_t   n_forced = op.forced ? op.forced->ne[0] : 0;
     const int32_t * forced   = op.forced ? (const int32_t *) op.forced->data + part.row/op.n_head_sel*n_forced : nullptr;
 
@@ -108,7 +108,7 @@ static void fasa_force(const fasa_select_op & op, const fasa_part & part) {
 }
 
 // a distance within which there are probably n_fac cells of the part, and not many more
-static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const float * lse) {
+float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const float * lse) {
     const int64_t n = part.cell1 - part.cell0;
     if (n < 8*op.n_fac || n < 2*FASA_CHUNK) {
         return INFINITY; // the guess would cost more than it spares
@@ -119,7 +119,7 @@ static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const f
         const int64_t i = is*FASA_SAMPLE + is*7 % FASA_SAMPLE; // not at equal distances, as a text may repeat itself
         v_store(part.found + is*FASA_LANES, fasa_group_score(op, part.scores + i*FASA_LANES, lse));
     }
-    fasa_count(part.found, n_sample*FASA_LANES, part.best, part.bins);
+    fasa_count_bins(part.found, n_sample*FASA_LANES, part.best, part.bins);
 
     const int64_t n_wanted = op.n_fac/FASA_SAMPLE + op.n_fac/FASA_SAMPLE/4 + 32;
 
@@ -132,7 +132,7 @@ static float fasa_guess_end(const fasa_select_op & op, fasa_part & part, const f
 }
 
 // candidates: the visible cells that are nearer to the best score than end
-static void fasa_collect(const fasa_select_op & op, fasa_part & part, const float * lse, float end) {
+void fasa_collect(const fasa_select_op & op, fasa_part & part, const float * lse, float end) {
     int32_t * ids   = part.ids;
     float   * found = part.found;
     for (int64_t i = 0; i < part.cell1 - part.cell0; i += FASA_LANES) {
@@ -149,7 +149,7 @@ static void fasa_collect(const fasa_select_op & op, fasa_part & part, const floa
 }
 
 // lse: [n_group], scratch
-static void fasa_combine_stats(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
+void fasa_find_candidates(const fasa_select_op & op, fasa_part & part, const fasa_row_stats * stats, float * lse) {
     part.best = FASA_MASKED;
     for (int64_t ig = 0; ig < op.n_group; ++ig) {
         const auto head = fasa_head_stats(op, stats, part.row, ig);
@@ -159,14 +159,14 @@ static void fasa_combine_stats(const fasa_select_op & op, fasa_part & part, cons
     }
     part.best = std::min(part.best, FLT_MAX);
 
-    fasa_force(op, part);
+    fasa_force(op, part); // counted in the guess, too
 
     const float end = fasa_guess_end(op, part, lse);
     fasa_collect(op, part, lse, end);
     if (part.n_ids < op.n_fac && end < INFINITY) {
         fasa_collect(op, part, lse, INFINITY);
     }
-    fasa_count(part.found, part.n_ids, part.best, part.bins);
+    fasa_count_bins(part.found, part.n_ids, part.best, part.bins);
 }
 
 //
@@ -211,7 +211,7 @@ struct fasa_row_parts {
 };
 
 // candidates in the bin of the n_fac-th best cell
-static void fasa_gather(const fasa_row_parts & row, fasa_part & part) {
+void fasa_gather(const fasa_row_parts & row, fasa_part & part) {
     const float begin = row.bin > 0 ? fasa_bin_end(row.bin - 1) : -INFINITY;
     const float end   = fasa_bin_end(row.bin);
 
@@ -225,7 +225,7 @@ static void fasa_gather(const fasa_row_parts & row, fasa_part & part) {
 }
 
 // write the ids of one part of a row; scratch: as many floats or ids as there are cells, and one
-static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, const fasa_part & own, void * scratch) {
+void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, const fasa_part & own, void * scratch) {
     float   threshold = FASA_MASKED; // above it all cells are taken
     int64_t n_equal   = 0;           // of the cells at the threshold, those that are, by lower id
 
@@ -265,7 +265,7 @@ static void fasa_list(const fasa_select_op & op, const fasa_row_parts & row, con
         uint32_t bits  = some & v_bits_gt(score, v_set1(threshold));
         uint32_t equal = some & ~bits & ~v_bits_gt(v_set1(threshold), score);
         for (; equal && n_equal > 0; equal &= equal - 1, --n_equal) {
-            bits |= equal & -equal;
+            bits |= equal & (~equal + 1);
         }
         n_chosen += v_append(bits, own.ids + i, chosen + n_chosen);
     }
@@ -347,8 +347,8 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
             return fasa_row_parts(parts, 2*nth, part.row, op.n_fac);
         };
 
-        for_each_own([&](fasa_part & part) { fasa_score  (op, part, query, stats); });
-        for_each_own([&](fasa_part & part) { fasa_combine_stats(op, part, stats, query.sum); });
+        for_each_own([&](fasa_part & part) { fasa_score_part(op, part, query, stats); });
+        for_each_own([&](fasa_part & part) { fasa_find_candidates(op, part, stats, query.sum); });
         for_each_own([&](fasa_part & part) { fasa_gather (row_of(part), part); });
         for_each_own([&](fasa_part & part) { fasa_list   (op, row_of(part), part, scratch); });
     }
@@ -356,8 +356,8 @@ void ggml_compute_forward_fasa_select(const ggml_compute_params * params, ggml_t
     for (int64_t row = ith*n_whole; row < (ith + 1)*n_whole; ++row) {
         set_part(*own, row, 0, op.n_kv, ith);
 
-        fasa_score  (op, *own, query, stats);
-        fasa_combine_stats(op, *own, stats, query.sum);
+        fasa_score_part(op, *own, query, stats);
+        fasa_find_candidates(op, *own, stats, query.sum);
 
         const fasa_row_parts whole(own, 1, row, op.n_fac);
 

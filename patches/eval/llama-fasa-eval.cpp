@@ -76,10 +76,12 @@ private:
 
 } // namespace
 
-void llama_fasa_eval_init(void) {
-    static const llama_fasa_choosers choosers = {
-        /*.name =*/ [](int32_t policy) { return llama_fasa_policy_name((llama_fasa_policy_type) policy); },
-        /*.make =*/ []() -> std::unique_ptr<llama_fasa_chooser> { return std::make_unique<policy_chooser>(); },
-    };
-    llama_fasa_set_choosers(&choosers);
+bool llama_fasa_eval_init(void) {
+    static const auto choosers = [] {
+        llama_fasa_choosers res;
+        res.name = [](int32_t policy) { return llama_fasa_policy_name((llama_fasa_policy_type) policy); };
+        res.make = []() -> std::unique_ptr<llama_fasa_chooser> { return std::make_unique<policy_chooser>(); };
+        return res;
+    }();
+    return llama_fasa_set_choosers(choosers);
 }

@@ -39,7 +39,8 @@ extern "C" {
     LLAMA_FASA_EVAL_API const char * llama_fasa_policy_name(enum llama_fasa_policy_type policy);
 
     // Before it, libllama knows FASA alone: it refuses other settings, and the override has no effect. Once is enough.
-    LLAMA_FASA_EVAL_API void llama_fasa_eval_init(void);
+    // false: this library is of another build than libllama, and is left out
+    LLAMA_FASA_EVAL_API bool llama_fasa_eval_init(void);
 
 #ifdef __cplusplus
 }

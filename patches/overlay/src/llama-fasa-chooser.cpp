@@ -4,8 +4,14 @@
 
 static std::atomic<const llama_fasa_choosers *> fasa_choosers = nullptr;
 
-void llama_fasa_set_choosers(const llama_fasa_choosers * choosers) {
-    fasa_choosers = choosers;
+bool llama_fasa_set_choosers(const llama_fasa_choosers & choosers) {
+    static const llama_fasa_choosers own = {};
+
+    if (choosers.sizeof_args != own.sizeof_args || choosers.sizeof_params != own.sizeof_params || choosers.version != own.version) {
+        return false;
+    }
+    fasa_choosers = &choosers;
+    return true;
 }
 
 const char * llama_fasa_chooser_name(int32_t policy) {

@@ -71,13 +71,19 @@ public:
 
 // what another library chooses by; lives on to the end of the process
 struct llama_fasa_choosers {
-    const char * (*name)(int32_t policy); // of policies from 1 on, for the override fasa.policy; nullptr: no such policy
+    // as that library was compiled: it would call past what it does not know
+    size_t sizeof_args   = sizeof(llama_fasa_chooser_args);
+    size_t sizeof_params = sizeof(llama_fasa_params);
+    int    version       = 1; // of llama_fasa_chooser
 
-    std::unique_ptr<llama_fasa_chooser> (*make)(void); // for one context
+    const char * (*name)(int32_t policy) = nullptr; // of policies from 1 on, for the override fasa.policy; nullptr: no such policy
+
+    std::unique_ptr<llama_fasa_chooser> (*make)(void) = nullptr; // for one context
 };
 
 // from any thread, also while contexts run: they may be given its policies from then on
-LLAMA_API void llama_fasa_set_choosers(const llama_fasa_choosers * choosers);
+// false: it was compiled with other headers, and was left out
+LLAMA_API bool llama_fasa_set_choosers(const llama_fasa_choosers & choosers);
 
 // 0: "fasa"; nullptr: no such policy
 const char * llama_fasa_chooser_name(int32_t policy);

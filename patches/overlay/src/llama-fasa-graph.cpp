@@ -254,7 +254,7 @@ void llama_fasa_add_other_layers(const llm_graph_context & graph, llm_graph_type
 
 llama_fasa_graph_input::llama_fasa_graph_input(
         llama_fasa_context & fasa, const llama_fasa_tips * tips, uint32_t n_kv, const llama_ubatch & ubatch) :
-    is_prompt(fasa.is_prompt(ubatch)), fasa(fasa), tips(tips), n_kv(n_kv),
+    is_prompt(fasa.is_prompt(ubatch)), fasa(fasa), tips(tips), is_valid(tips && tips->is_valid()), n_kv(n_kv),
     key(fasa.chooser().graph_key(ubatch)) {
 }
 
@@ -298,9 +298,8 @@ bool llama_fasa_graph_input::is_observed() const {
 }
 
 bool llama_fasa_graph_input::can_reuse(const llm_graph_params & params) {
-    // llm_graph_params compares the number of tokens and the settings, the attention input n_kv, and a memory update,
-    // which alone changes what is stale, ends all reuse
-    return is_prompt == fasa.is_prompt(params.ubatch) && key == fasa.chooser().graph_key(params.ubatch);
+    // llm_graph_params compares the number of tokens and the settings, the attention input n_kv
+    return is_prompt == fasa.is_prompt(params.ubatch) && is_valid == (tips && tips->is_valid()) && key == fasa.chooser().graph_key(params.ubatch);
 }
 
 void llama_fasa_graph_input::set_input(const llama_ubatch * ubatch) {

@@ -45,7 +45,7 @@ private:
     void capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const;
 
     const llm_graph_context & graph;
-    llama_fasa_context      * fasa; // nullptr: the model has no profile
+    llama_fasa_context      * fasa; // nullptr: the model has no profile, and nothing is captured
 
     ggml_tensor * q_cur;
     ggml_tensor * k_cur;
@@ -102,7 +102,8 @@ private:
 
     std::map<std::pair<int32_t, llama_fasa_capture>, ggml_tensor *> captured; // by layer
 
-    const llama_fasa_tips * tips; // nullptr: no profile, the graph only captures
+    const llama_fasa_tips * tips; // nullptr: no profile, the cache of another context, or none
+    const bool              is_valid; // they are
     const uint32_t          n_kv;
 
     const uint64_t key; // what the graph is built for, too: llama_fasa_chooser::graph_key

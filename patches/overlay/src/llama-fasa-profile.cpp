@@ -11,6 +11,15 @@
 #include <set>
 #include <stdexcept>
 
+const char * llama_fasa_select_name(llama_fasa_select_type select) {
+    switch (select) {
+        case LLAMA_FASA_SELECT_TYPE_GROUP: return "group";
+        case LLAMA_FASA_SELECT_TYPE_HEAD:  return "head";
+        case LLAMA_FASA_SELECT_TYPE_COUNT: break;
+    }
+    return nullptr;
+}
+
 static constexpr uint32_t FASA_VERSION   = 2;
 static constexpr uint32_t FASA_MAX_BATCH = 64;
 
@@ -197,7 +206,7 @@ public:
         const auto it = overrides.find(key);
         if (it != overrides.end() && !llama_fasa_chooser_name(1) && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_STR && it->second.val_str != std::string("fasa")) {
             known.insert(key);
-            lines += format("%s: it takes libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)\n", key);
+            lines += format("%s: other policies than fasa take libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)\n", key);
             return;
         }
         override_name(key, value, llama_fasa_chooser_name);

@@ -168,7 +168,7 @@ llama_fasa_tips::llama_fasa_tips(
     }
 }
 
-std::unique_ptr<llama_kv_cache_listener> llama_kv_cache_make_listener(const llama_model & model, const llama_kv_cache & kv, bool v_trans) {
+std::unique_ptr<llama_kv_cache_listener> llama_fasa_make_listener(const llama_model & model, const llama_kv_cache & kv, bool v_trans) {
     auto profile = llama_fasa_profile_of(model);
 
     return profile ? std::make_unique<llama_fasa_tips>(model, std::move(profile), kv, v_trans) : nullptr;
@@ -319,7 +319,7 @@ void llama_fasa_tips::on_change(uint32_t stream, const std::vector<uint32_t> & c
     n_wait = 0;
 }
 
-bool llama_fasa_tips::wants_update() {
+bool llama_fasa_tips::begin_update() {
     if (stale.empty()) {
         return false;
     }

@@ -35,8 +35,8 @@ public:
     // kv: owns the tips
     llama_fasa_tips(const llama_model & model, std::shared_ptr<const llama_fasa_profile> profile_of_model, const llama_kv_cache & kv, bool v_trans);
 
-    // the only listeners that are made; nullptr: the model has no profile, or the cache is that of another context
-    static const llama_fasa_tips * of(const llama_kv_cache_listener * listener) { return static_cast<const llama_fasa_tips *>(listener); }
+    // nullptr: the model has no profile, or the cache is that of another context
+    static const llama_fasa_tips * of(const llama_kv_cache_listener * listener) { return dynamic_cast<const llama_fasa_tips *>(listener); }
 
     const layer & get_layer(int32_t il) const;
 
@@ -74,7 +74,7 @@ public:
     void on_clear() override;
     void on_change(uint32_t stream, const std::vector<uint32_t> & cells) override;
 
-    bool wants_update() override;
+    bool begin_update() override;
     bool update(llama_context * lctx) override;
 
     size_t size() const; // bytes

@@ -26,15 +26,6 @@
 // settings
 //
 
-const char * llama_fasa_select_name(llama_fasa_select_type select) {
-    switch (select) {
-        case LLAMA_FASA_SELECT_TYPE_GROUP: return "group";
-        case LLAMA_FASA_SELECT_TYPE_HEAD:  return "head";
-        case LLAMA_FASA_SELECT_TYPE_COUNT: break;
-    }
-    return nullptr;
-}
-
 bool llama_fasa_model_has_profile(const llama_model * model) {
     const auto profile = llama_fasa_profile_of(*model);
 

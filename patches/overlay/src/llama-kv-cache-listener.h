@@ -24,10 +24,10 @@ public:
     // K of these cells changed, or is about to
     virtual void on_change(uint32_t stream, const std::vector<uint32_t> & cells) = 0;
 
-    // before each batch, once: whether it has to catch up now
-    virtual bool wants_update() = 0;
+    // a memory update begins: whether there is something to catch up with now; it may let some pass
+    virtual bool begin_update() = 0;
 
-    // the last part of a memory update; true: a graph was computed
+    // the last part of a memory update; true: it has caught up
     virtual bool update(llama_context * lctx) = 0;
 
     // adds the memory that it takes
@@ -35,4 +35,4 @@ public:
 };
 
 // of a cache that has just been made; nullptr: nobody listens
-std::unique_ptr<llama_kv_cache_listener> llama_kv_cache_make_listener(const llama_model & model, const llama_kv_cache & kv, bool v_trans);
+std::unique_ptr<llama_kv_cache_listener> llama_fasa_make_listener(const llama_model & model, const llama_kv_cache & kv, bool v_trans);
