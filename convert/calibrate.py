@@ -19,7 +19,7 @@ from .stretch import Depth, depths, planes, turn
 
 
 def plan_chunks(model: ModelRun) -> dict[int, np.ndarray]:
-    """The dimensions of the chunks of every layer that FASA can serve.
+    """Finds the dimensions of the chunks of every layer that FASA can serve.
 
     Returns:
         layer index to int32 ``[n_chunk, 2]``, see :func:`fasa_edge.convert.rope.chunk_dims`.
@@ -46,8 +46,8 @@ class Ranking:
     Attributes:
         chunks: int32 ``[n_head_kv, n_chunk]``.
         agreement: what the objective gave each, float32 alike.
-        centre: of the keys of each, float32 ``[n_head_kv, n_chunk, 2]``, see :mod:`fasa_edge.convert.ranges`.
-        step: of its tips, float32 ``[n_head_kv, n_chunk]``.
+        centre: that of the keys of each, float32 ``[n_head_kv, n_chunk, 2]``, see :mod:`fasa_edge.convert.ranges`.
+        step: that of the tips of each, float32 ``[n_head_kv, n_chunk]``.
     """
 
     chunks: np.ndarray

@@ -29,7 +29,7 @@ class Reading:
 
     Attributes:
         tokens: from the beginning on.
-        state: see :func:`fasa_edge.runtime.sequence.save`.
+        state: uint8 ``[n_bytes]``, see :func:`fasa_edge.runtime.sequence.save`.
     """
 
     tokens: list[int]
@@ -89,7 +89,7 @@ class ModelRun:
         self._llm.close()
 
     def angles(self, il: int, n_ctx: int = 0) -> np.ndarray:
-        """By how many radians one position turns each chunk of a head of a layer that was captured last.
+        """Computes by how many radians one position turns each chunk of a head of a layer that was captured last.
 
         Args:
             il: the layer.
@@ -101,15 +101,15 @@ class ModelRun:
         return capi.rope_angles(self._llm.ctx, il, self.geometry[il].n_embd_head // 2, n_ctx)
 
     def window(self, il: int) -> int:
-        """Tokens that a layer with a sliding window attends to; 0: it has none."""
+        """Returns how many tokens a layer with a sliding window attends to; 0: it has none."""
         return llama_cpp.llama_model_n_swa(self._llm.model) if self.geometry[il].is_swa else 0
 
     def reading(self, tokens: Sequence[int]) -> Reading:
-        """What :meth:`capture` decoded last, of which these were the tokens."""
+        """Saves what :meth:`capture` decoded last, of which these were the tokens."""
         return Reading(list(tokens), sequence.save(self._llm.ctx))
 
     def tokenize(self, text: str, n: int) -> list[int]:
-        """See :func:`first_tokens`."""
+        """Tokenizes the beginning of a text, see :func:`first_tokens`."""
         return first_tokens(self._llm, text, n)
 
     def capture(
@@ -162,7 +162,9 @@ class ModelRun:
 
 
 def first_tokens(llm: llama_cpp.Llama, text: str, n: int) -> list[int]:
-    """The first ``n`` tokens of a text, or all where it has fewer, after that with which the model begins a text.
+    """Returns the first ``n`` tokens of a text, or all where it has fewer.
+
+    The token with which the model begins a text, if it has one, comes first and counts as one of them.
 
     Special tokens of the model come as text.
     """

@@ -95,7 +95,7 @@ class HubModel:
 
 
 def parse_source(text: str) -> tuple[str, str | None] | None:
-    """Repository and quant of ``user/model[:quant]``, None if the text is something else."""
+    """Splits ``user/model[:quant]`` into repository and quant, None if the text is something else."""
     match = _NAME.fullmatch(text)
     return (match[1], match[2]) if match else None
 

@@ -46,7 +46,7 @@ class ObjectiveClass(Protocol):
     def __call__(
         self, n_head_kv: int, n_chunk: int, n_tokens: int, top_k: int, depths: Sequence[Depth], /
     ) -> Objective:
-        """The objective, which has seen nothing yet."""
+        """Makes the objective, which has seen nothing yet."""
         ...
 
 

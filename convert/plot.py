@@ -36,7 +36,7 @@ class Heatmap:
 
 
 def heatmap(profile: Profile) -> Heatmap:
-    """The values of a profile, from its rankings back in the order of the chunks."""
+    """Puts the values of a profile from the order of its rankings back into that of the chunks."""
     labels = [f"{il}.{ih}" for il, chunks in enumerate(profile.chunks) for ih in range(len(chunks))]
     values = np.full((len(labels), max(chunks.shape[1] for chunks in profile.chunks)), np.nan, np.float32)
     dominant = np.zeros(values.shape, bool)
@@ -70,7 +70,7 @@ def write_plot(report: FileReport, path: str | Path, *, force: bool = False) -> 
 
 
 def draw(data: Heatmap, title: str) -> Figure:
-    """The figure.
+    """Draws a heatmap under a title.
 
     Raises:
         FasaError: matplotlib is missing.

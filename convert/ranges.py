@@ -37,7 +37,7 @@ class KeyRanges:
         self._square_sum += (k.real**2 + k.imag**2).sum(0)
 
     def measure(self, depth: Depth) -> tuple[np.ndarray, np.ndarray]:
-        """Centre and step over a context.
+        """Measures centre and step over a context.
 
         Returns:
             Centre, float32 ``[n_head_kv, n_chunk, 2]``, and step, float32 ``[n_head_kv, n_chunk]``; that is 0 for a
@@ -51,11 +51,14 @@ class KeyRanges:
 
 
 def clipped(k: np.ndarray, centre: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Which values of keys lie outside of the range of their tips.
+    """Finds the values of keys that lie outside of the range of their tips.
 
     Args:
         k: ``[..., n_chunk, 2]``.
         centre: ``[n_chunk, 2]``, or as many more as ``k`` has before.
         step: ``[n_chunk]``, likewise.
+
+    Returns:
+        bool, shaped like ``k``: whether a value lies outside.
     """
     return np.abs(k - centre) > N_LEVEL / 2 * step[..., None]

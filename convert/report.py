@@ -44,7 +44,7 @@ class FileReport:
         return self.profile is not None
 
     def to_dict(self) -> dict:
-        """Return the same as plain values for JSON; of each ranking only the ``n_tip`` chunks that the runtime uses."""
+        """Returns the same as plain values for JSON; of rankings only the ``n_tip`` chunks that the runtime uses."""
         report = {
             "path": str(self.path),
             "n_files": self.n_files,
@@ -111,7 +111,7 @@ def inspect(path: str | Path) -> FileReport:
 
 
 def picture(chunks: np.ndarray, step: np.ndarray) -> str:
-    """The ranges of a KV head's chunks, a character each, by falling frequency.
+    """Shows the ranges of a KV head's chunks, a character each, by falling frequency.
 
     Args:
         chunks: int32 ``[n_chunk]``, the ranking.
@@ -127,9 +127,18 @@ def picture(chunks: np.ndarray, step: np.ndarray) -> str:
 
 
 def farthest(chunks: np.ndarray, centre: np.ndarray, step: np.ndarray) -> tuple[int, float]:
-    """Of a KV head the chunk whose keys lie farthest from 0, and how far, in the widths of a range to either side.
+    """Finds the chunk of a KV head whose keys lie farthest from 0.
 
-    Beyond 1 a range around 0 would not hold them at all. Chunks that are never scored do not count.
+    Chunks that are never scored do not count.
+
+    Args:
+        chunks: int32 ``[n_chunk]``, the ranking.
+        centre: float32 ``[n_chunk, 2]``, in its order.
+        step: float32 ``[n_chunk]``, likewise.
+
+    Returns:
+        The chunk, and how far its centre lies from 0, in the widths of a range to either side: beyond 1 a range around
+        0 would not hold its keys at all.
     """
     size = np.divide(np.abs(centre).max(-1), N_LEVEL / 2 * step, out=np.zeros_like(step), where=step > 0)
     return int(chunks[size.argmax()]), float(size.max())

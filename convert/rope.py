@@ -32,7 +32,7 @@ _REFUSED = {
 
 
 def chunk_dims(n_embd_head: int, n_rot: int, rope_type: int) -> np.ndarray:
-    """The two dimensions of every frequency chunk of a head.
+    """Finds the two dimensions of every frequency chunk of a head.
 
     Args:
         n_embd_head: dimensions of a key head.

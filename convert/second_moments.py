@@ -33,7 +33,7 @@ class _SecondMoments:
         self._queries = _Moments(n_head_kv, n_chunk)
 
     def update(self, q: np.ndarray, k: np.ndarray) -> None:
-        """See :meth:`fasa_edge.convert.objectives.Objective.update`."""
+        """Takes the next block, see :meth:`fasa_edge.convert.objectives.Objective.update`."""
         if self._keys.n > 0:
             _, n_head_kv, n_chunk = k.shape
             q = q.reshape(len(q), n_head_kv, -1, n_chunk).transpose(1, 0, 2, 3)
@@ -84,17 +84,17 @@ class _Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        """Of ``x_i``, ``[n_head_kv, n_chunk]``."""
+        """The mean of ``x_i``, ``[n_head_kv, n_chunk]``."""
         return self._sum / max(self.n, 1)
 
     @property
     def conj(self) -> np.ndarray:
-        """Of ``x_i conj(x_j)``, ``[n_head_kv, n_chunk, n_chunk]``."""
+        """The mean of ``x_i conj(x_j)``, ``[n_head_kv, n_chunk, n_chunk]``."""
         return self._conj_sum / max(self.n, 1)
 
     @property
     def plain(self) -> np.ndarray:
-        """Of ``x_i x_j``, likewise."""
+        """The mean of ``x_i x_j``, likewise."""
         return self._plain_sum / max(self.n, 1)
 
 
@@ -105,7 +105,7 @@ class Energy(_SecondMoments):
     """
 
     def rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`fasa_edge.convert.objectives.Objective.rank`."""
+        """Ranks the chunks, see :meth:`fasa_edge.convert.objectives.Objective.rank`."""
         variance = np.einsum("hii->hi", self._covariance())
         total = variance.sum(1, keepdims=True)
         return by_value(np.divide(variance, total, out=np.zeros_like(variance), where=total > 0))
@@ -121,13 +121,13 @@ class LeastSquares(_SecondMoments):
     """
 
     def rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`fasa_edge.convert.objectives.Objective.rank`."""
+        """Ranks the chunks, see :meth:`fasa_edge.convert.objectives.Objective.rank`."""
         ranked = [_rank_least_squares(cov) for cov in self._covariance()]
         return np.stack([order for order, _ in ranked]), np.stack([gain for _, gain in ranked])
 
 
 def by_value(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order of falling value, int32, and the values in that order, float32, of each row of ``[n_head_kv, n_chunk]``."""
+    """Sorts each row of ``[n_head_kv, n_chunk]`` by falling value: the order, int32, and the values in it, float32."""
     order = np.argsort(-value, axis=1, kind="stable")
     return order.astype(np.int32), np.take_along_axis(value, order, axis=1).astype(np.float32)
 

@@ -35,7 +35,7 @@ from .rope import chunk_dims
 from .stretch import Depth, planes, turn
 
 MIN_MASS = 0.75
-"""Of the attention, what the worst layer must recall. On the small real model at a budget of 256 the worst layer of the
+"""What the worst layer must recall of the attention. On the small real model at a budget of 256 the worst layer of the
 paper's objective recalls .58, that of `lsq` .87."""
 
 MAX_KL = {512: 0.008, 0: 0.022}
@@ -210,12 +210,16 @@ def check_profile(
 
 
 def _mean(x: np.ndarray) -> tuple[float, float]:
-    """And its standard error."""
+    """Returns the mean of ``[n]`` and its standard error."""
     return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x)))
 
 
 def smallest_passing(n_tips: Sequence[int], measure: Callable[[int], Check]) -> Check:
-    """Bisects rising numbers of chunks, at least one; the check of the last, if none passes clearly."""
+    """Bisects rising numbers of chunks, at least one, for the least that passes clearly.
+
+    Returns:
+        Its check; that of the last, if none passes clearly.
+    """
     best: Check | None = None
     low, high = 0, len(n_tips)
     while low < high:
@@ -255,7 +259,7 @@ def _text(llm: Llama, profile: Profile, content: str, n_prefix: int) -> tuple[st
 
 
 def _clipped(llm: Llama, profile: Profile, n_past: int, tokens: list[int]) -> list[np.ndarray | None]:
-    """By layer, the share of each ranked chunk's values that tips clip of the keys of tokens after ``n_past`` others.
+    """Measures by layer the share of each ranked chunk's values that tips clip, of keys after ``n_past`` tokens.
 
     Returns:
         float64 ``[n_head_kv, n_chunk]``; None as in :class:`Check`. The tokens are left in the context.
@@ -279,6 +283,6 @@ def _clipped(llm: Llama, profile: Profile, n_past: int, tokens: list[int]) -> li
 
 
 def _kl(dense: Steps, other: Steps) -> np.ndarray:
-    """KL(dense || other) in nats, of as many tokens as both decoded, float64 or float32 [n_tokens]."""
+    """Computes KL(dense || other) in nats, of as many tokens as both decoded, float64 or float32 [n_tokens]."""
     rows = (map(log_softmax, logits) for logits in zip(dense.logits, other.logits, strict=False))  # they are long
     return np.array([(np.exp(p) * (p - q)).sum() for p, q in rows])

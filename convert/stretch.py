@@ -31,7 +31,14 @@ class Depth:
     angles: np.ndarray
 
     def mean_turn(self, angles: np.ndarray) -> np.ndarray:
-        """Mean of ``e^(j angle p)`` over the positions ``p``, complex128 like ``angles``."""
+        """Computes the mean of ``e^(j angle p)`` over the positions ``p``.
+
+        Args:
+            angles: radians, float64 of any shape.
+
+        Returns:
+            complex128, shaped like ``angles``.
+        """
         angles = angles - 2 * np.pi * np.round(angles / (2 * np.pi))
         half = np.sin(angles / 2)
         still = np.abs(half) < 1e-12  # then so is every multiple
@@ -39,12 +46,12 @@ class Depth:
         return size * np.exp(1j * angles * (self.n - 1) / 2)
 
     def spread(self, n_tokens: int) -> np.ndarray:
-        """Positions that the tokens of a text are spread to in their order, int64 ``[n_tokens]``; always the same."""
+        """Draws ascending positions for the tokens of a text, int64 ``[n_tokens]``; always the same."""
         return np.sort(np.random.default_rng(SEED).integers(0, self.n, n_tokens))
 
 
 def depths(n_ctx: int) -> list[int]:
-    """2,048 and its doubles below ``n_ctx``, then ``n_ctx``."""
+    """Lists 2,048 and its doubles below ``n_ctx``, then ``n_ctx``."""
     res = []
     n = MIN_DEPTH
     while n < n_ctx:
@@ -54,11 +61,14 @@ def depths(n_ctx: int) -> list[int]:
 
 
 def planes(x: np.ndarray, dims: np.ndarray) -> np.ndarray:
-    """The chunks of heads, ``[..., n_embd_head]``, as complex numbers, complex128 ``[..., n_chunk]``.
+    """Reads the chunks of heads as complex numbers.
 
     Args:
-        x: the heads.
+        x: the heads, ``[..., n_embd_head]``.
         dims: int32 ``[n_chunk, 2]``, see :func:`fasa_edge.convert.rope.chunk_dims`.
+
+    Returns:
+        complex128 ``[..., n_chunk]``.
     """
     return x[..., dims[:, 0]].astype(np.float64) + 1j * x[..., dims[:, 1]]
 
@@ -70,5 +80,8 @@ def turn(planes: np.ndarray, angles: np.ndarray, positions: np.ndarray) -> np.nd
         planes: complex ``[n_tokens, n_head, n_chunk]``.
         angles: radians per position, ``[n_chunk]``.
         positions: ``[n_tokens]``; negative ones turn back.
+
+    Returns:
+        complex, shaped like ``planes``.
     """
     return planes * np.exp(1j * positions[:, None, None] * angles)

@@ -40,7 +40,7 @@ class _SampledQueries:
         self._n_tokens = 0
 
     def update(self, q: np.ndarray, k: np.ndarray) -> None:
-        """See :meth:`fasa_edge.convert.objectives.Objective.update`."""
+        """Takes the next block, see :meth:`fasa_edge.convert.objectives.Objective.update`."""
         start, self._n_tokens = self._n_tokens, self._n_tokens + len(k)
         q, k = (self._stretch(x, self._stretched[start : self._n_tokens]) for x in (q, k))
         self._keys[:, start : self._n_tokens] = k.transpose(1, 0, 2)
@@ -65,7 +65,7 @@ class ContextualAgreement(_SampledQueries):
     """
 
     def rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`fasa_edge.convert.objectives.Objective.rank`."""
+        """Ranks the chunks, see :meth:`fasa_edge.convert.objectives.Objective.rank`."""
         return by_value(np.stack([self._agreement(*head) for head in zip(self._groups(), self._keys, strict=True)]))
 
     def _agreement(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -93,7 +93,7 @@ class AttentionMass(_SampledQueries):
     """
 
     def rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """See :meth:`fasa_edge.convert.objectives.Objective.rank`."""
+        """Ranks the chunks, see :meth:`fasa_edge.convert.objectives.Objective.rank`."""
         ranked = [self._rank_head(*head) for head in zip(self._groups(), self._keys, strict=True)]
         return np.stack([order for order, _ in ranked]), np.stack([gain for _, gain in ranked])
 

@@ -122,11 +122,11 @@ class FasaConfig:
 
 SETTINGS = {item.name: Setting(item.name, type(item.default), **item.metadata) for item in fields(FasaConfig)}
 SETTINGS["n_tip"] = Setting("n_tip", int, "Chunks scored per KV head.", limits=(1, INT32_MAX), is_fixed=True)
-"""By name: the fields of :class:`FasaConfig`, and ``n_tip``, whose default and greatest value depend on the heads."""
+"""Settings by name: fields of :class:`FasaConfig`, and ``n_tip``, whose default and maximum depend on the heads."""
 
 
 def default_n_tip(n_embd_head: int) -> int:
-    """Chunks per KV head for a head of ``n_embd_head`` dimensions: three quarters of them up to 24, then half, if more.
+    """Return the chunks per KV head for a head of ``n_embd_head`` dims: three quarters up to 24, then half, if more.
 
     24 of 32 at head size 64, 32 of 64 at 128, 64 of 128 at 256; a multiple of 4, as tips are packed, or all.
     """
@@ -136,5 +136,5 @@ def default_n_tip(n_embd_head: int) -> int:
 
 
 def tip_bytes(n_tip: int) -> int:
-    """Bytes of the tips of one cell and KV head: four bits for each dim of a chunk, in blocks of eight dims."""
+    """Return the bytes of one cell's tips for a KV head: four bits for each dim of a chunk, in blocks of eight dims."""
     return 4 * math.ceil(2 * n_tip / 8)

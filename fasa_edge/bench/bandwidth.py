@@ -10,7 +10,7 @@ from fasa_edge.runtime.ggml import I8, Graph
 import numpy as np
 
 N_BYTES = 1 << 30
-"""Read at a time: several times the largest caches, so that it also drives everything else out of them."""
+"""Bytes read at a time: several times the largest caches, so that it also drives everything else out of them."""
 
 _N_PARTS = 64  # a part a thread at a time, so that no thread waits long for another
 
@@ -33,7 +33,7 @@ class MemoryReader:
         self._pool.shutdown()
 
     def read(self) -> float:
-        """Read all of it once: bytes per second."""
+        """Read all of it once and return the bytes per second."""
         start = time.perf_counter()
         list(self._pool.map(np.max, self._parts))  # numpy's fastest reduction; it holds no lock
         return N_BYTES / (time.perf_counter() - start)
@@ -51,7 +51,7 @@ class DeviceCopier:
         self._plan = graph.plan(graph.ggml_cpy(*(graph.new(I8, N_BYTES) for _ in range(2))))
 
     def read(self) -> float:
-        """Copy all of it once: bytes per second, those read and those written."""
+        """Copy all of it once and return the bytes per second, those read and those written."""
         start = time.perf_counter()
         self._graph.compute(self._plan)
         return 2 * N_BYTES / (time.perf_counter() - start)

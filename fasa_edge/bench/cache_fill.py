@@ -42,7 +42,7 @@ class StateLayout:
 
     @classmethod
     def of(cls, ctx: int) -> StateLayout | None:
-        """That of a context (``llama_context *``) in which sequence 0 has one token, or some in a row.
+        """Find the layout of a context (``llama_context *``) in which sequence 0 has one token, or some in a row.
 
         Returns:
             ``None`` for a memory that is not one plain KV cache: sliding windows, recurrent layers, M-RoPE.
@@ -51,7 +51,7 @@ class StateLayout:
 
     @classmethod
     def parse(cls, state: np.ndarray) -> StateLayout | None:
-        """That of a state, uint8; ``None`` if it is of another kind."""
+        """Find the layout of a state, uint8 ``[n_bytes]``; ``None`` if it is of another kind."""
         data = state.data
         try:
             magic, _, n_stream, n_cells = _HEAD.unpack_from(data)
@@ -74,12 +74,12 @@ class StateLayout:
         return cls(magic, v_trans, tuple(sections)) if offset == len(state) else None
 
     def n_bytes(self, n_cells: int) -> int:
-        """Of the state of so many cells."""
+        """Return the size in bytes of the state of so many cells."""
         rows = sum(len(section.header) + n_cells * section.n_bytes for section in self.sections)
         return _HEAD.size + n_cells * _CELL.itemsize + _DATA.size + rows
 
     def random_state(self, n_cells: int, seed: int = 0) -> np.ndarray:
-        """A sequence of so many tokens: uint8 [:meth:`n_bytes`]."""
+        """Make the state of a sequence of so many tokens, with random keys and values: uint8 ``[n_bytes(n_cells)]``."""
         state = np.empty(self.n_bytes(n_cells), np.uint8)
         filler = RandomFiller(np.random.Generator(np.random.SFC64(seed)))
         for section, start in self._write_frame(state, n_cells):
@@ -87,13 +87,21 @@ class StateLayout:
         return state
 
     def adopt(self, state: np.ndarray, n_cells: int) -> None:
-        """Turn a random state of a context into one of this, in place; they may differ in whether V is transposed."""
+        """Turn a random state of another layout into one of this, in place; they may differ in whether V is transposed.
+
+        Args:
+            state: uint8 ``[n_bytes(n_cells)]``, as :meth:`random_state` makes it.
+            n_cells: its cells.
+
+        Raises:
+            FasaError: the state has another size.
+        """
         if len(state) != self.n_bytes(n_cells):
             raise FasaError(f"a state of {len(state)} bytes is not of {n_cells} cells: {self.n_bytes(n_cells)} are")
         list(self._write_frame(state, n_cells))
 
     def _write_frame(self, state: np.ndarray, n_cells: int) -> Iterator[tuple[_Section, int]]:
-        """All but the numbers themselves; yields where those of each section begin."""
+        """Write all but the numbers themselves, and yield where those of each section begin."""
         cells = np.zeros(n_cells, _CELL)
         cells["pos"], cells["n_seq"] = np.arange(n_cells), 1
         head = _HEAD.pack(self.magic, 0, 1, n_cells) + cells.tobytes()

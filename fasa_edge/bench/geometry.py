@@ -23,7 +23,7 @@ class Heads:
     n_embd_head: int
 
     def __str__(self) -> str:
-        """As in ``fasa.fingerprint``."""
+        """Write the heads as in ``fasa.fingerprint``."""
         return f"{self.n_head}/{self.n_head_kv}x{self.n_embd_head}"
 
 
@@ -64,11 +64,11 @@ GEOMETRIES = {
     "smollm2-135m": Geometry("llama", 30, 576, 1536, Heads(9, 3, 64), 49152, 1e5, True),
     "smollm2-1.7b": Geometry("llama", 24, 2048, 8192, Heads(32, 32, 64), 49152, 1.3e5, True),
 }
-"""By the names that people know them by; hyperparameters from their config.json."""
+"""Geometries by the names that people know them by; hyperparameters from their config.json."""
 
 
 def find_geometry(name: str) -> Geometry:
-    """A geometry by its name.
+    """Find a geometry by its name.
 
     Raises:
         FasaError: there is none of that name.
@@ -79,7 +79,7 @@ def find_geometry(name: str) -> Geometry:
 
 
 def find_heads(name: str) -> Heads:
-    """The attention of a geometry, or one given as ``HEADS/KV_HEADSxSIZE``: ``32/8x64``.
+    """Find the attention of a geometry, or take one given as ``HEADS/KV_HEADSxSIZE``: ``32/8x64``.
 
     Raises:
         FasaError: it is neither, or such heads cannot be.

@@ -77,7 +77,7 @@ class OpRow:
 
     @property
     def heads(self) -> str:
-        """As ``--geometry`` takes it."""
+        """The heads as ``--geometry`` takes them."""
         return str(Heads(self.n_head, self.n_head_kv, self.n_embd_head))
 
     @property
@@ -87,12 +87,12 @@ class OpRow:
 
     @property
     def median_ns(self) -> float:
-        """Median of the times."""
+        """Median of the times, in nanoseconds."""
         return statistics.median(self.samples_ns)
 
     @property
     def floor_ns(self) -> float:
-        """What reading ``n_bytes`` takes."""
+        """Nanoseconds that reading ``n_bytes`` takes."""
         return 1e9 * self.n_bytes / self.bandwidth
 
     @property
@@ -101,7 +101,7 @@ class OpRow:
         return self.median_ns / self.floor_ns
 
     def as_dict(self) -> dict:
-        """The row for JSON."""
+        """Return the row for JSON."""
         return asdict(self) | {
             "median_ns": self.median_ns,
             "min_ns": min(self.samples_ns),
@@ -221,7 +221,7 @@ class _Layers:
 
     @property
     def tips_bytes(self) -> int:
-        """Of one layer."""
+        """Bytes of the tips of one layer."""
         return self.graph.n_bytes(self.tips[0])
 
     def _check_memory(self) -> None:
@@ -236,7 +236,7 @@ class _Layers:
             )
 
     def _fill(self, rng: np.random.Generator, type_k: int) -> None:
-        """Random rows for K, V and the tips, the same in each layer."""
+        """Write random rows into K, V and the tips, the same in each layer."""
         graph, n_embd = self.graph, self.heads.n_head_kv * self.heads.n_embd_head
         n = min(self.n_kv, _N_FILL)
         rows, cells = graph.new(F32, n, n_embd), graph.tensor(np.arange(n))
@@ -258,7 +258,7 @@ class _Op:
 
 
 def _ops(layers: _Layers, budgets: Sequence[int], n_threads: int) -> Iterator[_Op]:
-    """What is measured on the layers, stock first."""
+    """Make the ops that are measured on the layers, stock first."""
     graph, heads, mask, q = layers.graph, layers.heads, layers.mask, layers.q
     scale = heads.n_embd_head**-0.5
     shape = (heads.n_embd_head, heads.n_head_kv, layers.n_kv)

@@ -17,7 +17,7 @@ _FLOOR = ", memory floor"
 
 
 def draw_models(rows: Sequence[BenchRow]) -> Figure:
-    """Tokens per second over depth: a panel for each model, a line for each method, medians with their range.
+    """Draw tokens per second over depth: a panel for each model, a line for each method, medians with their range.
 
     Raises:
         FasaError: matplotlib is missing.
@@ -34,7 +34,7 @@ def draw_models(rows: Sequence[BenchRow]) -> Figure:
 
 
 def draw_ops(rows: Sequence[OpRow]) -> Figure:
-    """Time over cells: a panel for each geometry, a line for each attention, medians with range; dotted the floor.
+    """Draw time over cells: a panel for each geometry, a line for each attention, medians with range; dotted the floor.
 
     Raises:
         FasaError: matplotlib is missing.

@@ -21,7 +21,7 @@ _N_DRAWN = 1 << 23  # otherwise these are used again and again; they stay in a l
 
 
 def random_data(rng: np.random.Generator, type_name: str, n: int, std: float = 1.0) -> np.ndarray:
-    """Numbers of mean 0 as they lie in memory: normally distributed, or in the types of blocks uniformly.
+    """Draws numbers of mean 0 as they lie in memory: normally distributed, or in the types of blocks uniformly.
 
     Args:
         rng: where they come from.
@@ -63,7 +63,13 @@ class RandomFiller:
         self._drawn: dict[tuple[str, float], np.ndarray] = {}
 
     def fill(self, type_name: str, out: np.ndarray, std: float = 1.0) -> None:
-        """Numbers as :func:`random_data` makes them into uint8 memory, whole blocks of a type."""
+        """Writes numbers as :func:`random_data` makes them into memory.
+
+        Args:
+            type_name: a name in :data:`fasa_edge.runtime.capi.CACHE_TYPES`.
+            out: uint8, flat, whole blocks of the type.
+            std: their standard deviation.
+        """
         unit = _N_UNIT * bytes_per_element(cache_type(type_name))  # bytes of what is never torn apart
         if len(out) <= _N_DIRECT // _N_UNIT * unit:
             out[:] = random_data(self._rng, type_name, round(len(out) / unit * _N_UNIT), std)

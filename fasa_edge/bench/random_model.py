@@ -85,7 +85,7 @@ def _write_model(path: Path, name: str, geometry: Geometry, weight_type: str) ->
 
 
 def _tensors(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, outermost dimension first."""
+    """Lists names and shapes, outermost dimension first."""
     n_embd, n_ff, heads = geometry.n_embd, geometry.n_ff, geometry.heads
     n_embd_q, n_embd_kv = heads.n_head * heads.n_embd_head, heads.n_head_kv * heads.n_embd_head
     yield "token_embd.weight", (geometry.n_vocab, n_embd)
@@ -114,7 +114,7 @@ def _n_bytes(shape: tuple[int, ...], ggml_type: int) -> int:
 
 
 def _weights(filler: RandomFiller, room: np.ndarray, name: str, shape: tuple[int, ...], weight_type: str) -> np.ndarray:
-    """Of one tensor, such that its output is as large as its input; matrices are made in ``room``, uint8."""
+    """Makes one tensor, such that its output is as large as its input; matrices are made in ``room``, uint8."""
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
     if len(shape) == 1:
@@ -144,7 +144,7 @@ def _random_profile(geometry: Geometry, fingerprint: str) -> Profile:
 
 
 def _fingerprint(model: Path) -> str:
-    """As the runtime will compare it."""
+    """Reads the fingerprint as the runtime will compare it."""
     with without_weights(model) as loaded:
         if loaded is None:
             raise FasaError(f"llama.cpp does not load {model}, made of random weights: see its log")

@@ -84,7 +84,7 @@ def command(
 
 
 def _questions() -> Iterator[str]:
-    """Lines of standard input that are not empty, until /exit."""
+    """Read lines of standard input that are not empty, until /exit."""
     lines = _typed() if sys.stdin.isatty() else _piped()
     for question in map(str.strip, lines):
         if question == "/exit":
@@ -94,7 +94,7 @@ def _questions() -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of a terminal, in its encoding."""
+    """Read lines of a terminal, in its encoding."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() edits lines with it
     while True:
@@ -109,7 +109,7 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines of a file or pipe, in UTF-8 whatever the locale."""
+    """Read lines of a file or pipe, in UTF-8 whatever the locale."""
     for no, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.decode("utf-8-sig" if no == 1 else "utf-8")

@@ -35,22 +35,22 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 Report = Callable[[str, int, int], None]
-"""Called with the name of a stage, what is done and what there is to do."""
+"""A function that is called with the name of a stage, what is done and what there is to do."""
 
 
 def printable(text: str) -> str:
-    """A text, as of a file's metadata, without what a terminal would obey: escape sequences are spelled out."""
+    """Spell out what a terminal would obey, as escape sequences, in a text such as a file's metadata."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
-    """A line for people, on standard output or error."""
+    """Print a line for people, on standard output or error."""
     click.echo(printable(text), err=err)
 
 
 @contextlib.contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[Report]:
-    """A progress bar for each stage."""
+    """Show a progress bar for each stage while the context is open."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -65,12 +65,12 @@ def progress_bars(quiet: bool = False) -> Iterator[Report]:
 
 
 def print_json(value: Any) -> None:
-    """On standard output."""
+    """Print a value as JSON on standard output."""
     click.echo(json.dumps(value, indent=2))
 
 
 def size_text(n: float) -> str:
-    """As llama.cpp writes sizes."""
+    """Write a size in bytes as llama.cpp does."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -79,16 +79,16 @@ def size_text(n: float) -> str:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-"""Of every command that has a result."""
+"""The option of every command that has a result."""
 
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")
-"""Of every command that writes some; no -f, which names the prompt."""
+"""The option of every command that writes files; no -f, which names the prompt."""
 
 output_option = click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), callback=lambda ctx, param, path: _output(path),
     help="File for the result, in place of standard output.",
 )  # fmt: skip
-"""Of commands that print a table."""
+"""The option of commands that print a table."""
 
 
 def _output(path: Path | None) -> Path | None:
@@ -98,7 +98,7 @@ def _output(path: Path | None) -> Path | None:
 
 
 def plot_option(help: str) -> Callable:
-    """``--plot PNG``; what it draws."""
+    """Make the option ``--plot PNG``; ``help`` says what it draws."""
     return click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="PNG", help=help)
 
 
@@ -117,7 +117,7 @@ def check_results(outputs: Iterable[Path | None], inputs: Iterable[Path], plot: 
 
 
 def print_result(rows: Any, table: str, *, as_json: bool, output: Path | None = None, force: bool = False) -> None:
-    """What a command found, as JSON or as a table, on standard output or in a file."""
+    """Print what a command found, as JSON or as a table, on standard output or into a file."""
     if output is None:
         return print_json(rows) if as_json else echo(table)
     text = json.dumps(rows, indent=2) if as_json else printable(table)
@@ -162,7 +162,7 @@ class _File(click.Path):
         super().__init__(exists=True, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Its path."""
+        """Return its path."""
         path: Any = super().convert(value, param, ctx)
         if not os.path.isfile(path):
             self.fail(f"{path} is a pipe, a device or the like: give a file", param, ctx)
@@ -173,7 +173,7 @@ class _Model(_File):
     """A model that does not crash llama.cpp."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Its path."""
+        """Return its path."""
         path = super().convert(value, param, ctx)
         try_model(path)
         return path
@@ -190,7 +190,7 @@ def _with(command: Callable, *options: Callable) -> Callable:
 
 
 def setting_option(name: str, *declarations: str, default: str | None = None, **attributes: Any) -> Callable:
-    """The option of a setting, as it is declared in :data:`fasa_edge.config.SETTINGS`.
+    """Make the option of a setting, as it is declared in :data:`fasa_edge.config.SETTINGS`.
 
     Args:
         name: of the setting.
@@ -222,7 +222,7 @@ _ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_t
 
 
 def rope_options(command: Callable) -> Callable:
-    """What changes RoPE at run time, as arguments of :class:`llama_cpp.Llama`."""
+    """Add the options that change RoPE at run time, as arguments of :class:`llama_cpp.Llama`."""
     return _with(
         command,
         click.option("--rope-scaling", "rope_scaling_type", type=click.Choice(list(_ROPE_SCALING)),
@@ -236,7 +236,7 @@ def rope_options(command: Callable) -> Callable:
 
 
 def load_options(command: Callable) -> Callable:
-    """How a model is loaded."""
+    """Add the options that say how a model is loaded."""
     return _with(
         command,
         click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(0), default=0, show_default=False,
@@ -255,7 +255,7 @@ def load_options(command: Callable) -> Callable:
 
 
 def model_options(command: Callable) -> Callable:
-    """What every command that runs a model understands."""
+    """Add the options that every command that runs a model understands."""
     return _with(
         command,
         click.argument("model", type=model_file),
@@ -289,7 +289,7 @@ def load_arguments(
     verbose: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """The arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``.
+    """Return the arguments of :class:`fasa_edge.Llama` that :func:`load_options` describe, but for ``n_ctx``.
 
     ``more``, of which those of RoPE are, have their names already.
     """
@@ -307,12 +307,12 @@ def load_arguments(
 
 
 def load_model(model: str, n_ctx: int, budget: int | None = None, **options: Any) -> fasa_edge.Llama:
-    """The model that :func:`model_options` describe; ``options`` as of :func:`load_arguments`."""
+    """Load the model that :func:`model_options` describe; ``options`` as of :func:`load_arguments`."""
     return fasa_edge.Llama(model, n_ctx=n_ctx, fasa_budget=budget, **load_arguments(**options))
 
 
 class List(click.ParamType):
-    """Comma-separated, as llama-bench takes them."""
+    """Values separated by commas, as llama-bench takes them."""
 
     name = "list"
 
@@ -320,7 +320,7 @@ class List(click.ParamType):
         self.kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
-        """The items."""
+        """Return the items."""
         if isinstance(value, list):
             return value
         try:
@@ -334,7 +334,7 @@ def _reasons(layers_dense: dict[str, int]) -> str:
 
 
 def generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -> dict[str, Any]:
-    """Print a text as it is generated; the text, and what it took."""
+    """Print a text as it is generated, and return it with what it took."""
     text: list[str] = []
     first = start = time.perf_counter()
     n_prompt = 0
@@ -368,7 +368,7 @@ def generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -
 
 
 def attention_text(report: dict[str, Any], model: str) -> str:
-    """What the attention of a generated text read."""
+    """Say what the attention of a generated text read."""
     if not report["settings"]:
         return f"dense: {model} has no FASA profile, make one with `fasa-edge convert`"
     exact = f", {report['layers_exact']} of these exact" if report["layers_exact"] else ""
@@ -386,14 +386,14 @@ class TextFile(click.File):
         super().__init__(encoding="utf-8-sig")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The open file."""
+        """Open the file."""
         if value == "-" and sys.stdin is None:
             self.fail("standard input is closed: give a file, or open it", param, ctx)
         return super().convert(value, param, ctx)
 
 
 def utf8(text: str, option: str) -> bytes:
-    """An argument; Python keeps bytes that are not in the locale's encoding as lone surrogates."""
+    """Encode an argument; Python keeps bytes that are not in the locale's encoding as lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -401,7 +401,7 @@ def utf8(text: str, option: str) -> bytes:
 
 
 def read_text(file: Any) -> str:
-    """What an open :class:`TextFile` holds."""
+    """Read what an open :class:`TextFile` holds."""
     try:
         return file.read()
     except UnicodeDecodeError as error:

@@ -20,7 +20,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def unwound_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the block as Ctrl-C does; then the process dies of them."""
+    """Let SIGTERM and SIGHUP unwind the block as Ctrl-C does; then the process dies of them."""
     if threading.current_thread() is not threading.main_thread():  # Python's signals are of the main thread
         yield
         return

@@ -92,7 +92,7 @@ class AnswerRow:
     of_dense: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return asdict(self)
 
 
@@ -109,7 +109,7 @@ def encode(task: str, prompt: Prompt, llm: llama_cpp.Llama) -> Item:
     """
 
     def tokenize(text: str) -> tuple[int, ...]:
-        """As it goes on after the context: SentencePiece puts a space before what begins a text."""
+        """Tokenize a text as it goes on after the context: SentencePiece puts a space before what begins a text."""
         head, whole = (llm.tokenize(part.encode(), add_bos=False) for part in ("\n", "\n" + text))
         if prompt.context and whole[: len(head)] == head:
             return tuple(whole[len(head) :])
@@ -216,7 +216,7 @@ def _answer(runner: Runner, item: Item, method: Method, forced: bool) -> dict[st
 
 
 def summarize(cells: Sequence[AnswerCell], by_depth: bool = False) -> list[AnswerRow]:
-    """A row for each task, length and method, in the order of the cells; for each depth, too, if that is asked for."""
+    """Make a row for each task, length and method, in the order of the cells; with ``by_depth`` for each depth, too."""
     dense = {id(cell.item): cell.score for cell in cells if cell.method == DENSE}
     groups: dict[tuple, list[AnswerCell]] = {}
     for cell in cells:

@@ -11,7 +11,7 @@ from fasa_edge.errors import EvalError
 from fasa_edge.eval.prompt import Prompt
 
 CountTokens = Callable[[str], int]
-"""Tokens of a string; costs, so it is called few times."""
+"""Counts the tokens of a string; costs, so it is called few times."""
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 """The filler of Mohtashami & Jaggi (arXiv 2305.16300), which RULER calls noise."""
@@ -26,7 +26,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def sentences(text: str) -> list[str]:
-    """Running text, cut at the ends of sentences, or after 250 characters where none ends.
+    """Cuts running text at the ends of sentences, or after 250 characters where none ends.
 
     Raises:
         EvalError: the text is empty.
@@ -38,13 +38,13 @@ def sentences(text: str) -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The different paragraphs of at least 100 characters that begin with a letter; of long ones the beginning."""
+    """Finds different paragraphs of at least 100 characters that begin with a letter; of long ones the beginning."""
     found = dict.fromkeys(_head(" ".join(part.split())) for part in _BLANK_LINES.split(text))
     return [paragraph for paragraph in found if len(paragraph) >= 100 and paragraph[0].isalpha()]
 
 
 def cycle(items: Sequence[str], n: int) -> list[str]:
-    """``n`` items, again from the first one after the last."""
+    """Lists ``n`` items, again from the first one after the last."""
     return list(itertools.islice(itertools.cycle(items), n))
 
 
@@ -63,15 +63,15 @@ def insert(filler: Sequence[str], needles: Sequence[tuple[float, str]], separato
 
 
 def random_depths(rng: random.Random, n: int) -> list[float]:
-    """Different depths, ascending, out of the 40 that RULER has."""
+    """Draws ``n`` different depths, ascending, out of the 40 that RULER has."""
     return [i / 39 for i in sorted(rng.sample(range(40), n))]
 
 
 def depth_of(depth: float | None, rng: random.Random) -> float:
-    """The depth that was asked for, or a random one.
+    """Returns the depth that was asked for, or a random one.
 
     Raises:
-        EvalError: not from 0 to 1.
+        EvalError: it is not from 0 to 1.
     """
     if depth is None:
         return random_depths(rng, 1)[0]
@@ -87,13 +87,13 @@ def no_depth(depth: float | None) -> None:
 
 
 def room_for_context(prompt: Prompt, count_tokens: CountTokens) -> int:
-    """Tokens that a prompt's length leaves beside question, answer prefix and answer; negative if it is too short."""
+    """Counts the tokens that a prompt's length leaves beside question, answer prefix and answer; negative: too few."""
     taken = count_tokens(prompt.question) + count_tokens(prompt.answer_prefix) + prompt.n_predict
     return int(prompt.tags["length"]) - taken
 
 
 def fit(build: Callable[[int], str], room: int, count_tokens: CountTokens, limit: int | None = None) -> int:
-    """How many pieces fit, to within one piece or 1 % of the room, by few counts.
+    """Finds how many pieces fit, to within one piece or 1 % of the room, by few counts.
 
     Args:
         build: text of so many pieces.

@@ -25,7 +25,7 @@ from fasa_edge.eval.prompt import Prompt
 
 
 def passage_count(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """Numbered paragraphs, some of them several times: how many different ones are there?"""
+    """Asks how many different paragraphs there are among numbered ones, some of which come several times."""
     no_depth(depth)
     rng = random.Random(seed)
     unused = _shuffled(text, rng)
@@ -52,7 +52,7 @@ def passage_count(length: int, depth: None, seed: int, *, text: str, count_token
 
 
 def passage_retrieval(length: int, depth: float | None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """Numbered paragraphs: which one is an excerpt from? At depth 0 the first, at 1 the last.
+    """Asks which of the numbered paragraphs an excerpt is from: at depth 0 the first, at 1 the last.
 
     LongBench asks with a summary by another model; here it is the longest sentence of the paragraph but the first, at
     most 250 characters of it.

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
-"""Attend to all cells with stock's flash attention. "noise" adds in another order, which shows what the engine makes of
-that: token by token where "dense" runs in batches, and where it runs token by token, too, with another number of
-threads."""
+"""Methods that attend to all cells with stock's flash attention. "noise" adds in another order, which shows what the
+engine makes of that: token by token where "dense" runs in batches, and where it runs token by token, too, with another
+number of threads."""
 
 OBSERVERS = ("snapkv", "h2o")
-"""Choose by the attention of the prefix, and so never see the question of a prompt, which comes after it."""
+"""Methods that choose by the attention of the prefix, and so never see a prompt's question, which comes after it."""
 
 _CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
 
@@ -69,7 +69,7 @@ class Method:
         return ", ".join([self.name, *(f"{name} {value}" for name, value in (*n_tip, *self.settings))])
 
     def run_time_settings(self, n_ctx: int) -> dict[str, Value]:
-        """What it changes of a context's settings; ``n_tip`` is none of them, a context has that from its making.
+        """Return what it changes of a context's settings; not ``n_tip``, which a context has from its making.
 
         Every step is sparse, however few cells there are.
         """
@@ -79,7 +79,7 @@ class Method:
         return {"enabled": True, "min_ctx": 1, "budget": self.budget or n_ctx, "policy": policy, **dict(self.settings)}
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the method for JSON."""
         return {"method": self.name, "budget": self.budget, "n_tip": self.n_tip, "settings": dict(self.settings)}
 
 
@@ -93,7 +93,7 @@ def expand(
     n_tips: Sequence[int] = (),
     settings: Mapping[str, Value] | None = None,
 ) -> list[Method]:
-    """The methods of a table, dense first.
+    """List the methods of a table, dense first.
 
     Args:
         names: of :data:`METHODS`.

@@ -18,7 +18,7 @@ _N_COLUMNS = 4
 
 
 def draw(texts: Sequence[TextRow], answers: Sequence[AnswerRow], measure: str = "kl") -> Figure:
-    """A panel for each length of the prefix, quality over cells attended to; then a heatmap for each task and method.
+    """Draw a panel for each length of the prefix, quality over cells attended to; a heatmap for each task and method.
 
     Args:
         texts: over all texts.
@@ -81,7 +81,7 @@ def _draw_text(axes: Axes, rows: Sequence[TextRow], measure: str) -> None:
 
 
 def _draw_map(axes: Axes, rows: Sequence[AnswerRow], _: None) -> None:
-    """Score by depth and length; grey where nothing was asked."""
+    """Draw the score by depth and length; grey where nothing was asked."""
     lengths = sorted({row.length for row in rows}, key=lambda length: length or 0)
     depths = sorted({row.depth for row in rows}, key=lambda depth: depth or 0)
     scores = [[float("nan")] * len(lengths) for _ in depths]

@@ -37,7 +37,7 @@ class Prompt:
     tags: Mapping[str, int | float | str] = field(default_factory=dict)
 
     def score(self, answer: str) -> float:
-        """0 to 1, by substrings regardless of case (RULER's string_match_all and string_match_part), or by a number."""
+        """Scores 0 to 1, by substrings of any case (RULER's string_match_all and string_match_part), or by a number."""
         if self.match == "number":
             number = re.search(r"\d+", answer)
             return float(number is not None and number[0] in self.references)

@@ -53,7 +53,7 @@ window""".split()
 
 
 def passkey(length: int, depth: float | None, seed: int, *, text: str = "", count_tokens: CountTokens) -> Prompt:
-    """A pass key of 5 digits in noise. The noise is the same for all seeds, so all prompts of a length share it."""
+    """Hides a pass key of 5 digits in noise, which is the same for all seeds, so all prompts of a length share it."""
     rng = random.Random(seed)
     key = str(rng.randrange(10_000, 100_000))
     tags = {"length": length, "depth": depth_of(depth, rng), "seed": seed}
@@ -66,29 +66,29 @@ def passkey(length: int, depth: float | None, seed: int, *, text: str = "", coun
 
 
 def niah_single(length: int, depth: float | None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """A number of 7 digits, under a key, in running text."""
+    """Hides a number of 7 digits, under a key, in running text."""
     return _niah(length, seed, text, count_tokens, depth=depth)
 
 
 def niah_multikey(length: int, depth: float | None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """As ``niah_single``, with 3 numbers of other keys, which keep their places at all depths."""
+    """Hides 3 numbers of other keys beside that of ``niah_single``; they keep their places at all depths."""
     return _niah(length, seed, text, count_tokens, depth=depth, n_distractors=3)
 
 
 def niah_multivalue(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """4 numbers of one key, all of them wanted."""
+    """Hides 4 numbers of one key, all of them wanted."""
     no_depth(depth)
     return _niah(length, seed, text, count_tokens, n_values=4)
 
 
 def niah_multiquery(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """4 keys with a number each, all of them wanted."""
+    """Hides 4 keys with a number each, all of them wanted."""
     no_depth(depth)
     return _niah(length, seed, text, count_tokens, n_keys=4)
 
 
 def vt(length: int, depth: None, seed: int, *, text: str = "", count_tokens: CountTokens) -> Prompt:
-    """Variable tracking: one variable gets a number, 4 more get it from each other; all 5 names are wanted."""
+    """Tracks variables: one variable gets a number, 4 more get it from each other; all 5 names are wanted."""
     no_depth(depth)
     rng = random.Random(seed)
     names: list[str] = []
@@ -110,9 +110,9 @@ def vt(length: int, depth: None, seed: int, *, text: str = "", count_tokens: Cou
 
 
 def cwe(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTokens) -> Prompt:
-    """Common words extraction: a numbered list of words, 10 of which come more often than the others.
+    """Asks for common words: a numbered list of words, 10 of which come more often than the others.
 
-    30 and 3 times, as in RULER; below 4,096 tokens 6 times and once. A text with too few words is an error.
+    They come 30 and 3 times, as in RULER; below 4,096 tokens 6 times and once. A text with too few words is an error.
     """
     no_depth(depth)
     rng = random.Random(seed)
@@ -141,7 +141,7 @@ def cwe(length: int, depth: None, seed: int, *, text: str, count_tokens: CountTo
 
 
 def fwe(length: int, depth: None, seed: int, *, text: str = "", count_tokens: CountTokens) -> Prompt:
-    """Frequent words extraction: coded words, the k-th at a rate of k^-2; dots are the first, the next 3 are wanted."""
+    """Asks for frequent words: coded words, the k-th at a rate of k^-2; dots are the first, the next 3 are wanted."""
     no_depth(depth)
     rng = random.Random(seed)
     coded = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(max(length // 50, 8))]

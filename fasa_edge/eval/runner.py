@@ -175,7 +175,7 @@ class Runner:
 
         Args:
             tokens: int [n_tokens].
-            state: of that context, see :func:`fasa_edge.runtime.sequence.save`.
+            state: uint8 [n_bytes], of that context, see :func:`fasa_edge.runtime.sequence.save`.
 
         Raises:
             FasaError: the context is too small, or the state is of another model.
@@ -239,7 +239,7 @@ class Runner:
             raise FasaError(f"{n_tokens} tokens exceed the context of {n_ctx}: use fewer, or raise n_ctx")
 
     def _prepare(self, method: Method) -> _Context:
-        """The context of a method, holding the prefix and nothing else."""
+        """Return the context of a method, holding the prefix and nothing else."""
         context = self._context(method)
         if method.observes and not (self._observed and context is self._main):
             raise FasaError(

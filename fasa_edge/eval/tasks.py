@@ -45,7 +45,7 @@ GROUPS = {
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """The tasks that names of tasks and groups stand for, each once, in the order given.
+    """Lists the tasks that names of tasks and groups stand for, each once, in the order given.
 
     Raises:
         EvalError: a name that is neither.

@@ -112,14 +112,14 @@ class TextRow:
     mass_by_layer: list[list[float] | None]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return asdict(self)
 
 
 def blocks_of(
     name: str, tokens: Sequence[int], prefixes: Sequence[int], n_blocks: int, n_tokens: int, bos: int | None = None
 ) -> list[Block]:
-    """Windows spread evenly over a text, for each length of the prefix.
+    """Spread windows evenly over a text, for each length of the prefix.
 
     Args:
         name: of the text.
@@ -224,13 +224,16 @@ def _measure(dense: Steps, steps: Steps, targets: np.ndarray) -> dict[str, Any]:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64, along the last axis."""
+    """Compute log softmax along the last axis: ``[..., n_vocab]`` to float64 of the same shape."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def summarize(cells: Sequence[TextCell], by_text: bool = False) -> list[TextRow]:
-    """A row for each length of the prefix and each method, in the order of the cells."""
+    """Make a row for each length of the prefix and each method, in the order of the cells.
+
+    With ``by_text`` each text has rows of its own.
+    """
     groups: dict[tuple[int, str | None, Method], list[TextCell]] = {}
     for cell in cells:
         text = cell.block.text if by_text else None
@@ -272,6 +275,6 @@ def _row(n_prefix: int, text: str | None, method: Method, cells: list[TextCell],
 
 
 def _mean_mass(cells: Sequence[TextCell]) -> list[list[float] | None]:
-    """By layer and head, over cells of as many tokens each."""
+    """Average by layer and head, over cells of as many tokens each."""
     layers = zip(*(cell.mass for cell in cells), strict=True)
     return [None if None in layer else np.mean(layer, axis=0).tolist() for layer in layers]

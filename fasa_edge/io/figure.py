@@ -15,7 +15,7 @@ _MAX_PIXELS = 30_000  # in height; matplotlib refuses 65,536
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty one, its size in inches.
+    """Makes an empty figure, its size in inches.
 
     Raises:
         FasaError: matplotlib is missing.
@@ -28,7 +28,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Draws a figure as the bytes of a PNG file."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=min(_DPI, _MAX_PIXELS / figure.get_figheight()))
     return png.getvalue()

@@ -129,7 +129,7 @@ class GgufHeader:
     data_offset: int
 
     def find(self, key: str) -> Entry | None:
-        """What llama.cpp takes for the pair of a key, None where the file has no such key.
+        """Finds what llama.cpp takes for the pair of a key, None where the file has no such key.
 
         It compares keys as C strings: a key ends at its first NUL, and of several that are equal so the first counts.
         """
@@ -140,7 +140,7 @@ class GgufHeader:
         return _by_c_string(self.entries)
 
     def get_string(self, key: str) -> str | None:
-        """The text of a key, None where the file has no such key.
+        """Returns the text of a key, None where the file has no such key.
 
         Raises:
             ConvertError: the key holds something else.
@@ -148,7 +148,7 @@ class GgufHeader:
         return self._get(key, str, "a string")
 
     def get_integer(self, key: str, default: int) -> int:
-        """The number of a key, ``default`` where the file has no such key.
+        """Returns the number of a key, ``default`` where the file has no such key.
 
         Raises:
             ConvertError: the key holds something else.

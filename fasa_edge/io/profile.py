@@ -13,7 +13,7 @@ _KEPT = ("general.architecture", "general.name")
 
 
 def encode_profile(header: GgufHeader, metadata: Metadata) -> bytes:
-    """The whole file.
+    """Encodes a profile as the whole file.
 
     Args:
         header: of the model, whose architecture and name it repeats.

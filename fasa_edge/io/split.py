@@ -37,7 +37,7 @@ def _name(prefix: str, no: int, count: int) -> str:
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
-    """The files of a copy: ``out`` itself for a model in one file, else the split names made of it.
+    """Names the files of a copy: ``out`` itself for a model in one file, else the split names made of it.
 
     Args:
         out: file to be written; of a split model its name without ``.gguf`` is the prefix, or it is the first file.
@@ -58,7 +58,7 @@ def output_paths(out: Path, count: int) -> list[Path]:
 
 
 def model_files(path: Path) -> list[Path]:
-    """All files of a model: those of which ``path`` is named as the first, if they are there; else itself alone."""
+    """Lists all files of a model: those of which ``path`` is named as the first, if they are there; else it alone."""
     name = parse_name(path.name)
     files = output_paths(path, name.count) if name.no == 1 else [path]
     return files if all(file.is_file() for file in files) else [path]

@@ -63,7 +63,7 @@ class Params(ctypes.Structure):
         self._policy = policy_number(name)
 
     def as_dict(self) -> dict[str, int | bool | str]:
-        """The fields by name."""
+        """Return the fields by name."""
         return {(name := field.removeprefix("_")): getattr(self, name) for field, *_ in self._fields_}
 
 
@@ -155,17 +155,17 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 
 def type_name(ggml_type: int) -> str:
-    """Name of a value of ``enum ggml_type``."""
+    """Return the name of a type (``enum ggml_type``)."""
     return _type_name(ggml_type).decode()
 
 
 def bytes_per_element(ggml_type: int) -> float:
-    """Of a value of ``enum ggml_type``."""
+    """Return the bytes of an element of a type (``enum ggml_type``), the mean over a block."""
     return _row_size(ggml_type, 256) / 256  # every block of a KV cache's types divides it
 
 
 def cache_type(name: str) -> int:
-    """The ``enum ggml_type`` of a name in :data:`CACHE_TYPES`, for ``type_k`` and ``type_v`` of ``llama_cpp.Llama``."""
+    """Find the ``enum ggml_type`` of a name in :data:`CACHE_TYPES`, as ``type_k`` of ``llama_cpp.Llama`` takes it."""
     return next(ggml_type for ggml_type in count() if type_name(ggml_type) == name)
 
 
@@ -244,7 +244,7 @@ class LayerGeometry:
 
 
 def has_profile(model: int) -> bool:
-    """Whether the model (``llama_model *``) carries ``fasa.*`` metadata."""
+    """Say whether the model (``llama_model *``) carries ``fasa.*`` metadata."""
     return _model_has_profile(model)
 
 
@@ -265,12 +265,12 @@ def load_profile(
 
 
 def override_report(model: int) -> list[str]:
-    """The ``fasa.*`` overrides that had no effect on the model, one line each."""
+    """List the ``fasa.*`` overrides that had no effect on the model, one line each."""
     return _model_override_report(model).decode().splitlines()
 
 
 def get_params(ctx: int) -> Params | None:
-    """Settings in force in a context (``llama_context *``); ``None`` without a profile or ``fasa.exact``."""
+    """Return the settings in force in a context (``llama_context *``); ``None`` without a profile or ``fasa.exact``."""
     params = Params()
     return params if _get_params(ctx, ctypes.byref(params)) else None
 
@@ -279,7 +279,7 @@ def set_params(ctx: int, params: Params) -> None:
     """Change the settings from the next decode on.
 
     Raises:
-        FasaError: refused; llama.cpp's log says why.
+        FasaError: they are refused; llama.cpp's log says why.
     """
     if not _set_params(ctx, ctypes.byref(params)):
         raise FasaError(f"the library refused the settings {params.as_dict()}: its log names the field and the limit")
@@ -291,7 +291,7 @@ def set_prompt(ctx: int, prompt: bool) -> None:
 
 
 def get_stats(ctx: int) -> Stats:
-    """Counters since the context was made, or since the last :func:`reset_stats`."""
+    """Return the counters since the context was made, or since the last :func:`reset_stats`."""
     stats = Stats()
     _get_stats(ctx, ctypes.byref(stats))
     return stats
@@ -303,17 +303,17 @@ def reset_stats(ctx: int) -> None:
 
 
 def tips_size(ctx: int) -> int:
-    """Bytes of the tip cache."""
+    """Return the bytes of the tip cache."""
     return _tips_size(ctx)
 
 
 def min_ctx(ctx: int) -> int:
-    """Cells from which on the first layers run sparse, with the settings in force; 0: none ever does."""
+    """Return the cells from which on the first layers run sparse, with the settings in force; 0: none ever does."""
     return _min_ctx(ctx)
 
 
 def memory(ctx: int) -> list[Memory]:
-    """What a context and its model take of each kind of memory; of a model without weights, what they would take."""
+    """Return what a context and its model take of each kind of memory; without weights, what they would take."""
     kinds: list[Memory] = []
     while _get_memory(ctx, len(kinds), ctypes.byref(kind := Memory())):
         kinds.append(kind)
@@ -321,14 +321,14 @@ def memory(ctx: int) -> list[Memory]:
 
 
 def device_memory(device: int) -> int:
-    """Bytes that a device (``ggml_backend_dev_t``) has left."""
+    """Return the bytes that a device (``ggml_backend_dev_t``) has left."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     _dev_memory(device, free, total)
     return free.value
 
 
 def layer_geometry(model: int) -> list[LayerGeometry]:
-    """All layers of a model (``llama_model *``)."""
+    """List all layers of a model (``llama_model *``)."""
     layers: list[LayerGeometry] = []
     layer = _Layer()
     while _get_layer(model, len(layers), ctypes.byref(layer)):
@@ -337,7 +337,7 @@ def layer_geometry(model: int) -> list[LayerGeometry]:
 
 
 def chunk_dims(layer: LayerGeometry) -> np.ndarray:
-    """The two dims of each chunk of a head as the runtime pairs them, int32 [n_chunk, 2]; empty: it knows no planes."""
+    """Pair the dims of a head into chunks as the runtime does, int32 [n_chunk, 2]; empty: it knows no planes."""
     c_layer = _Layer(*(getattr(layer, name) for name, *_ in _Layer._fields_))
     dims = (ctypes.c_int32 * 2)()
     rows: list[tuple[int, ...]] = []
@@ -347,9 +347,9 @@ def chunk_dims(layer: LayerGeometry) -> np.ndarray:
 
 
 def rope_angles(ctx: int, il: int, n_chunk: int, n_ctx: int = 0) -> np.ndarray:
-    """By how much RoPE turns each chunk of a head of layer ``il`` from one position to the next.
+    """Compute by how much RoPE turns each chunk of a head of layer ``il`` from one position to the next.
 
-    As the last micro-batch turned the layer's keys, which must have been captured.
+    That is how the last micro-batch turned the layer's keys, which must have been captured.
 
     Args:
         ctx: ``llama_context *``.
@@ -371,17 +371,17 @@ def rope_angles(ctx: int, il: int, n_chunk: int, n_ctx: int = 0) -> np.ndarray:
 
 
 def fingerprint(model: int) -> str:
-    """Architecture and head geometry of a model in one line."""
+    """Return architecture and head geometry of a model in one line."""
     return _fingerprint(model).decode()
 
 
 def set_capture(ctx: int, *what: Capture) -> None:
-    """What to keep of every attention layer for :func:`captured` from the next micro-batch on; by default nothing."""
+    """Keep ``what`` of every attention layer for :func:`captured` from the next micro-batch on; by default nothing."""
     _set_capture(ctx, reduce(or_, what, 0))
 
 
 def captured(ctx: int, il: int, what: Capture) -> np.ndarray | None:
-    """What was kept of layer ``il`` in the last micro-batch.
+    """Return what was kept of layer ``il`` in the last micro-batch.
 
     Returns:
         As :class:`Capture` says, or ``None`` if the layer was not captured.

@@ -16,7 +16,7 @@ FASA = "fasa"
 
 @cache
 def policies() -> tuple[str, ...]:
-    """``enum llama_fasa_policy_type``: which cells a head attends to; the first is FASA, the others are for evaluation.
+    """List ``enum llama_fasa_policy_type``: which cells a head attends to; first FASA, the others are for evaluation.
 
     Loads the library; contexts and models of this process may be given its policies from then on.
 
@@ -44,12 +44,12 @@ def policies() -> tuple[str, ...]:
 
 
 def library() -> list[Path]:
-    """Where it is; nothing if this build has none."""
+    """Find the library for evaluation; an empty list if this build has none."""
     return sorted(lib_dir().glob("*llama-fasa-eval*"))
 
 
 def policy_name(number: int) -> str:
-    """Of a policy; the number itself where there is none, which the library refuses.
+    """Return the name of a policy; the number itself where there is none, which the library refuses.
 
     Raises:
         LibraryError: as :func:`policies`, but for FASA.
@@ -60,7 +60,7 @@ def policy_name(number: int) -> str:
 
 
 def policy_number(name: str) -> int:
-    """Of a policy.
+    """Return the number of a policy.
 
     Raises:
         LibraryError: as :func:`policies`, but for FASA.

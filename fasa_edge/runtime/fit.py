@@ -16,7 +16,7 @@ N_CTX_STEP = 256
 """A context has a multiple of this (src/llama-context.cpp); the bindings' arrays have what is asked for."""
 
 _HOST_SHARE = 0.5
-"""Of the host's memory that is free beside weights and compute buffers, what a context takes: KV cache, tips, and
+"""The share of the host's memory free beside weights and compute buffers that a context takes: KV cache, tips, and
 logits if kept. The rest is for all else that runs there."""
 
 _DEVICE_RESERVE = 1 << 30
@@ -32,7 +32,7 @@ def automatic_n_ctx(
     n_ubatch: int,
     logits_all: bool,
 ) -> int:
-    """The context that a model was trained for, as far as memory allows: the host's, and that of each device.
+    """Choose the context that a model was trained for, as far as memory allows: the host's, and that of each device.
 
     Args:
         model_path: of a model that is loaded: its weights no longer count as free memory.
@@ -102,7 +102,7 @@ class _Room:
         self._on_device: dict[int, int] = {}
 
     def holds(self, kinds: list[capi.Memory], logits: int, untouched: int) -> bool:
-        """Whether a context fits.
+        """Say whether a context fits.
 
         Args:
             kinds: what it takes.
@@ -132,7 +132,7 @@ class _Room:
 
 @contextlib.contextmanager
 def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
-    """What the metadata of a GGUF say: a ``llama_model *`` that cannot run; None for a file that does not load."""
+    """Load what the metadata of a GGUF say: a ``llama_model *`` that cannot run; None for a file that does not load."""
     params = llama_cpp.llama_model_default_params()
     overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
     overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
@@ -143,7 +143,7 @@ def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
 
 @contextlib.contextmanager
 def _weightless(model_path: str | os.PathLike[str], model_params: llama_cpp.llama_model_params) -> Iterator[int | None]:
-    """A ``llama_model *`` that was given no memory; None for a file that does not load. Nobody hears of it."""
+    """Load a ``llama_model *`` that is given no memory; None for a file that does not load. Nobody hears of it."""
     params = type(model_params).from_buffer_copy(model_params)
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE

@@ -18,7 +18,7 @@ import numpy as np
 _registry, base = (library.ggml(library.llama_cpp, name) for name in ("ggml", "ggml-base"))
 
 F32, F16, I8, I32, I64 = 0, 1, 24, 26, 27
-"""Of ``enum ggml_type``; for the others see :func:`fasa_edge.runtime.capi.cache_type`."""
+"""Values of ``enum ggml_type``; for the others see :func:`fasa_edge.runtime.capi.cache_type`."""
 
 _TYPES = {np.dtype(np.float32): F32, np.dtype(np.float16): F16, np.dtype(np.int8): I8}
 _TYPES |= {np.dtype(np.int32): I32, np.dtype(np.int64): I64}
@@ -127,30 +127,30 @@ class Graph:
         return lambda *args: function(self._ctx, *args)
 
     def new(self, ggml_type: int, *shape: int) -> int:
-        """A tensor of a shape, outermost dimension first; its contents are undefined."""
+        """Make a tensor of a shape, outermost dimension first; its contents are undefined."""
         return self.ggml_new_tensor(ggml_type, len(shape), (i64 * len(shape))(*reversed(shape)))
 
     def tensor(self, array: np.ndarray) -> int:
-        """A tensor with the contents of an array."""
+        """Make a tensor with the shape, type and contents of an array: float32, float16, int8, int32 or int64."""
         tensor = self.new(_TYPES[array.dtype], *array.shape)
         self.write(tensor, array)
         return tensor
 
     @property
     def device(self) -> str:
-        """What the device calls itself."""
+        """The name that the device gives itself."""
         return base.ggml_backend_dev_description(self._device).decode()
 
     def free_memory(self) -> int:
-        """Bytes that the device has left."""
+        """Return the bytes that the device has left."""
         return capi.device_memory(self._device)
 
     def n_bytes(self, tensor: int) -> int:
-        """Bytes of a tensor."""
+        """Return the bytes of a tensor."""
         return base.ggml_nbytes(tensor)
 
     def write(self, tensor: int, array: np.ndarray) -> None:
-        """Replace a tensor's contents."""
+        """Replace a tensor's contents by an array of as many bytes, else a ``ValueError``."""
         self._allocate(tensor)
         array = np.ascontiguousarray(array)
         if array.nbytes != self.n_bytes(tensor):
@@ -163,13 +163,13 @@ class Graph:
         base.ggml_backend_tensor_memset(tensor, 0, 0, self.n_bytes(tensor))
 
     def read(self, tensor: int, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
-        """A copy of a tensor's contents."""
+        """Copy a tensor's contents into an array of ``dtype`` and ``shape``; by default flat."""
         res = np.empty(self.n_bytes(tensor), np.uint8)
         base.ggml_backend_tensor_get(tensor, res.ctypes.data, 0, res.nbytes)
         return res.view(dtype).reshape(shape)
 
     def plan(self, *results: int) -> int:
-        """A graph that computes the results and whatever they need, in this order."""
+        """Make a graph that computes the results and whatever they need, in this order."""
         graph = self.ggml_new_graph()
         for result in results:
             self._allocate(result)
@@ -182,7 +182,7 @@ class Graph:
             raise FasaError(f"{self.device} returned status {status}: see ggml's log")
 
     def run(self, *results: int, n_threads: int | None = None) -> None:
-        """:meth:`plan` and :meth:`compute`, from then on with another number of threads if given."""
+        """Call :meth:`plan` and :meth:`compute`, from then on with another number of threads if given."""
         if n_threads is not None and not self.on_gpu:
             self._set_n_threads(self._backend, n_threads)
         self.compute(self.plan(*results))

@@ -47,13 +47,13 @@ class Build(ctypes.Structure):
 
 
 def installed(name: str) -> Path:
-    """``lib`` or ``llama.cpp``, which the build puts into the package: of this one, in a clone of the installed one."""
+    """Find ``lib`` or ``llama.cpp``, which the build puts into the package: this one, in a clone the installed one."""
     here = Path(__file__).parents[1] / name
     return here if here.exists() else Path(sysconfig.get_path("platlib"), "fasa_edge", name)
 
 
 def lib_dir() -> Path:
-    """Directory of the patched libraries: filled by the build, or named by ``FASA_LIB_PATH`` for work on them."""
+    """Find the directory of the patched libraries: the build's, or what ``FASA_LIB_PATH`` names for work on them."""
     return Path(os.environ.get("FASA_LIB_PATH") or installed("lib")).resolve()
 
 
@@ -99,9 +99,9 @@ def load() -> ModuleType:
 
 
 def ggml(llama_cpp: ModuleType, name: str = "ggml") -> ctypes.CDLL:
-    """A library of ggml, which is mapped already.
+    """Load a library of ggml, which is mapped already.
 
-    By name, because Windows finds the functions of a library in that library only, not in those it links to.
+    Its name is asked for, as Windows finds the functions of a library in that library only, not in those it links to.
 
     Args:
         llama_cpp: the imported bindings.
@@ -111,9 +111,9 @@ def ggml(llama_cpp: ModuleType, name: str = "ggml") -> ctypes.CDLL:
 
 
 def backends() -> list[str] | None:
-    """Paths of the backends that are mapped, the CPU's and those of devices; of the CPU's variants ggml keeps the best.
+    """List the paths of the backends that are mapped: devices' and the CPU's, of whose variants ggml keeps the best.
 
-    None where the system does not list a process' mapped files to it (macOS).
+    The result is None where the system does not list a process' mapped files to it (macOS).
     """
     maps = getattr(psutil.Process(), "memory_maps", None)
     if maps is None:
@@ -124,12 +124,12 @@ def backends() -> list[str] | None:
 
 
 def is_backend(path: Path) -> bool:
-    """Whether a library is named as ggml's backends are."""
+    """Say whether a library is named as ggml's backends are."""
     return "ggml-" in path.name and "ggml-base" not in path.name and path.suffix in (".so", ".dylib", ".dll")
 
 
 def cpu_backends() -> list[str] | None:
-    """Those of the CPU among :func:`backends`."""
+    """List those of the CPU among :func:`backends`."""
     found = backends()
     return None if found is None else [path for path in found if "ggml-cpu" in Path(path).name]
 

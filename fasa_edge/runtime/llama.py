@@ -146,7 +146,7 @@ class Fasa:
 
 
 class _Closed:
-    """In place of the model and the context of a ``Llama`` that is closed."""
+    """What stands in place of the model and the context of a ``Llama`` that is closed."""
 
     def __init__(self, model_path: str) -> None:
         self._model_path = model_path
@@ -156,7 +156,7 @@ class _Closed:
 
 
 class _Drafts(LlamaDraftModel):
-    """As many as fit into a batch beside the token before them: of what a batch more holds, logits are not kept."""
+    """Drafts that fit into a batch beside the token before them: of what a batch more holds, logits are not kept."""
 
     def __init__(self, model: LlamaDraftModel, n_batch: int) -> None:
         self.model = model
@@ -306,13 +306,13 @@ class Llama(llama_cpp.Llama):
         return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
-        """As of ``llama_cpp.Llama``. What the cache lacks of a prompt is read as one, however short it is."""
+        """Generate as the parent does. What the cache lacks of a prompt is read as one, however short it is."""
         arguments = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
         self._starts_prompt = arguments.arguments.get("reset", True)
         yield from super().generate(*arguments.args, **arguments.kwargs)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As of ``llama_cpp.Llama``. More than ``max_batch`` tokens are a prompt in all of their batches."""
+        """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches."""
         starts_prompt, self._starts_prompt = self._starts_prompt, False
         params = capi.get_params(self.ctx)
         capi.set_prompt(self.ctx, starts_prompt or (params is not None and len(tokens) > params.max_batch))
@@ -364,7 +364,7 @@ class Llama(llama_cpp.Llama):
 
 
 def kv_bytes_per_cell(model: int, type_k: int, type_v: int) -> float:
-    """What a cell of the KV cache of a model (``llama_model *``) takes, given ``enum ggml_type`` of K and V."""
+    """Compute the bytes of a cell of a model's (``llama_model *``) KV cache, given ``enum ggml_type`` of K and V."""
     # a layer without KV heads may keep one row for all of them (MLA)
     width = sum(max(layer.n_head_kv, 1) * layer.n_embd_head for layer in capi.layer_geometry(model))
     return width * (capi.bytes_per_element(type_k) + capi.bytes_per_element(type_v))

@@ -103,7 +103,7 @@ def quiet_log() -> Iterator[None]:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """As :func:`quiet_log`, and errors of this thread are not collected either: something is only tried."""
+    """Do as :func:`quiet_log`, and collect no errors of this thread either: something is only tried."""
     before = _thread.listeners
     with quiet_log():
         _thread.listeners = ()

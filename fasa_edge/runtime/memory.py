@@ -68,12 +68,12 @@ _V2 = _Version(("memory.max", "memory.high"), "memory.current", ("active_file", 
 
 
 def available() -> Available:
-    """The least that is left."""
+    """Return the least that is left."""
     return _least(limits())
 
 
 def limit_of_failure() -> Available:
-    """What an allocation that failed most likely exceeded: a limit of the process, if it has any."""
+    """Guess what an allocation that failed exceeded: a limit of the process, if it has any."""
     every = limits()
     return _least([limit for limit in every if limit.is_virtual] or every)
 
@@ -83,7 +83,7 @@ def _least(every: list[Available]) -> Available:
 
 
 def limits() -> list[Available]:
-    """What is left of each limit, the machine's memory the first; what cannot be read is no limit."""
+    """List what is left of each limit, the machine's memory the first; what cannot be read is no limit."""
     try:
         n_bytes = psutil.virtual_memory().available
     except (OSError, psutil.Error):  # no /proc, no file descriptor left

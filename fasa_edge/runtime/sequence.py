@@ -21,7 +21,7 @@ def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_log
         ctx: the context.
         tokens: what follows.
         n_batch: tokens of a batch; None for all at once.
-        n_logits: of the last so many tokens of each batch the logits are computed, see :func:`logits`.
+        n_logits: how many of the last tokens of each batch get logits, see :func:`logits`.
     """
     n_batch = n_batch or max(len(tokens), 1)
     for start in range(0, len(tokens), n_batch):
@@ -38,7 +38,7 @@ def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_log
 
 
 def logits(ctx: int, n: int) -> np.ndarray:
-    """Those of the last ``n`` tokens of the latest batch, float32 [n, n_vocab]; a copy."""
+    """Copy the logits of the last ``n`` tokens of the latest batch, float32 [n, n_vocab]."""
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(ctx)))
     if not n:
         return np.empty((0, n_vocab), np.float32)
@@ -46,7 +46,7 @@ def logits(ctx: int, n: int) -> np.ndarray:
 
 
 def cut(ctx: int, n_tokens: int) -> bool:
-    """Forget all but the first tokens; False: a memory that cannot forget a part, and did not."""
+    """Forget all but the first ``n_tokens``; False: a memory that cannot forget a part, and did not."""
     return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, n_tokens, -1)
 
 
@@ -56,7 +56,7 @@ def clear(ctx: int) -> None:
 
 
 def save(ctx: int) -> np.ndarray:
-    """The state of the sequence, uint8."""
+    """Copy the state of the sequence, uint8 [n_bytes]."""
     state = np.empty(llama_cpp.llama_state_seq_get_size(ctx, 0), np.uint8)
     if llama_cpp.llama_state_seq_get_data(ctx, _pointer(state), len(state), 0) != len(state):
         raise FasaError("llama.cpp cannot save the state of a sequence: see its log")
@@ -64,7 +64,7 @@ def save(ctx: int) -> np.ndarray:
 
 
 def restore(ctx: int, state: np.ndarray) -> None:
-    """Replace the sequence by a saved one.
+    """Replace the sequence by a saved one, uint8 [n_bytes] as :func:`save` gives it.
 
     Raises:
         FasaError: the state is of another model, or the cache is too small for it.
