@@ -69,7 +69,9 @@ SAME_ON_BOTH = {
 
 
 def test_a_name_means_one_thing_in_all_kernels() -> None:
-    definition = r"#define +(\w+)|constexpr [\w ]+?\b(\w+) +=|^(?:struct|class) (\w+) \{|^[A-Za-z][\w :*&<>]*?\b(\w+)\([^;]*$"
+    definition = (
+        r"#define +(\w+)|constexpr [\w ]+?\b(\w+) +=|^(?:struct|class) (\w+) \{|^[A-Za-z][\w :*&<>]*?\b(\w+)\([^;]*$"
+    )
     defined: dict[str, set[str]] = {"cpu": set(), "gpu": set()}
     for path in KERNELS:
         text, side = path.read_text(encoding="utf-8"), path.parent.name

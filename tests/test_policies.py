@@ -357,7 +357,7 @@ params = capi.get_params(llm.ctx)
 params._policy = 2
 refused(lambda: capi.set_params(llm.ctx, params))
 assert llm.fasa.settings["policy"] == "fasa"
-report = "fasa.policy: it takes libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)"
+report = "fasa.policy: other policies than fasa take libllama-fasa-eval, which is not loaded (llama-fasa-eval.h)"
 for policy, lines in (("oracle", [report]), ("fasa", [])):
     stock = llama_cpp.Llama(path, n_ctx=256, flash_attn=True, kv_overrides={"fasa.policy": policy}, verbose=False)
     assert capi.override_report(stock.model) == lines
