@@ -8,16 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from fasa_edge.cli.common import (
-    TextFile,
-    attention_text,
     echo,
-    generate,
     load_model,
     model_options,
-    read_text,
     refuse_ignored,
-    utf8,
 )
+from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
 from fasa_edge.errors import ChatError, FasaError
 from fasa_edge.runtime.chat import Chat
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fasa_edge.cli.common import (
-    TextFile,
-    attention_text,
     echo,
-    generate,
     json_option,
     load_model,
     model_options,
     print_json,
-    read_text,
     refuse_ignored,
-    utf8,
 )
+from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
 from fasa_edge.errors import FasaError
 
 import click
