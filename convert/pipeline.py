@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -177,11 +177,11 @@ def _make_profile(
     config: FasaConfig | None,
     progress: Progress,
     running: Mapping[str, Any],
-) -> tuple[Profile, Reading]:
+) -> tuple[Profile, Reading | None]:
     """Calibrates a GGUF on this machine; the arguments are those of :func:`convert`, checked; ``running``, the last.
 
     Returns:
-        The profile, and what the model read for it.
+        The profile, and what the model read for it, if that can be kept.
     """
     name, content = calibration_text
     context = context or _context_length(header)
@@ -196,7 +196,7 @@ def _make_profile(
                 f"calibration text {name} has {len(prompt)} tokens but {MIN_TOKENS} are needed: give a longer text"
             )
         rankings = rank_chunks(model, dims, prompt, objective, top_k, context, progress)
-        fingerprint, reading = model.fingerprint, model.reading(prompt)
+        fingerprint, reading = model.fingerprint, _reading(model, prompt)
     profile = Profile(
         n_tip=n_tip,
         chunks=[ranking.chunks for ranking in rankings],
@@ -217,11 +217,19 @@ def _make_profile(
     return profile, reading
 
 
+def _reading(model: ModelRun, prompt: Sequence[int]) -> Reading | None:
+    """What was read; None where llama.cpp cannot save it or memory is short, and the check has to read again."""
+    try:
+        return model.reading(prompt)
+    except (FasaError, MemoryError):
+        return None
+
+
 def _check(
     header: GgufHeader,
     profile: Profile,
     content: str,
-    reading: Reading,
+    reading: Reading | None,
     n_tip: int | str | None,
     progress: Progress,
     running: Mapping[str, Any],

@@ -8,7 +8,7 @@ from fasa_edge.cli import main
 from fasa_edge.config import FasaConfig
 from fasa_edge.convert import convert, inspect, pipeline, selfcheck
 from fasa_edge.convert.selfcheck import Check, check_profile, smallest_passing
-from fasa_edge.errors import ConvertError
+from fasa_edge.errors import ConvertError, FasaError
 from fasa_edge.io.gguf_header import read_header
 from fasa_edge.io.text import read_text
 
@@ -213,3 +213,14 @@ def test_what_the_calibration_read_is_not_read_again(model, monkeypatch):
 
     anew = check(model, made.profile)
     assert anew.kl == pytest.approx(made.check.kl, rel=0.05) and anew.mass == pytest.approx(made.check.mass, rel=1e-3)
+
+
+def test_what_cannot_be_saved_is_read_again(model, tmp_path, monkeypatch):
+    """The calibration is not lost for it."""
+
+    def fail(*_):
+        raise FasaError("llama.cpp cannot save the state of a sequence")
+
+    monkeypatch.setattr("fasa_edge.convert.capture.sequence.save", fail)
+    made = convert(model, profile=tmp_path / "p.gguf", config=CONFIG)
+    assert made.check and made.check.n_prefix == 2048 and made.unchecked is None

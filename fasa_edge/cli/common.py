@@ -182,7 +182,7 @@ model_file = _Model()
 
 
 def _with(command: Callable, *options: Callable) -> Callable:
-    for option in options:
+    for option in reversed(options):  # click lists those first that come last
         command = option(command)
     return command
 
@@ -211,7 +211,11 @@ def setting_option(name: str, *declarations: str, default: str | None = None, **
 
 
 threads_option = click.option(
-    "-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: half of the CPUs]"
+    "-t",
+    "--threads",
+    "n_threads",
+    type=click.IntRange(1),
+    help="Of decoding; prompts take all CPUs.  [default: half of the CPUs]",
 )
 gpu_layers_option = click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all.")
 

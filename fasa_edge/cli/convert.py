@@ -17,7 +17,6 @@ from fasa_edge.cli.common import (
     rope_options,
     setting_option,
     size_text,
-    threads_option,
 )
 from fasa_edge.config import FasaConfig
 from fasa_edge.runtime.llama import ROPE_ARGUMENTS
@@ -53,7 +52,9 @@ class _NTip(click.ParamType):
 @setting_option("max_batch")
 @setting_option("select")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
-@threads_option
+@click.option(
+    "-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: all CPUs to read, half of them to decode]"
+)
 @gpu_layers_option
 @rope_options
 @click.option("--force", is_flag=True, help="Replace an existing output, or an older annotation.")
