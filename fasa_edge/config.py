@@ -86,7 +86,7 @@ class FasaConfig:
     enabled: bool = _setting(True, "False: all tokens are attended to, everywhere.")
     exact: bool = _setting(
         False,
-        "What stays dense in a decode step on the CPU takes FASA's kernel: all cells, exact within rounding, faster.",
+        "What stays dense on the CPU, prompts as well, takes FASA's kernels: all cells, exact within rounding, faster.",
         is_optional=True,
     )
     budget: int = _setting(

@@ -129,6 +129,17 @@ def test_exact_decodes_as_dense_does(case, llm, tokens, dense) -> None:
     assert 0 < nmse(dense, exact) <= TOLERANCE
 
 
+def test_exact_reads_prompts_as_dense_does(case, llm, tokens, dense) -> None:
+    llm.reset()
+    llm.fasa.configure(enabled=False, exact=True)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[:N_PROMPT])
+    llm.fasa.configure(exact=False)
+    stats = llm.fasa.stats()
+    assert stats.n_layers_exact == stats.n_steps_prompt * (case.n_layer - case.dense.get("no_kv_heads", 0)) > 0
+    assert 0 < ((last_logits(llm) - dense[0]) ** 2).sum() <= TOLERANCE * (dense[0] ** 2).sum()
+
+
 def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
     everything = teacher_forced(llm, tokens, N_PROMPT, budget=N_CTX)
     check_layers(llm, case)

@@ -36,7 +36,7 @@ class FasaStats:
     """Counters of a context since it was made or since :meth:`Fasa.reset_stats`.
 
     Attributes:
-        n_steps_prompt: micro-batches that were prompts, and ran dense.
+        n_steps_prompt: micro-batches that were prompts, and attended to all cells.
         n_steps_decode: all others, of at most ``max_batch`` tokens per sequence.
         n_layers_sparse: layers that ran sparse, summed over the steps.
         n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge.runtime.capi.REASONS`).

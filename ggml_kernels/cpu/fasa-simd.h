@@ -57,6 +57,7 @@ static inline void v_store(float * p, vec x)       { _mm512_storeu_ps(p, x); }
 static inline vec  v_add  (vec a, vec b)           { return _mm512_add_ps(a, b); }
 static inline vec  v_sub  (vec a, vec b)           { return _mm512_sub_ps(a, b); }
 static inline vec  v_mul  (vec a, vec b)           { return _mm512_mul_ps(a, b); }
+static inline vec  v_div  (vec a, vec b)           { return _mm512_div_ps(a, b); }
 static inline vec  v_fma  (vec a, vec b, vec c)    { return _mm512_fmadd_ps(a, b, c); }
 static inline vec  v_max  (vec a, vec b)           { return _mm512_max_ps(a, b); }
 
@@ -120,6 +121,7 @@ static inline void v_store(float * p, vec x)       { _mm256_storeu_ps(p, x); }
 static inline vec  v_add  (vec a, vec b)           { return _mm256_add_ps(a, b); }
 static inline vec  v_sub  (vec a, vec b)           { return _mm256_sub_ps(a, b); }
 static inline vec  v_mul  (vec a, vec b)           { return _mm256_mul_ps(a, b); }
+static inline vec  v_div  (vec a, vec b)           { return _mm256_div_ps(a, b); }
 static inline vec  v_fma  (vec a, vec b, vec c)    { return _mm256_fmadd_ps(a, b, c); }
 static inline vec  v_max  (vec a, vec b)           { return _mm256_max_ps(a, b); }
 
@@ -172,6 +174,7 @@ static inline void v_store(float * p, vec x)       { vst1q_f32(p, x); }
 static inline vec  v_add  (vec a, vec b)           { return vaddq_f32(a, b); }
 static inline vec  v_sub  (vec a, vec b)           { return vsubq_f32(a, b); }
 static inline vec  v_mul  (vec a, vec b)           { return vmulq_f32(a, b); }
+static inline vec  v_div  (vec a, vec b)           { return vdivq_f32(a, b); }
 static inline vec  v_fma  (vec a, vec b, vec c)    { return vfmaq_f32(c, a, b); }
 
 static inline vec v_select_gt(vec a, vec b, vec x, vec y) {
@@ -246,6 +249,7 @@ static inline void v_store(float * p, vec x)       { memcpy(p, x.lane, sizeof(x.
 static inline vec  v_add  (vec a, vec b)           { return v_map([&](int i) { return a.lane[i] + b.lane[i]; }); }
 static inline vec  v_sub  (vec a, vec b)           { return v_map([&](int i) { return a.lane[i] - b.lane[i]; }); }
 static inline vec  v_mul  (vec a, vec b)           { return v_map([&](int i) { return a.lane[i]*b.lane[i]; }); }
+static inline vec  v_div  (vec a, vec b)           { return v_map([&](int i) { return a.lane[i] / b.lane[i]; }); }
 static inline vec  v_fma  (vec a, vec b, vec c)    { return v_map([&](int i) { return a.lane[i]*b.lane[i] + c.lane[i]; }); }
 static inline vec  v_max  (vec a, vec b)           { return v_map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
 
@@ -314,6 +318,16 @@ static inline vec v_exp2(vec x) {
     p = v_fma(p, f, v_set1(1.0f));
 
     return v_times_pow2(p, z);
+}
+
+// within 1e-7, also near 0; NaN stays NaN
+static inline vec v_tanh(vec x) {
+    const vec zero = v_set1(0.0f);
+    const vec one  = v_set1(1.0f);
+    const vec e    = v_exp2(v_mul(v_max(x, v_sub(zero, x)), v_set1(-2.0f*FASA_LOG2_E)));
+    const vec t    = v_div(v_sub(one, e), v_add(one, e));
+
+    return v_select_gt(zero, x, v_sub(zero, t), t);
 }
 
 static inline float v_sum(vec x) {

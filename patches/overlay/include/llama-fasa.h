@@ -45,7 +45,7 @@ extern "C" {
     // defaults come from the metadata `fasa.<field>`, which --override-kv can replace at load
     struct llama_fasa_params {
         bool     enabled;
-        bool     exact;          // what stays dense in a decode step on the CPU is attended to with FASA's kernel, all cells
+        bool     exact;          // what stays dense on the CPU, prompts as well, is attended to with FASA's kernels, all cells
         uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to

@@ -180,9 +180,9 @@ ggml_tensor * llama_fasa_attn::build(
 
     const bool is_sparse = reason == LLAMA_FASA_REASON_NONE;
 
-    if (!is_sparse && (inp->is_prompt || !is_exact(k, v, kq_b))) {
+    if (!is_sparse && !is_exact(k, v, kq_b)) {
         inp->add_layer(reason, row_bytes, 0);
-        if (fasa->params.exact && !inp->is_prompt && !fasa->logged_exact) {
+        if (fasa->params.exact && !fasa->logged_exact) {
             LLAMA_LOG_WARN("fasa: fasa.exact has no effect on layer %d: it takes flash attention, K in host memory, and no bias on the logits\n", il);
             fasa->logged_exact = true;
         }

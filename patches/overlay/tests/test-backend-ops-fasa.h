@@ -56,6 +56,22 @@ static void add_test_cases_fasa_fuzz(std::vector<std::unique_ptr<test_case>> & t
     }
 }
 
+// all cells for many tokens
+static void add_test_cases_fasa_prompt(std::vector<std::unique_ptr<test_case>> & test_cases) {
+    for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 2 }, { 7, 1 } }) {
+        for (int64_t hidden : { 0, 10, 97 }) {
+            test_cases.emplace_back(new test_fasa_attend( 64,  64, 2, nr23, 301, 35, 0, false, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, hidden));
+            test_cases.emplace_back(new test_fasa_attend(128,  96, 1, nr23, 200, 24, 0, true,  5.0f, GGML_TYPE_F16, GGML_TYPE_F16, hidden));
+        }
+    }
+    for (ggml_type type_KV : { GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL }) {
+        test_cases.emplace_back(new test_fasa_attend(64, 64, 2, { 4, 1 }, 130, 33, 0, false, 0.0f, type_KV, type_KV));
+    }
+    for (int64_t n_inf : { 100, 200 }) {
+        test_cases.emplace_back(new test_fasa_attend(64, 64, 2, { 4, 2 }, 200, 30, 0, true, 0.0f, GGML_TYPE_F16, GGML_TYPE_F16, 10, false, n_inf));
+    }
+}
+
 static void add_test_cases_fasa_decode(std::vector<std::unique_ptr<test_case>> & test_cases) {
     for (int64_t nb : { 1, 3 }) {
         for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 1 }, { 7, 2 }, { 12, 1 } }) {
@@ -147,6 +163,7 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
         test_cases.emplace_back(new test_fasa_select(64, 2, { 1, 1 }, 1024, 1, 24, 950,  0, 0, 10, GGML_TYPE_F16, false, false, ldexpf(1.0f, exponent)));
     }
 
+    add_test_cases_fasa_prompt(test_cases);
     add_test_cases_fasa_decode(test_cases);
     add_test_cases_fasa_fuzz(test_cases);
 }
@@ -164,4 +181,7 @@ static void add_test_cases_fasa_perf(std::vector<std::unique_ptr<test_case>> & t
         test_cases.emplace_back(new test_fasa_attend( 64,  64, 3, { 3, 1 }, kv, 1, 0));
         test_cases.emplace_back(new test_fasa_attend(128, 128, 8, { 4, 1 }, kv, 1, 0));
     }
+    // a micro-batch of their prompts
+    test_cases.emplace_back(new test_fasa_attend( 64,  64, 3, { 3, 1 }, 8192, 512, 0));
+    test_cases.emplace_back(new test_fasa_attend(128, 128, 8, { 4, 1 }, 8192, 512, 0));
 }
