@@ -1,4 +1,4 @@
-"""``fasa.exact``: decode steps that attend to all cells take FASA's kernel (all kinds: ``test_architectures.py``)."""
+"""``fasa.exact``: prompts, and decode steps that attend to all cells, take FASA's kernels (all kinds: ``test_architectures.py``)."""
 
 from __future__ import annotations
 
@@ -54,8 +54,7 @@ def test_a_model_without_profile(tmp_path, load, recwarn) -> None:
     stock, exact = load(model), load(model, fasa_exact=True)
     assert not recwarn.list and not exact.fasa.available and exact.fasa.settings["exact"]
     wanted, found = steps(stock), steps(exact)
-    assert (found[0] == wanted[0]).all()  # prompts are stock's
-    assert 0 < nmse(wanted[1:], found[1:]) <= SAME_ATTENTION
+    assert 0 < nmse(wanted[0], found[0]) <= SAME_ATTENTION and 0 < nmse(wanted[1:], found[1:]) <= SAME_ATTENTION
     stats = exact.fasa.stats()
     assert stats.n_layers_exact == N_LAYER * N_DECODE and stats.n_layers_sparse == 0 and stats.read_ratio == 1
 
