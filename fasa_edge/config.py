@@ -110,6 +110,13 @@ class FasaConfig:
         is_optional=True,
     )
 
+    prompt_mass: int = _setting(
+        1000,
+        "Thousandths of its attention, by the tips, that a token of a prompt is left with, on the CPU; 1000: all.",
+        limits=(1, 1000),
+        is_optional=True,
+    )
+
     def __post_init__(self) -> None:
         for item in fields(self):
             SETTINGS[item.name].check(getattr(self, item.name))

@@ -200,6 +200,29 @@ ggml_tensor * ggml_fasa_attend(
     return result;
 }
 
+void ggml_fasa_attend_set_tips(
+        ggml_tensor * a,
+        ggml_tensor * q,
+        ggml_tensor * tips,
+        ggml_tensor * dims,
+        ggml_tensor * ranges,
+        float         mass) {
+    GGML_ASSERT(a->op == GGML_OP_FASA_ATTEND && a->src[4]);
+    fasa_check_tips(tips, dims, ranges);
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
+    GGML_ASSERT(ggml_are_same_shape(q, a->src[0]));
+    GGML_ASSERT(tips->ne[1]*FASA_TIPS_CELLS >= a->src[1]->ne[2]);
+    GGML_ASSERT(tips->ne[2] == a->src[1]->ne[1] && tips->ne[3] == q->ne[3]);
+    GGML_ASSERT(mass > 0.0f);
+
+    ggml_set_op_params_f32(a, 2, mass);
+
+    a->src[6] = q;
+    a->src[7] = tips;
+    a->src[8] = dims;
+    a->src[9] = ranges;
+}
+
 float ggml_fasa_bandwidth(ggml_backend_dev_t dev) {
     ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : NULL;
     auto * bandwidth = reg ? (float (*)(ggml_backend_dev_t)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_fasa_bandwidth") : NULL;

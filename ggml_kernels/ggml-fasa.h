@@ -116,6 +116,18 @@ extern "C" {
             float                 scale,
             float                 logit_softcap);
 
+    // of an attend with a mask: let the tokens of a prompt attend to the blocks of cells that matter to them, by the tips
+    //
+    //   q, tips, dims, ranges: as for ggml_fasa_select; what fills the tips has to come earlier in the graph
+    //   mass: share of the attention of the queries that are asked for their neighbours, by their scores; >= 1: all blocks
+    GGML_API void ggml_fasa_attend_set_tips(
+            struct ggml_tensor * a,
+            struct ggml_tensor * q,
+            struct ggml_tensor * tips,
+            struct ggml_tensor * dims,
+            struct ggml_tensor * ranges,
+            float                mass);
+
     //
     // when it pays, on a GPU
     //

@@ -119,6 +119,62 @@ def select(scores: np.ndarray, n_fac: int, forced: np.ndarray | None = None) -> 
     return res
 
 
+PROMPT_ROWS = 144  # query heads of neighbouring tokens that attend to the same blocks, about
+PROMPT_BLOCK = 64  # cells
+PROMPT_ASKED = 4  # tokens that are asked for all of these
+
+
+def prompt_blocks(
+    q: np.ndarray, tips: np.ndarray, dims: np.ndarray, ranges: np.ndarray, mask: np.ndarray, scale: float, mass: float
+) -> np.ndarray:
+    """The cells that the tokens of a prompt attend to for each KV head: those they see in the blocks that matter.
+
+    Of a tile of neighbouring tokens a few are asked. Blocks are taken by the greatest share of attention that one of
+    their query heads gives them, by its scores on the tips, until each head is left with ``mass`` of its own. Always
+    taken are the first block that is seen, those that only some of the tile's tokens see, and those before these.
+
+    Args:
+        q: float32 [n_tokens, n_head, n_embd_head].
+        tips: uint8 [n_kv, n_head_kv, n_dim] from :func:`store`.
+        dims: int32 [n_head_kv, n_dim].
+        ranges: float32 [n_head_kv, 2, n_dim].
+        mask: float [n_tokens, n_kv], 0 visible, -inf not.
+        scale: of the logits.
+        mass: share of attention, less than 1.
+
+    Returns:
+        int32 [n_tokens, n_head_kv, n_kv] ids, -1 where a cell is not attended to.
+    """
+    n_tokens, n_head, _ = q.shape
+    n_kv, n_head_kv = tips.shape[:2]
+    n_group, n_blocks = n_head // n_head_kv, -(-n_kv // PROMPT_BLOCK)
+    blocks = np.arange(n_kv) // PROMPT_BLOCK
+    visible = mask > MASKED
+    scores = score(q, tips, dims, ranges, mask, scale, by_head=True)
+    res = np.full((n_tokens, n_head_kv, n_kv), -1, np.int32)
+    n_tile = min(n_tokens, max(PROMPT_ROWS // n_group, 1))
+    for start in range(0, n_tokens, n_tile):
+        tile = np.arange(start, min(start + n_tile, n_tokens))
+        seen = np.array([visible[tile][:, blocks == block].mean() for block in range(n_blocks)])
+        always = (seen > 0) & (seen < 1)
+        always[:-1] |= (seen[:-1] == 1) & (seen[1:] < 1)
+        always[(seen > 0).argmax()] |= (seen > 0).any()
+        asked = tile[[max((i + 1) * len(tile) // PROMPT_ASKED - 1, 0) for i in range(PROMPT_ASKED)]]
+        for ih in range(n_head_kv):
+            logits = scores[asked, ih * n_group : (ih + 1) * n_group].reshape(-1, n_kv)
+            weights = np.exp(logits - np.maximum(logits.max(axis=1, keepdims=True), -F32_MAX))
+            shares = np.stack([weights[:, blocks == block].sum(axis=1) for block in range(n_blocks)], 1)
+            totals = shares.sum(axis=1, keepdims=True)
+            shares = np.where(totals > 0, shares / np.where(totals > 0, totals, 1), np.arange(n_blocks) == 0)
+            order = np.argsort(-np.where(always, np.inf, shares.max(axis=0)), kind="stable")
+            n_before = np.append(0, np.cumsum(shares[:, order], axis=1).min(axis=0)[:-1])
+            taken = np.zeros(n_blocks, bool)
+            taken[order] = always[order] | (n_before < mass)
+            cells = taken[blocks] & visible[tile]
+            res[tile, ih] = np.where(cells, np.arange(n_kv), -1)
+    return res
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,

@@ -140,6 +140,19 @@ def test_exact_reads_prompts_as_dense_does(case, llm, tokens, dense) -> None:
     assert 0 < ((last_logits(llm) - dense[0]) ** 2).sum() <= TOLERANCE * (dense[0] ** 2).sum()
 
 
+def test_prompts_by_blocks_are_near_dense_ones(case, llm, tokens, dense) -> None:
+    """Random weights attend to everything a little, so hardly a block is left out."""
+    llm.reset()
+    llm.fasa.configure(enabled=True, prompt_mass=999)
+    llm.fasa.reset_stats()
+    llm.eval(tokens[:N_PROMPT])
+    llm.fasa.configure(prompt_mass=1000)
+    stats = llm.fasa.stats()
+    assert stats.n_layers_sparse == stats.n_steps_prompt * case.n_sparse > 0
+    assert stats.n_layers_dense == {reason: stats.n_steps_prompt * n for reason, n in case.dense.items()}
+    assert 0 < ((last_logits(llm) - dense[0]) ** 2).sum() <= 1e-2 * (dense[0] ** 2).sum()
+
+
 def test_attending_to_all_cells_decodes_as_dense_does(case, llm, tokens, dense) -> None:
     everything = teacher_forced(llm, tokens, N_PROMPT, budget=N_CTX)
     check_layers(llm, case)

@@ -1,4 +1,4 @@
-"""``fasa.exact``: prompts, and decode steps that attend to all cells, take FASA's kernels (all kinds: ``test_architectures.py``)."""
+"""``fasa.exact``: what attends to all cells takes FASA's kernels (all kinds of models: ``test_architectures.py``)."""
 
 from __future__ import annotations
 

@@ -68,8 +68,10 @@ def test_the_library_has_the_same_defaults(tmp_path: Path) -> None:
     """Where it has any: a file may lack what came later, and ``exact`` alone needs no file."""
     llm = fasa_edge.Llama(str(make_model(tmp_path / "plain.gguf")), n_ctx=256, fasa_exact=True, verbose=False)
     found = llm.fasa.settings
-    assert found == found | {"max_batch": FasaConfig.max_batch, "select": FasaConfig.select}
-    assert OPTIONAL == {"fasa.exact": FasaConfig.exact, "fasa.select": FasaConfig.select}
+    defaults = {name: getattr(FasaConfig, name) for name in ("max_batch", "select", "prompt_mass")}
+    assert found == found | defaults
+    names = ("exact", "select", "prompt_mass")
+    assert {f"fasa.{name}": getattr(FasaConfig, name) for name in names} == OPTIONAL
     llm.close()
 
 

@@ -51,6 +51,7 @@ class _NTip(click.ParamType):
 @setting_option("min_ctx")
 @setting_option("max_batch")
 @setting_option("select")
+@setting_option("prompt_mass")
 @click.option("--check/--no-check", default=True, help="Try the chunks on held-out text in the end.")
 @click.option(
     "-t", "--threads", "n_threads", type=click.IntRange(1), help="[default: all CPUs to read, half of them to decode]"

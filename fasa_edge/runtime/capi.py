@@ -37,6 +37,7 @@ class Params(ctypes.Structure):
         ("n_tip", ctypes.c_uint32),
         ("n_dense_layers", ctypes.c_uint32),
         ("_select", ctypes.c_int),
+        ("prompt_mass", ctypes.c_uint32),
         ("_policy", ctypes.c_int32),
     ]
 

@@ -9,11 +9,9 @@
 
 #pragma once
 
-#include "fasa-attend.h"
+#include "fasa-attend-blocks.h"
 
 namespace {
-
-constexpr int64_t FASA_TILE_CELLS = 64; // whose K and V are at hand together
 
 constexpr int FASA_PANEL  = 3;           // vectors of query rows that are worked on together
 constexpr int FASA_BROADS = FASA_ACCS/2; // numbers that meet them: their products fill the registers
@@ -62,6 +60,8 @@ struct fasa_tile_work {
     float * v;       // [n_v, FASA_TILE_CELLS]
     float * weights; // [N_PANEL, FASA_TILE_CELLS], of one panel; logits before
     float * sums;    // [N_PANEL, n_v + 2, n_panels]: weighted sums of V, greatest logit so far, sum of weights
+    float * blocks;  // see fasa_choose_blocks
+    float * end;
 
     fasa_tile_work(const fasa_attend_op & op, float * base) :
         n_panels((op.n_tile*op.n_group + N_PANEL - 1)/N_PANEL), n_k(op.n_k), n_v(op.n_v), q(base) {
@@ -69,9 +69,11 @@ struct fasa_tile_work {
         v       = k       + FASA_TILE_CELLS*n_k;
         weights = v       + FASA_TILE_CELLS*n_v;
         sums    = weights + FASA_TILE_CELLS*N_PANEL;
+        blocks  = sums    + n_panels*(n_v + 2)*N_PANEL;
+        end     = blocks  + fasa_blocks_size(op);
     }
 
-    int64_t size() const { return sums - q + n_panels*(n_v + 2)*N_PANEL; }
+    int64_t size() const { return end - q; }
 
     float * panel_q   (int64_t ip) const { return q    + ip*n_k*N_PANEL; }
     float * panel_sums(int64_t ip) const { return sums + ip*(n_v + 2)*N_PANEL; }
@@ -97,22 +99,6 @@ void fasa_unpack_rows(const fasa_rows & rows, int64_t first, int64_t n, float * 
         }
     }
     std::fill(dst + n*rows.n, dst + GGML_PAD(n, FASA_BROADS)*rows.n, 0.0f);
-}
-
-// of the cells of a tile, what some tokens see
-enum fasa_visible { FASA_NONE, FASA_SOME, FASA_ALL };
-
-fasa_visible fasa_get_visible(const fasa_attend_op & op, const fasa_attend_op::unit & u, int64_t n_tokens, int64_t first, int64_t n) {
-    bool any = false;
-    bool all = true;
-    for (int64_t it = 0; it < n_tokens; ++it) {
-        for (int64_t i = 0; i < n; i += FASA_LANES) {
-            const uint32_t bits = op.mask_bits(u, u.token + it, first + i, std::min<int64_t>(FASA_LANES, n - i));
-            any |= bits != 0;
-            all &= bits == v_bits_first(n - i);
-        }
-    }
-    return all ? FASA_ALL : any ? FASA_SOME : FASA_NONE;
 }
 
 // logits of what the tokens of a panel do not see become -INFINITY
@@ -241,17 +227,19 @@ void fasa_attend_tile(const fasa_attend_op & op, const fasa_attend_op::unit & u,
             q[i*n_panel] = scale*row[i];
         }
     }
-    std::fill(work.sums, work.q + work.size(), 0.0f);
+    std::fill(work.sums, work.blocks, 0.0f);
     for (int64_t ip = 0; ip < work.n_panels; ++ip) {
         float * greatest = work.panel_sums(ip) + work.n_v*n_panel;
         std::fill(greatest, greatest + n_panel, -FLT_MAX); // finite: a logit of -INFINITY has no weight beside it
     }
 
-    const int64_t end = std::min((u.chunk + 1)*op.n_chunk, op.n_list);
+    const int64_t begin = u.chunk*op.n_chunk;
+    const int64_t end   = std::min(begin + op.n_chunk, op.n_list);
+    const auto *  seen  = fasa_choose_blocks(op, u, n_tokens, begin, end, work.blocks);
 
-    for (int64_t i = u.chunk*op.n_chunk; i < end; i += FASA_TILE_CELLS) {
+    for (int64_t i = begin; i < end; i += FASA_TILE_CELLS) {
         const int64_t      n       = std::min(FASA_TILE_CELLS, end - i);
-        const fasa_visible visible = fasa_get_visible(op, u, n_tokens, i, n);
+        const fasa_visible visible = seen[(i - begin)/FASA_TILE_CELLS];
 
         if (visible == FASA_NONE) {
             continue;

@@ -12,6 +12,7 @@ constexpr int64_t FASA_MIN_CHUNK  = 32;  // cells
 constexpr int64_t FASA_MAX_CHUNKS = 64;  // of a head
 constexpr int64_t FASA_TILE_ROWS  = 144; // query heads of neighbouring tokens that are worked on together, about
 constexpr int64_t FASA_MIN_TILE   = 24;  // as many are worth a tile
+constexpr int64_t FASA_TILE_CELLS = 64;  // whose K and V are at hand together: a block
 
 int64_t fasa_pad(int64_t n) {
     return GGML_PAD(n, std::max(FASA_LANES, 8));
@@ -26,6 +27,12 @@ struct fasa_attend_op {
     const ggml_tensor * mask;
     const ggml_tensor * sinks;
     const ggml_tensor * dst;
+
+    // of what chooses blocks of cells, or NULL
+    const ggml_tensor * q_tip;
+    const ggml_tensor * tips;
+    const ggml_tensor * dims;
+    const ggml_tensor * ranges;
 
     int64_t n_heads;  // that have a list: KV heads for their whole group, or query heads
     int64_t n_shared; // of them that read one KV head
@@ -46,9 +53,11 @@ struct fasa_attend_op {
 
     float scale;
     float softcap;
+    float mass;
 
     explicit fasa_attend_op(const ggml_tensor * dst) :
-        q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), idx(dst->src[3]), mask(dst->src[4]), sinks(dst->src[5]), dst(dst) {
+        q(dst->src[0]), k(dst->src[1]), v(dst->src[2]), idx(dst->src[3]), mask(dst->src[4]), sinks(dst->src[5]), dst(dst),
+        q_tip(dst->src[6]), tips(dst->src[7]), dims(dst->src[8]), ranges(dst->src[9]) {
         n_heads   = idx ? idx->ne[1] : k->ne[1];
         n_shared  = n_heads/k->ne[1];
         n_group   = q->ne[1]/n_heads;
@@ -60,7 +69,7 @@ struct fasa_attend_op {
 
         // enough chunks for many threads, but not more than that, as each has sums of its own; the same for one stream or many
         const int64_t min_chunk  = n_heads*n_tiles < 4 ? FASA_MIN_CHUNK : 4*FASA_MIN_CHUNK;
-        const int64_t max_chunks = std::max<int64_t>(FASA_MAX_CHUNKS/(is_tiled() ? n_heads*n_tiles : n_tokens), 1);
+        const int64_t max_chunks = tips ? 1 : std::max<int64_t>(FASA_MAX_CHUNKS/(is_tiled() ? n_heads*n_tiles : n_tokens), 1);
 
         n_chunk   = GGML_PAD(std::max(min_chunk, (n_list + max_chunks - 1)/max_chunks), FASA_MIN_CHUNK);
         n_chunks  = (n_list + n_chunk - 1)/n_chunk;
@@ -72,10 +81,11 @@ struct fasa_attend_op {
 
         scale   = ggml_get_op_params_f32(dst, 0);
         softcap = ggml_get_op_params_f32(dst, 1);
+        mass    = tips ? ggml_get_op_params_f32(dst, 2) : 1.0f;
     }
 
     // a token's list is its own, a mask has much in common with the next token's
-    bool is_tiled() const { return !idx && n_tokens > 1 && n_tokens*n_group >= FASA_MIN_TILE; }
+    bool is_tiled() const { return tips || (!idx && n_tokens > 1 && n_tokens*n_group >= FASA_MIN_TILE); }
 
     // the cells of a chunk for one list, and some tokens
     struct unit {
@@ -93,13 +103,19 @@ struct fasa_attend_op {
         return ((((u.stream*n_tokens + it)*n_heads + u.head)*n_chunks + u.chunk)*n_group + ig)*n_sums;
     }
 
-    const float * q_row(const unit & u, int64_t it, int64_t ig) const {
-        return (const float *) ((const char *) q->data + (u.head*n_group + ig)*q->nb[1] + it*q->nb[2] + u.stream*q->nb[3]);
+    const float * q_row(const unit & u, int64_t it, int64_t ig) const { return row_of(q, u, it, ig); }
+
+    const float * row_of(const ggml_tensor * t, const unit & u, int64_t it, int64_t ig) const {
+        return (const float *) ((const char *) t->data + (u.head*n_group + ig)*t->nb[1] + it*t->nb[2] + u.stream*t->nb[3]);
+    }
+
+    const ggml_fp16_t * mask_row(const unit & u, int64_t it) const {
+        return (const ggml_fp16_t *) ((const char *) mask->data + it*mask->nb[1] + u.stream*mask->nb[3]);
     }
 
     // bit i: the token sees cell first + i; n of them, at most FASA_LANES
     uint32_t mask_bits(const unit & u, int64_t it, int64_t first, int64_t n) const {
-        const auto * row = (const ggml_fp16_t *) ((const char *) mask->data + it*mask->nb[1] + u.stream*mask->nb[3]) + first;
+        const ggml_fp16_t * row = mask_row(u, it) + first;
 
         if (n < FASA_LANES) {
             uint32_t bits = 0;

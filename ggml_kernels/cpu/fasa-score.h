@@ -6,7 +6,6 @@
 #include "fasa-simd.h"
 
 #include <cfloat>
-#include <type_traits>
 
 namespace {
 
@@ -133,6 +132,23 @@ struct fasa_group_query {
     }
 };
 
+// row: of one query head; scale: of the logits; returns what makes its scores of the sums, NaN if the row is not finite
+float fasa_round_row(const float * row, const int32_t * dims, const float * steps, int64_t n_dim, float scale, int32_t * quads) {
+    float amax = 0.0f;
+    for (int64_t i = 0; i < n_dim; ++i) {
+        const float x = std::fabs(row[dims[i]]*steps[i]);
+        amax = x > amax || std::isnan(x) ? x : amax;
+    }
+    const bool  finite  = std::isfinite(amax);
+    const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
+
+    int8_t * values = (int8_t *) quads;
+    for (int64_t i = 0; i < FASA_TIPS_PAIR*fasa_tips_n_pairs(n_dim); ++i) {
+        values[i] = i < n_dim && inverse > 0.0f ? (int8_t) std::nearbyint(row[dims[i]]*steps[i]*inverse) : 0;
+    }
+    return finite ? std::clamp(FASA_LOG2_E*scale*amax/127.0f, -FASA_MOST, FASA_MOST) : NAN;
+}
+
 void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_group_query & query) {
     const float     scale = ggml_get_op_params_f32(op.dst, 0);
     const int32_t * dims  = (const int32_t *) op.dims->data + op.head_kv(row)*op.n_dim;
@@ -142,20 +158,8 @@ void fasa_round_query(const fasa_select_op & op, int64_t row, const fasa_group_q
         const float * q_row = (const float *) ((const char *) op.q->data +
             (op.head(row)*op.n_group + ig)*op.q->nb[1] + op.token(row)*op.q->nb[2] + op.stream(row)*op.q->nb[3]);
 
-        float amax = 0.0f;
-        for (int64_t i = 0; i < op.n_dim; ++i) {
-            const float x = std::fabs(q_row[dims[i]]*steps[i]);
-            amax = x > amax || std::isnan(x) ? x : amax;
-        }
-        const bool  finite  = std::isfinite(amax);
-        const float inverse = finite && amax > FASA_LEAST ? 127.0f/amax : 0.0f;
-
-        int8_t * values = (int8_t *) (query.quads + ig*op.n_quads);
-        for (int64_t i = 0; i < FASA_TIPS_QUAD*op.n_quads; ++i) {
-            values[i] = i < op.n_dim && inverse > 0.0f ? (int8_t) std::nearbyint(q_row[dims[i]]*steps[i]*inverse) : 0;
-        }
         // a head that is not finite has no say
-        query.scale[ig] = finite ? std::clamp(FASA_LOG2_E*scale*amax/127.0f, -FASA_MOST, FASA_MOST) : NAN;
+        query.scale[ig] = fasa_round_row(q_row, dims, steps, op.n_dim, scale, query.quads + ig*op.n_quads);
     }
 }
 
@@ -210,6 +214,17 @@ inline void fasa_score_block(
     }
 }
 
+// the same for up to FASA_SCORE_HEADS of them
+inline void fasa_score_heads(int64_t n_heads,
+        const char * block, const ggml_fp16_t * mask, int64_t n_quads, const fasa_group_query & query, float * scores, int64_t stride) {
+    switch (n_heads) {
+        case 1:  fasa_score_block<1>(block, mask, n_quads, query, scores, stride); break;
+        case 2:  fasa_score_block<2>(block, mask, n_quads, query, scores, stride); break;
+        case 3:  fasa_score_block<3>(block, mask, n_quads, query, scores, stride); break;
+        default: fasa_score_block<4>(block, mask, n_quads, query, scores, stride); break;
+    }
+}
+
 // scores of some cells, and what they add to the statistics of each query head, lane by lane: between the loads of one
 // piece and the next there is little to compute, so the memory stays busy
 void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const fasa_group_query & query, int64_t cell0, int64_t cell1) {
@@ -234,15 +249,7 @@ void fasa_score_piece(const fasa_select_op & op, const fasa_part & part, const f
                 FASA_PREFETCH(block + FASA_BLOCKS_AHEAD*block_size + i);
             }
 
-            const auto score_block = [&](auto n) {
-                fasa_score_block<decltype(n)::value>(block, mask + cell, op.n_quads, heads, scores + (cell - cell0), op.n_kv);
-            };
-            switch (n_heads) {
-                case 1:  score_block(std::integral_constant<int, 1>()); break;
-                case 2:  score_block(std::integral_constant<int, 2>()); break;
-                case 3:  score_block(std::integral_constant<int, 3>()); break;
-                default: score_block(std::integral_constant<int, 4>()); break;
-            }
+            fasa_score_heads(n_heads, block, mask + cell, op.n_quads, heads, scores + (cell - cell0), op.n_kv);
         }
 
         for (int64_t ih = 0; ih < n_heads && op.n_group > 1; ++ih) {

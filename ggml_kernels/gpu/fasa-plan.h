@@ -188,7 +188,8 @@ static bool fasa_attend_supported(const ggml_tensor * op) {
                 return false;
         }
     };
-    return is_supported(op->src[1]) && is_supported(op->src[2]) && op->ne[1]*op->ne[2]*op->ne[3] <= FASA_MAX_ROWS;
+    const bool is_by_blocks = op->src[7]; // of a prompt
+    return is_supported(op->src[1]) && is_supported(op->src[2]) && op->ne[1]*op->ne[2]*op->ne[3] <= FASA_MAX_ROWS && !is_by_blocks;
 }
 
 struct fasa_attend_plan {

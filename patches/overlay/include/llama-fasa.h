@@ -56,6 +56,8 @@ extern "C" {
 
         enum llama_fasa_select_type select;
 
+        uint32_t prompt_mass;    // thousandths of their attention, by the tips, that the tokens of a prompt are left with, on the CPU; 1000: all
+
         int32_t policy; // which cells a head attends to, 0: as FASA says; others: of a library for evaluation, see llama-fasa-eval.h;
                         // never in the metadata, only an override
     };

@@ -38,7 +38,7 @@ bool llama_fasa_attn::is_flash_attn(const ggml_tensor * v) const {
 }
 
 llama_fasa_reason llama_fasa_attn::reason_dense(
-        const llama_fasa_tips * tips, uint32_t n_kv, bool is_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+        const llama_fasa_tips * tips, uint32_t n_kv, bool is_dense_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const {
     const auto & params = fasa->params;
 
     if (graph.hparams.is_swa(il)) {
@@ -65,7 +65,7 @@ llama_fasa_reason llama_fasa_attn::reason_dense(
     if (!graph.cparams.causal_attn) {
         return LLAMA_FASA_REASON_NON_CAUSAL;
     }
-    if (is_prompt) {
+    if (is_dense_prompt) {
         return LLAMA_FASA_REASON_PROMPT;
     }
     if (n_kv < tips->get_min_ctx(il, params)) {
@@ -74,10 +74,14 @@ llama_fasa_reason llama_fasa_attn::reason_dense(
     return LLAMA_FASA_REASON_NONE;
 }
 
-bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+static bool fasa_is_on_host(const ggml_tensor * k) {
     ggml_backend_buffer_t buffer = k->view_src ? k->view_src->buffer : nullptr; // of the KV cache
 
-    return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && buffer && ggml_backend_buffer_is_host(buffer) && is_flash_attn(v);
+    return buffer && ggml_backend_buffer_is_host(buffer);
+}
+
+bool llama_fasa_attn::is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const {
+    return fasa->params.exact && !kq_b && !graph.hparams.use_alibi && fasa_is_on_host(k) && is_flash_attn(v);
 }
 
 void llama_fasa_attn::capture(llama_fasa_graph_input & inp, llama_fasa_capture which, ggml_tensor * cur) const {
@@ -147,12 +151,13 @@ ggml_tensor * llama_fasa_attn::build(
         ggml_build_forward_expand(gf, fasa->chooser().observe(ctx0, il, split_streams(q), weights, kq_mask));
     }
 
-    auto         reason    = reason_dense(tips, mctx->get_n_kv(), inp->is_prompt, v, kq_b);
+    const bool   by_blocks = inp->is_prompt && fasa->params.prompt_mass < 1000 && fasa->params.policy == 0 && fasa_is_on_host(k);
+    auto         reason    = reason_dense(tips, mctx->get_n_kv(), inp->is_prompt && !by_blocks, v, kq_b);
     const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
 
     llama_fasa_chooser_args args = {};
 
-    if (reason == LLAMA_FASA_REASON_NONE) {
+    if (reason == LLAMA_FASA_REASON_NONE && !by_blocks) {
         const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_TYPE_HEAD;
 
         inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
@@ -191,7 +196,7 @@ ggml_tensor * llama_fasa_attn::build(
 
     ggml_tensor * idx = nullptr;
 
-    if (is_sparse) {
+    if (is_sparse && !by_blocks) {
         const size_t tip_bytes = args.tips->ne[0]*args.tips->ne[2]/ggml_fasa_cells_per_block();
 
         inp->add_layer(reason, row_bytes, fasa->params.policy == 0 ? tip_bytes : 0, args.n_head_sel/k->ne[1]);
@@ -207,10 +212,14 @@ ggml_tensor * llama_fasa_attn::build(
         }
     } else {
         inp->add_layer(reason, row_bytes, 0);
-        inp->n_layers_exact++;
+        inp->n_layers_exact += !is_sparse;
     }
 
-    ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, is_sparse ? nullptr : kq_mask, sinks, kq_scale, softcap);
+    ggml_tensor * cur = ggml_fasa_attend(ctx0, split_streams(q), k, v, idx, idx ? nullptr : kq_mask, sinks, kq_scale, softcap);
+    if (is_sparse && by_blocks) {
+        const auto & layer = tips->get_layer(il);
+        ggml_fasa_attend_set_tips(cur, split_streams(q_cur), tips->get_tips(ctx0, il, k), layer.dims, layer.ranges, fasa->params.prompt_mass/1000.0f);
+    }
     graph.cb(cur, "fasa_attend", il);
 
     cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

@@ -35,9 +35,9 @@ public:
 
 private:
     // tips: nullptr: the cache is that of another context
-    llama_fasa_reason reason_dense(const llama_fasa_tips * tips, uint32_t n_kv, bool is_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const;
+    llama_fasa_reason reason_dense(const llama_fasa_tips * tips, uint32_t n_kv, bool is_dense_prompt, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
-    // whether a layer of a decode step that stays dense takes FASA's kernel
+    // whether a layer that stays dense takes FASA's kernel
     bool is_exact(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * kq_b) const;
 
     bool is_flash_attn(const ggml_tensor * v) const;

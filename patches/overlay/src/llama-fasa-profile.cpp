@@ -23,7 +23,8 @@ const char * llama_fasa_select_name(llama_fasa_select_type select) {
 static constexpr uint32_t FASA_VERSION   = 2;
 static constexpr uint32_t FASA_MAX_BATCH = 64;
 
-static constexpr uint32_t FASA_EXACT_MAX_BATCH = 16; // without a profile that says
+static constexpr uint32_t FASA_EXACT_MAX_BATCH = 16;   // without a profile that says
+static constexpr uint32_t FASA_PROMPT_MASS     = 1000; // the same: all of it
 
 //
 // geometry
@@ -114,6 +115,9 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (params.max_batch < 1 || params.max_batch > FASA_MAX_BATCH) {
         throw std::runtime_error(format("fasa.max_batch = %u is out of range: it must be from 1 to %u", params.max_batch, FASA_MAX_BATCH));
     }
+    if (params.prompt_mass < 1 || params.prompt_mass > FASA_PROMPT_MASS) {
+        throw std::runtime_error(format("fasa.prompt_mass = %u is out of range: it must be from 1 to %u", params.prompt_mass, FASA_PROMPT_MASS));
+    }
     if (!llama_fasa_select_name(params.select)) {
         throw std::runtime_error(format("fasa.select = %d is out of range: it must be from 0 to %d", (int) params.select, LLAMA_FASA_SELECT_TYPE_COUNT - 1));
     }
@@ -154,7 +158,11 @@ public:
         known.insert(key);
         const int id = find(key, GGUF_TYPE_UINT32);
         value = gguf_get_val_u32(metadata, id);
+        override_uint32(key, value);
+    }
 
+    void override_uint32(const char * key, uint32_t & value) {
+        known.insert(key);
         if (const auto * ovrd = find_override(key, LLAMA_KV_OVERRIDE_TYPE_INT, "int")) {
             if (ovrd->val_i64 < 0 || ovrd->val_i64 > INT32_MAX) {
                 throw std::runtime_error(format("override %s = %lld is out of range: it must be from 0 to %d",
@@ -175,6 +183,13 @@ public:
             return read(key, value);
         }
         override_bool(key, value);
+    }
+
+    void read_optional(const char * key, uint32_t & value) {
+        if (gguf_find_key(metadata, key) >= 0) {
+            return read(key, value);
+        }
+        override_uint32(key, value);
     }
 
     void override_bool(const char * key, bool & value) {
@@ -338,6 +353,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         res->ranges.resize(model.hparams.n_layer_all);
         res->params.budget    = 1; // none is used, but all settings are valid ones
         res->params.max_batch = FASA_EXACT_MAX_BATCH;
+        res->params.prompt_mass = FASA_PROMPT_MASS;
         reader.override_bool("fasa.exact", res->params.exact);
 
         if (!reader.is_ignored()) { // else a profile may come from another file, and they are for that
@@ -372,6 +388,8 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.read("fasa.n_tip",          params.n_tip);
     reader.read("fasa.n_dense_layers", params.n_dense_layers);
     reader.read_name("fasa.select",    params.select, llama_fasa_select_name);
+    params.prompt_mass = FASA_PROMPT_MASS;
+    reader.read_optional("fasa.prompt_mass", params.prompt_mass);
     reader.override_policy("fasa.policy", params.policy);
     llama_fasa_params_validate(params);
 
