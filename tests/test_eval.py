@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from fasa_edge.errors import FasaError
+from fasa_edge.errors import FasaError, SchemaError
 from fasa_edge.eval import answers, text
 from fasa_edge.eval.methods import DENSE, METHODS, OBSERVERS, Method, expand
 from fasa_edge.eval.prompt import Prompt
@@ -148,6 +148,28 @@ def test_the_prefix_is_shared(tiny: Path, tiny_runner: Runner, fed: list[int]) -
     assert kl_divergence(found[FASA], found[other]) > 100 * SAME
     tiny_runner.prefill(TEXTS[1][:500])  # the other context gets this prefix, too
     assert kl_divergence(tiny_runner.decode(NEXT, other).logits, found[other]) > 100 * SAME
+
+
+def test_a_prefix_that_is_read_by_blocks(tiny: Path, tiny_runner: Runner, fed: list[int]) -> None:
+    """Once for each mass, in a context of its own; decoding is dense."""
+    assert [m.label for m in expand(["prompt"], [], prompt_masses=[990, 500])[1:]] == [
+        "prompt, prompt_mass 990",
+        "prompt, prompt_mass 500",
+    ]
+    with pytest.raises(SchemaError, match="prompt_mass = 0 is out of range: choose 1 to 1000"):
+        expand(["prompt"], [], prompt_masses=[0])
+    tiny_runner.prefill(PREFIX)
+    found = {}
+    for mass, n_read in ((1, N_PREFIX), (999, N_PREFIX), (999, 0), (1000, N_PREFIX)):
+        fed.clear()
+        found[mass] = tiny_runner.decode(NEXT, Method("prompt", settings=(("prompt_mass", mass),)))
+        assert sum(fed) == n_read + N_TOKENS
+    dense = tiny_runner.decode(NEXT, DENSE).logits
+    check(dense, found[1000].logits, 1e-5)
+    assert kl_divergence(dense, found[1].logits) > 100 * SAME and found[1].kept is None
+    with Runner(str(make_model(tiny.with_name("no-profile.gguf"))), 1024) as plain:
+        with pytest.raises(FasaError, match="no FASA profile, which prompt take"):
+            plain.check(expand(["prompt"], [], prompt_masses=[990]))
 
 
 @pytest.mark.check

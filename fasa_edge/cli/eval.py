@@ -27,7 +27,7 @@ from fasa_edge.cli.common import (
 from fasa_edge.config import SETTINGS
 from fasa_edge.eval import AnswerRow, Evaluation, TextRow, evaluate, evaluation, tasks, text
 from fasa_edge.eval.jsonl import FORMATS
-from fasa_edge.eval.methods import METHODS, Method, Value
+from fasa_edge.eval.methods import METHODS, PROMPT, Method, Value
 from fasa_edge.eval.plot import draw
 from fasa_edge.io.split import model_files
 
@@ -69,8 +69,8 @@ _OF_MADE_PROMPTS = ("lengths", "depths", "seed", "n_seeds")
 _OF_SPARSE = ("budgets", "n_tips", "settings")
 """Options that only one kind of task, or of method, heeds."""
 
-_OWN = ("methods", "budgets", "prefixes", "n_blocks", "n_tokens", "batch", "lengths", "depths", "teacher_forced",
-        "only_if_dense", "n_ctx")  # fmt: skip
+_OWN = ("methods", "budgets", "prompt_masses", "prefixes", "n_blocks", "n_tokens", "batch", "lengths", "depths",
+        "teacher_forced", "only_if_dense", "n_ctx")  # fmt: skip
 """Options that :func:`fasa_edge.eval.evaluate` takes as they are."""
 
 
@@ -103,6 +103,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
 @_list("--methods", str, evaluation.METHODS, "Of those below.")
 @_list("--budgets", int, evaluation.BUDGETS, SETTINGS["budget"].help)
 @setting_option("n_tip", "--n-tip", "n_tips", type=List(int), metavar="N,...", default="the model's own")
+@_list("--prompt-mass", int, evaluation.PROMPT_MASSES, "Of the method prompt, in thousandths.", "prompt_masses")
 @click.option("--set", "settings", type=_Setting(), multiple=True, help="Another setting of all sparse methods.")
 @_list("--prefix", int, evaluation.PREFIXES, "Tokens read before.", "prefixes")
 @click.option("--blocks", "n_blocks", type=click.IntRange(1), default=evaluation.N_BLOCKS, help="Windows of each text.")
@@ -160,7 +161,7 @@ def command(
     """Measure how good sparse decoding with MODEL is.
 
     Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
-    A prefix is read by dense attention, then the text goes on, decoded by each method; "noise" is dense attention
+    A prefix is read by dense attention ("prompt": by blocks), then the text goes on, decoded by each method; "noise" is dense attention
     token by token or, with --batch 1, with another number of threads. Of prompts: how many are answered; the question
     is in the part that is decoded, so that snapkv and h2o, which choose by the attention of the prefix, never see it.
 
@@ -182,6 +183,10 @@ def command(
         refuse_ignored(ctx, ignored, "--task jsonl, whose prompts are in a file")
     elif of_prompts and not any(tasks.TASKS[name].has_depth for name in of_prompts if name != "jsonl"):
         refuse_ignored(ctx, ("depths",), f"--task {','.join(names)}, which has no needle")
+    if PROMPT not in options["methods"]:
+        refuse_ignored(
+            ctx, ("prompt_masses",), f"--methods {','.join(options['methods'])}, of which none reads by blocks"
+        )
     if not any(Method(name).sparse for name in options["methods"]):
         refuse_ignored(ctx, _OF_SPARSE, f"--methods {','.join(options['methods'])}, which attend to all cells")
     profile = options["profile"]

@@ -28,6 +28,7 @@ from fasa_edge.runtime.log import quiet_log
 TASKS = ("ppl", "kld")
 METHODS = ("fasa",)
 BUDGETS = (128, 256, 512)
+PROMPT_MASSES = (999, 990, 950)
 PREFIXES = (2048,)
 N_BLOCKS = 4
 N_TOKENS = 128
@@ -86,6 +87,7 @@ def evaluate(
     budgets: Sequence[int] = BUDGETS,
     n_tips: Sequence[int] = (),
     settings: Mapping[str, Value] | None = None,
+    prompt_masses: Sequence[int] = PROMPT_MASSES,
     texts: Sequence[str | os.PathLike[str]] = (),
     prefixes: Sequence[int] = PREFIXES,
     n_blocks: int = N_BLOCKS,
@@ -113,6 +115,7 @@ def evaluate(
         budgets: cells attended to, of each method that has a budget.
         n_tips: chunks scored per KV head, of each method that scores some; none for the model's own.
         settings: others of all sparse methods, by name.
+        prompt_masses: with which the method "prompt" reads prefixes.
         texts: UTF-8 files, the first also the filler of prompts; none for the second half of Python's documentation.
         prefixes: tokens read before those that are decoded.
         n_blocks: windows of each text.
@@ -141,8 +144,8 @@ def evaluate(
     settings = settings or {}
     at_load = {f"fasa_{name}": value for name, value in settings.items() if name in _AT_LOAD}
     settings = {name: value for name, value in settings.items() if name not in _AT_LOAD}
-    chosen = expand(methods, budgets, n_tips, settings)
-    with_noise = expand(["noise", *methods], budgets, n_tips, settings)
+    chosen = expand(methods, budgets, n_tips, settings, prompt_masses)
+    with_noise = expand(["noise", *methods], budgets, n_tips, settings, prompt_masses)
     profile = options.get("fasa_profile")
     weights = [*model_files(Path(model)), *([Path(profile)] if profile else [])]
     if resume is not None:

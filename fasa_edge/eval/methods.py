@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fasa_edge.config import SETTINGS
 from fasa_edge.errors import FasaError
 
 REFERENCES = ("dense", "noise")
 """Methods that attend to all cells with stock's flash attention. "noise" adds in another order, which shows what the
 engine makes of that: token by token where "dense" runs in batches, and where it runs token by token, too, with another
 number of threads."""
+
+PROMPT = "prompt"
+"""The method that differs in how the prefix is read, by blocks, and decodes as "dense" does."""
 
 OBSERVERS = ("snapkv", "h2o")
 """Methods that choose by the attention of the prefix, and so never see a prompt's question, which comes after it."""
@@ -20,6 +24,7 @@ _CHUNKED = ("fasa", "fasa_sum", "random", "all")  # those that ``n_tip`` changes
 METHODS = {
     "dense": "all cells, stock's flash attention: the reference, always there",
     "noise": "dense again, token by token; for texts always there",
+    PROMPT: "dense after a prefix that was read by blocks, with each prompt_mass",
     "all": "FASA's kernels over all cells, not all methods",
     "fasa": "the best cells by the dominant chunks",
     "fasa_sum": "the same, with a group's score the sum of its heads' softmax",
@@ -54,8 +59,13 @@ class Method:
 
     @property
     def sparse(self) -> bool:
-        """Whether it runs the FASA ops."""
-        return self.name not in REFERENCES
+        """Whether decoding runs the FASA ops."""
+        return self.name not in (*REFERENCES, PROMPT)
+
+    @property
+    def prompt_mass(self) -> int | None:
+        """With which mass the prefix is read; None: by dense attention."""
+        return int(dict(self.settings)["prompt_mass"]) if self.name == PROMPT else None
 
     @property
     def observes(self) -> bool:
@@ -92,6 +102,7 @@ def expand(
     budgets: Sequence[int],
     n_tips: Sequence[int] = (),
     settings: Mapping[str, Value] | None = None,
+    prompt_masses: Sequence[int] = (),
 ) -> list[Method]:
     """List the methods of a table, dense first.
 
@@ -100,6 +111,7 @@ def expand(
         budgets: of each method that has one.
         n_tips: of each method that scores chunks; none for the model's own.
         settings: of all sparse methods.
+        prompt_masses: of the method "prompt".
 
     Raises:
         FasaError: a name is unknown, or a number is out of range.
@@ -110,11 +122,16 @@ def expand(
     for what, numbers in (("budget", budgets), ("n_tip", n_tips)):
         if any(number < 1 for number in numbers):
             raise FasaError(f"{what} {min(numbers)}: choose 1 or more")
+    for mass in prompt_masses:
+        SETTINGS["prompt_mass"].check(mass)
     more = tuple(sorted((settings or {}).items()))
     methods = [DENSE]
     for name in names:
         if name in REFERENCES:
             methods.append(Method(name))
+            continue
+        if name == PROMPT:
+            methods += [Method(name, settings=(("prompt_mass", mass),)) for mass in prompt_masses]
             continue
         tips = tuple(n_tips) if name in _CHUNKED and n_tips else (None,)
         amounts = (None,) if name == "all" else tuple(budgets)

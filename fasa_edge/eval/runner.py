@@ -77,6 +77,8 @@ class Runner:
         self._load: Callable[..., Llama] = lambda **more: Llama(model_path, n_ctx=n_ctx, **options, **more)
         self._main = self._open()
         self._others: dict[int, _Context] = {}  # by n_tip, the latest used last
+        self._reader: _Context | None = None  # of the method "prompt"
+        self._read_mass: int | None = None  # with which it read its prefix
         self._observed = False
         self._state: np.ndarray | None = None  # of the prefix, once another context needed it
 
@@ -92,9 +94,10 @@ class Runner:
 
     def close(self) -> None:
         """Free all contexts."""
-        for context in (self._main, *self._others.values()):
+        for context in (self._main, *self._others.values(), *([self._reader] if self._reader else [])):
             context.llm.close()
         self._others.clear()
+        self._reader = None
 
     @property
     def llm(self) -> Llama:
@@ -128,7 +131,8 @@ class Runner:
                 f"batch {batch}: choose 1 to {self.max_batch}, the model's max_batch; more tokens are a prompt, which "
                 "runs dense"
             )
-        if not llm.fasa.available and (sparse := [method.name for method in methods if method.sparse]):
+        sparse = [method.name for method in methods if method.sparse or method.prompt_mass]
+        if sparse and not llm.fasa.available:
             raise FasaError(
                 f"{llm.model_path} has no FASA profile, which {', '.join(dict.fromkeys(sparse))} take: make one with "
                 "`fasa-edge convert`, or choose the methods dense and noise"
@@ -240,6 +244,8 @@ class Runner:
 
     def _prepare(self, method: Method) -> _Context:
         """Return the context of a method, holding the prefix and nothing else."""
+        if method.prompt_mass:
+            return self._read_by_blocks(method)
         context = self._context(method)
         if method.observes and not (self._observed and context is self._main):
             raise FasaError(
@@ -256,6 +262,20 @@ class Runner:
         elif not sequence.cut(context.llm.ctx, len(context.tokens)):
             assert self._state is not None  # prefill saves it of a memory that forgets nothing
             sequence.restore(context.llm.ctx, self._state)
+        self._configure(context, method)
+        return context
+
+    def _read_by_blocks(self, method: Method) -> _Context:
+        """Return a context that has read the prefix with the mass of a method."""
+        context = self._reader = self._reader or self._open()
+        tokens = self._main.tokens
+        known = context.tokens == tokens and self._read_mass == method.prompt_mass
+        if not (known and sequence.cut(context.llm.ctx, len(tokens))):
+            self._configure(context, method, enabled=True, prompt_mass=method.prompt_mass)
+            context.tokens = []
+            sequence.clear(context.llm.ctx)
+            sequence.decode(context.llm.ctx, tokens, context.llm.n_batch)
+            context.tokens, self._read_mass = list(tokens), method.prompt_mass
         self._configure(context, method)
         return context
 
