@@ -161,9 +161,10 @@ def command(
     """Measure how good sparse decoding with MODEL is.
 
     Of texts: perplexity (ppl), KL divergence and agreement to dense attention (kld), recall of attention mass (mass).
-    A prefix is read by dense attention ("prompt": by blocks), then the text goes on, decoded by each method; "noise" is dense attention
-    token by token or, with --batch 1, with another number of threads. Of prompts: how many are answered; the question
-    is in the part that is decoded, so that snapkv and h2o, which choose by the attention of the prefix, never see it.
+    A prefix is read by dense attention ("prompt": by blocks), then the text goes on, decoded by each method; "noise"
+    is dense attention token by token or, with --batch 1, with another number of threads. Of prompts: how many are
+    answered; the question is in the part that is decoded, so that snapkv and h2o, which choose by the attention of the
+    prefix, never see it.
 
     "kept" counts the cells that a method really attends to, "to dense" is the change of perplexity, "KL 99 %" the 99th
     percentile over the tokens, "top-1" how often both find the same token likeliest; with several blocks, KL has its
