@@ -48,6 +48,7 @@ def measured(paths: list[str]) -> list[dict[str, object]]:
         }
         for path in paths
         for row in json.loads(Path(path).read_text(encoding="utf-8"))
+        if row["n_gen"]
     ]
 
 

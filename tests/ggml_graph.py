@@ -16,9 +16,7 @@ BF16 = CACHE_TYPES["bf16"]
 declare(
     {
         "ggml_cast": (ptr, ptr, ptr, ctypes.c_int),
-        "ggml_cont": (ptr, ptr, ptr),
         "ggml_get_rows": (ptr, ptr, ptr, ptr),
-        "ggml_mul_mat": (ptr, ptr, ptr, ptr),
         "ggml_add": (ptr, ptr, ptr, ptr),
         "ggml_sub": (ptr, ptr, ptr, ptr),
         "ggml_log": (ptr, ptr, ptr),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge.bench import bandwidth, models, ops
+from fasa_edge.bench import bandwidth, matmul, models, ops, prompt_ops
 from fasa_edge.bench.cache_fill import StateLayout
 from fasa_edge.bench.geometry import GEOMETRIES, Geometry, Heads, find_heads
 from fasa_edge.bench.plot import draw_models, draw_ops
@@ -120,6 +120,138 @@ def test_bench_of_ops_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.check
+def test_bench_of_ops_of_prompts(tmp_path: Path) -> None:
+    png = tmp_path / "ops.png"
+    args = ("bench", "--op", "--geometry", "4/2x64,2/2x32", "-p", "40,1", "-d", "600,300", "-t", 2, "-r", 3)
+    rows = json.loads(fasa(*args, "--layers", 2, "--plot", png, "--json").stdout)
+    ops = ["flash_attn_ext", "mul_mat+soft_max_ext", "exact"]
+    assert [(row["n_head"], row["n_depth"], row["n_prompt"], row["op"]) for row in rows] == [
+        (n_head, depth, n, op) for n_head in (4, 2) for depth in (300, 600) for n in (1, 40) for op in ops
+    ]
+    for row in rows:
+        n, depth = row["n_prompt"], row["n_depth"]
+        pairs = sum(depth - n + 1 + i for i in range(n))  # the last token sees all cells
+        assert row["n_flops"] == 2 * 2 * row["n_embd_head"] * row["n_head"] * pairs
+        assert len(row["samples_ns"]) == 3 and row["n_layers"] == row["n_threads"] == 2
+        assert row["flops"] == pytest.approx(1e9 * row["n_flops"] / row["median_ns"])
+        assert row["matmul_share"] == pytest.approx(row["flops"] / row["matmul_flops"])
+        assert list(row["ratios"]) == ops[:2]
+        for ratio in row["ratios"].values():
+            assert ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert rows[1]["ratios"]["mul_mat+soft_max_ext"] == {"median": 1, "min": 1, "max": 1}
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    head, _, *lines = fasa(*args, "-ctk", "q8_0", "-ctv", "q4_0").stdout.splitlines()  # V is not transposed
+    assert head.startswith("| op") and "GFLOP/s" in head and "x flash_attn_ext" in head and len(lines) == 8 * 2
+    assert all("mul_mat" not in line and line.rstrip(" |").endswith(")") for line in lines)
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("f32", "bf16"), ("q8_0", "f16"), ("q8_0", "q4_0")])
+@pytest.mark.parametrize(("depth", "n_prompt"), [(300, 37), (300, 300), (512, 1), (1, 1)])
+def test_all_ops_attend_causally(types: tuple[str, str], depth: int, n_prompt: int) -> None:
+    """Each token of the last cells to those before it and its own, in every layer, whatever is padding: see numpy."""
+    with Graph() as graph:
+        layers = prompt_ops._Layers(graph, HEADS, depth, *types, n_prompt, n_layers=2)
+        outputs = {}
+        for op, results in prompt_ops._ops(layers).items():
+            graph.run(*results)
+            first, second = (graph.read(result, np.float32, (n_prompt, 4, 64)) for result in results)
+            assert (first == second).all()
+            outputs[op] = first
+        q = graph.read(layers.q, np.float32, (n_prompt, 4, 64)).astype(np.float64)
+        k, v = (
+            gguf.quants.dequantize(graph.read(cache, np.uint8), gguf.GGMLQuantizationType(type_))
+            .reshape(layers.n_kv, 2, 64)
+            .astype(np.float64)
+            for cache, type_ in ((layers.k[0], layers.types[0]), (layers.v[0], layers.types[1]))
+        )
+    wanted = np.empty_like(q)
+    for i, token in enumerate(q):
+        seen = depth - n_prompt + 1 + i
+        for head in range(4):
+            weights = np.exp(k[:seen, head // 2] @ token[head] / 8)
+            wanted[i, head] = weights @ v[:seen, head // 2] / weights.sum()
+    assert list(outputs) == ["flash_attn_ext", *["mul_mat+soft_max_ext"] * (types[1] != "q4_0"), "exact"]
+    assert all(nmse(wanted, output) <= 5e-4 for output in outputs.values())
+
+
+def test_logits_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for those of stock without flash attention, it is left out."""
+    n_bytes = 512 * (2 * 2 * 64 * 2 + 100 * 6)  # K, V and masks, of one layer
+
+    def limit(n: int) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": n})())
+
+    limit(n_bytes)
+    with pytest.warns(UserWarning, match="without flash attention is left out at 300 cells: .* 100 tokens, and V"):
+        rows = list(prompt_ops.run([HEADS], [100], [300], 1, 1))
+    assert [row.op for row in rows] == ["flash_attn_ext", "exact"] and list(rows[1].ratios) == ["flash_attn_ext"]
+    limit(n_bytes - 1)
+    with pytest.raises(FasaError, match=f"{n_bytes} bytes of memory.*measure fewer"):
+        list(prompt_ops.run([HEADS], [100], [300], 1, 1))
+
+
+def test_layers_of_a_micro_batch() -> None:
+    """As many tokens as many times fewer layers, at least one."""
+    with Graph() as graph:
+        counts = [prompt_ops._Layers(graph, HEADS, 512, "f16", "f16", n, None).n for n in (1, 4, 40)]
+    assert counts == [32, 8, 1]
+
+
+def test_matrices_are_multiplied_by_as_many_threads_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that has no settings of the caller's BLAS."""
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    ask = "import os; print(float(len(np.ones(1)) and int('OPENBLAS_CORETYPE' not in os.environ)))"
+    assert matmul.matmul_flops(2) > 0
+    monkeypatch.setattr(matmul, "_PROGRAM", f"import numpy as np; {ask}")
+    assert matmul.matmul_flops(1) == 1
+    monkeypatch.setattr(matmul, "_PROGRAM", "raise SystemExit('no numpy')")
+    with pytest.raises(FasaError, match="could not multiply matrices with numpy: no numpy"):
+        matmul.matmul_flops(1)
+
+
+@pytest.mark.check
+def test_bench_of_prompts(tmp_path: Path) -> None:
+    """Rows as of llama-bench, before those of decoding."""
+    png = tmp_path / "models.png"
+    args = ("bench", "--geometry", "smollm2-135m", "--layers", 2, "-p", "40,1", "-d", "300,0", "-r", 3, "-t", 1)
+    rows = json.loads(fasa(*args, "-n", 2, "--budget", "64,100", "--plot", png, "--json").stdout)
+    dense = [("dense", True, 0), ("dense", False, 0), ("exact", True, 0)]
+    wanted = [
+        (f"{work} @ d{depth}" if depth else work, *method)
+        for depth in (0, 300)
+        for work, sparse in (("pp1", (0,)), ("pp40", (0,)), ("tg2", (64, 100)))
+        for method in (*dense, *(("fasa", True, budget) for budget in sparse))
+    ]
+    assert [(row["test"], row["method"], row["flash_attn"], row["budget"]) for row in rows] == wanted
+    for row in rows:
+        assert (row["n_prompt"] == 0) == (row["n_gen"] > 0) and row["n_threads"] == 1 and row["fill"] == "random"
+        assert len(row["samples_ts"]) == 3 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        n_tokens = row["n_prompt"] + row["n_gen"]
+        assert row["samples_ts"] == pytest.approx([1e9 * n_tokens / ns for ns in row["samples_ns"]])
+    prompts = [row for row in rows if row["n_prompt"]]
+    assert {row["layers_sparse"] for row in prompts} == {0}  # one token that is a prompt, too
+    assert {row["layers_sparse"] for row in rows if row["n_gen"] and row["budget"]} == {0.5}
+    rivals = [row["ratio"] for row in prompts if row["method"] == "dense"]
+    assert rivals.count(1) == len(rivals) // 2  # the faster one of each test
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    table = fasa(*args, "-n", 0).stdout.splitlines()
+    assert len(table) == 2 + 2 * 2 * 4 and "| pp40 @ d300 |" in table[-1] and "tg" not in "".join(table)
+
+
+def test_prompts_are_read_in_batches(tmp_path: Path) -> None:
+    """Of the model's size, each with the logits of its last token; all of them are prompts."""
+    llm = random_llama(tmp_path, fasa_min_ctx=1, fasa_budget=64, n_batch=32, n_threads=1, n_threads_batch=2)
+    (*_, row) = models.run(llm, [1000], 0, 1, n_prompts=[70], fill="random")
+    assert (row.test, row.method, row.layers_sparse, row.n_threads) == ("pp70 @ d1000", "fasa", 0, 2)
+    assert llm.fasa.stats().n_steps_prompt == 3 and llm.fasa.stats().n_steps_decode == 0
+    sequence.decode(llm.ctx, [1], n_logits=1)
+    assert llm.fasa.stats().n_steps_decode == 1  # what follows is none
+    llm.close()
+
+
+@pytest.mark.check
 @pytest.mark.parametrize("fill", ["random", "prefill"])
 def test_bench_of_a_geometry(fill: str, tmp_path: Path) -> None:
     png = tmp_path / "models.png"
@@ -224,7 +356,10 @@ def test_the_figures_show_the_rows() -> None:
     row = models.BenchRow("m.gguf", 1, 1, 2, "f16", "f16", True, 0, 4, 100, "random", "fasa", False, 64)
     row.samples_ts = [3.0, 1.0, 2.0]
     (axes,) = draw_models([row]).axes
-    assert axes.get_title() == "m.gguf, 2 threads" and axes.get_legend().get_texts()[0].get_text() == "fasa, budget 64"
+    assert (
+        axes.get_title() == "m.gguf, 2 threads, tg4"
+        and axes.get_legend().get_texts()[0].get_text() == "fasa, budget 64"
+    )
     assert (100, 2.0) in {tuple(point) for line in axes.get_lines() for point in line.get_xydata().tolist()}
 
 
@@ -304,6 +439,19 @@ def test_settings_are_as_before(tmp_path: Path) -> None:
         (("--op", "--geometry", "2/2x32", "--n-tip", 17), 1, "choose 1 to 16"),
         (("--op", "--geometry", "2/2x32", "-d", 0), 1, "at least 1 of each"),
         (("--op", "--geometry", "2/2x32", "--layers", 65), 1, "choose 1 to 64"),
+        (("--op", "--geometry", "2/2x32", "-p", 0), 1, "at least 1 of each"),
+        (("--op", "--geometry", "2/2x32", "-p", "8,600", "-d", "512,9000"), 1, "600 tokens of a prompt do not fit 512"),
+        (("--op", "--geometry", "2/2x32", "-p", 8, "--budget", 64), 2, "--budget has no effect with --op -p"),
+        (("--op", "--geometry", "2/2x32", "-p", 8, "--n-tip", 8), 2, "--n-tip has no effect with --op -p"),
+        (("--op", "--geometry", "2/2x32", "-p", 8, "-ngl", 1), 2, "--n-gpu-layers has no effect with --op -p"),
+        (("--op", "--geometry", "2/2x80", "-p", 8, "-ctk", "q8_0"), 1, "multiple of 32"),
+        (("--geometry", "smollm2-135m", "--layers", 1, "-n", 0), 1, "no tokens to decode and no prompts"),
+        (("--geometry", "smollm2-135m", "--layers", 1, "-p", "8,-1"), 1, "prompts of [8, -1]"),
+        (
+            ("--geometry", "smollm2-135m", "--layers", 1, "-p", 900, "-d", 0, "-c", 256),
+            1,
+            "900 tokens exceed the context",
+        ),
         ((), 2, "either a MODEL or a --geometry"),
         (("--geometry", "32/8x64"), 1, "choose from llama-3.1-8b"),
         (("--geometry", "smollm2-135m", "-d", "1,x"), 2, "expected numbers separated by commas"),

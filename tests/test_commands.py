@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from fasa_edge.bench import BenchRow, OpRow, measure, measure_ops
+from fasa_edge.bench import BenchRow, OpRow, PromptOpRow, measure, measure_ops, measure_prompt_ops
 from fasa_edge.bench.geometry import Geometry, Heads
 from fasa_edge.cli import main
 from fasa_edge.convert import FileReport, inspect
@@ -54,6 +54,8 @@ def test_measure(model: Path, tmp_path: Path) -> None:
         random = measure(geometry=GEOMETRY, n_layers=1, weight_type="f16", type_k=cache_type("q8_0"), **few)
     assert {row.model_filename for row in random} == {"llama-1L-f16.gguf"} and random[0].type_k == "q8_0"
     assert {row.fill for row in random} == {"random"}
+    read = measure(model, n_prompts=[8], **few | {"n_gen": 0, "depths": [50]})
+    assert [(row.test, row.fill, row.n_threads) for row in read] == 4 * [("pp8 @ d50", "random", 1)]
     for wrong, message in (
         ({}, "either a model or a geometry"),
         ({"model": model, "geometry": GEOMETRY}, "either a model or a geometry"),
@@ -73,6 +75,17 @@ def test_measure_ops() -> None:
     with pytest.raises(FasaError, match="at least 1 of each"):
         measure_ops(["4/2x64"], depths=[])
     assert [(row.heads, row.op) for row in rows][::5] == [("4/2x64", "flash_attn_ext"), ("2/2x32", "flash_attn_ext")]
+
+
+def test_measure_prompt_ops() -> None:
+    few = {"depths": [300], "n_repetitions": 1, "n_threads": 1}
+    rows = measure_prompt_ops(["4/2x64", Heads(2, 2, 32)], [20], **few)
+    assert {type(row) for row in rows} == {PromptOpRow}
+    assert [(row.heads, row.op) for row in rows][::3] == [("4/2x64", "flash_attn_ext"), ("2/2x32", "flash_attn_ext")]
+    with pytest.raises(FasaError, match="at least 1 of each"):
+        measure_prompt_ops(["4/2x64"], [])
+    with pytest.raises(FasaError, match="20 tokens of a prompt do not fit 16 cells"):
+        measure_prompt_ops(["4/2x64"], [20], depths=[16])
 
 
 @pytest.mark.check

@@ -1,7 +1,8 @@
-"""How fast decoding is: of models, and of the attention ops alone (``fasa-edge bench``)."""
+"""How fast reading and decoding are: of models, and of the attention ops alone (``fasa-edge bench``)."""
 
-from fasa_edge.bench.measurement import measure, measure_ops
+from fasa_edge.bench.measurement import measure, measure_ops, measure_prompt_ops
 from fasa_edge.bench.models import BenchRow
 from fasa_edge.bench.ops import OpRow
+from fasa_edge.bench.prompt_ops import PromptOpRow
 
-__all__ = ["BenchRow", "OpRow", "measure", "measure_ops"]
+__all__ = ["BenchRow", "OpRow", "PromptOpRow", "measure", "measure_ops", "measure_prompt_ops"]

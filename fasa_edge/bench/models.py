@@ -1,4 +1,4 @@
-"""Decoding speed at several depths of context, in rows like llama-bench's: FASA against stock dense attention.
+"""Speed of reading and decoding at several depths of context, as llama-bench's rows: FASA against stock's attention.
 
 Stock runs with flash attention and without: which is faster depends on the machine, and only the faster one is a fair
 rival. FASA and its kernel over all cells ("exact") share a context. All are interleaved in one run; the ratio of a row
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fasa_edge.bench.cache_fill import StateLayout
+from fasa_edge.bench.rounds import ratios, rounds
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import capi, memory, sequence
 from fasa_edge.runtime.library import llama_cpp
@@ -38,17 +39,17 @@ class BenchRow:
         model_filename: the model.
         model_size: bytes of its weights.
         model_n_params: number of its weights.
-        n_threads: threads that decoded.
+        n_threads: threads that computed.
         type_k: type of the K cache.
         type_v: type of the V cache.
         flash_attn: whether flash attention is on; always for FASA.
-        n_prompt: always 0: only decoding is measured.
-        n_gen: tokens decoded in each repetition.
+        n_prompt: tokens of a prompt read in each repetition, or 0.
+        n_gen: tokens decoded in each repetition, or 0.
         n_depth: tokens in the KV cache before them.
         fill: how these came there, one of :data:`FILLS`.
         method: "dense": stock; "exact": FASA's kernel over all cells; "fasa".
         exact: whether layers that are dense run FASA's kernel.
-        budget: cells attended to in sparse layers; 0 for the others.
+        budget: cells that a decoded token attends to in sparse layers; 0 for the others.
         samples_ns: nanoseconds of each repetition.
         samples_ts: tokens per second of each repetition.
         read_ratio: bytes that attention read over those that dense attention reads.
@@ -83,9 +84,14 @@ class BenchRow:
     ratio_max: float = 1.0
 
     @property
+    def work(self) -> str:
+        """What is measured, as ``pp512`` or ``tg32``."""
+        return f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+
+    @property
     def test(self) -> str:
         """llama-bench's name of the measurement, as ``tg32 @ d2048``."""
-        return f"tg{self.n_gen} @ d{self.n_depth}" if self.n_depth else f"tg{self.n_gen}"
+        return f"{self.work} @ d{self.n_depth}" if self.n_depth else self.work
 
     @property
     def label(self) -> str:
@@ -127,12 +133,21 @@ def _stddev(samples: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class _Runner:
-    """One way to decode; ``settings`` of FASA, None for stock."""
+    """One way to attend; ``settings`` of FASA, None for stock."""
 
     method: str
     llm: llama_cpp.Llama
     flash_attn: bool
     settings: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is measured, as in llama-bench: a prompt that is read, or tokens decoded one by one; the other is 0."""
+
+    n_prompt: int
+    n_gen: int
+    runners: list[_Runner]
 
 
 def _stock(llm: Llama, flash_attn: bool) -> _Runner:
@@ -214,24 +229,27 @@ def run(
     n_repetitions: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
+    n_prompts: Sequence[int] = (),
     budgets: Sequence[int] = (),
     fill: str = "prefill",
 ) -> Iterator[BenchRow]:
-    """Measure decoding at each depth: the caches are filled once, then all methods decode from them in turn.
+    """Measure reading and decoding at each depth: the caches are filled once, then all methods go on from them in turn.
 
     Args:
         llm: a model with a FASA profile. It is loaded again as stock with flash attention and, unless V is quantized or
             memory is short, without; the weights are shared where the file is mapped into memory.
         depths: tokens in the KV cache, in any order.
-        n_gen: tokens decoded in a repetition.
+        n_gen: tokens decoded in a repetition; 0: decoding is not measured.
         n_repetitions: rounds of measurements at each depth.
         progress: called with the steps done and those to do.
+        n_prompts: tokens of a prompt read in a repetition, in batches of the model's size, with the logits of the last
+            of each batch; in any order. None: reading is not measured.
         budgets: of FASA; none for that in force.
         fill: one of :data:`FILLS`. Random numbers take no prefill, but a memory that is one plain KV cache; for any
             other it warns and evaluates tokens.
 
     Yields:
-        For each depth a row of each method, FASA's for each budget.
+        For each depth a row of each method, first of each prompt, then of decoding, FASA's for each budget there.
 
     Raises:
         FasaError: the model has no profile, the context is too small for a depth, or memory for the rivals.
@@ -239,29 +257,44 @@ def run(
     """
     if not llm.fasa.available:
         raise FasaError(f"{llm.model_path} has no FASA profile to measure: make one with `fasa-edge convert`")
-    if min(depths) < 0 or n_gen < 1 or n_repetitions < 1:
-        raise FasaError(f"depths {list(depths)}, {n_gen} tokens, {n_repetitions} repetitions: use positive numbers")
+    if min(depths) < 0 or n_gen < 0 or min(n_prompts, default=1) < 1 or n_repetitions < 1:
+        raise FasaError(
+            f"depths {list(depths)}, prompts of {list(n_prompts)}, {n_gen} tokens, {n_repetitions} repetitions: "
+            "use positive numbers"
+        )
+    if not (n_gen or n_prompts):
+        raise FasaError("no tokens to decode and no prompts: give one of both to measure")
     if fill not in FILLS:
         raise FasaError(f"fill = {fill!r}: choose from {', '.join(FILLS)}")
-    if max(depths) + n_gen > llm.n_ctx():
+    n_longest = max((n_gen, *n_prompts))
+    if max(depths) + n_longest > llm.n_ctx():
         raise FasaError(
-            f"depth {max(depths)} and {n_gen} tokens exceed the context of {llm.n_ctx()}: lower one or raise n_ctx"
+            f"depth {max(depths)} and {n_longest} tokens exceed the context of {llm.n_ctx()}: lower one or raise n_ctx"
         )
 
     # content does not matter for speed; llama-bench uses random tokens, too
     rng = random.Random(0)
-    tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_gen)]
+    tokens = [rng.randrange(llm.n_vocab()) for _ in range(max(depths) + n_longest)]
 
     settings: dict[str, Any] = llm.fasa.settings
     if fill == "random" and _layout(llm, tokens) is None:
         warnings.warn(f"{llm.model_path}: its memory is not one plain KV cache, so tokens are evaluated", stacklevel=2)
         fill = "prefill"
     stocks = _stocks(llm, n_state=max(depths) if fill == "random" else 0)
-    runners = [*stocks, _Runner("exact", llm, True, {"enabled": False, "exact": True})]
-    for budget in sorted(set(budgets)) or [settings["budget"]]:
-        runners.append(_Runner("fasa", llm, True, {"enabled": True, "exact": settings["exact"], "budget": budget}))
+    exact = settings["exact"]
+    dense = [*stocks, _Runner("exact", llm, True, {"enabled": False, "exact": True})]
+    works = [
+        _Work(n_prompt, 0, [*dense, _Runner("fasa", llm, True, {"enabled": True, "exact": exact})])
+        for n_prompt in sorted(set(n_prompts))
+    ]
+    if n_gen:
+        sparse = [
+            _Runner("fasa", llm, True, {"enabled": True, "exact": exact, "budget": budget})
+            for budget in sorted(set(budgets)) or [settings["budget"]]
+        ]
+        works.append(_Work(0, n_gen, dense + sparse))
     models = [*(stock.llm for stock in stocks), llm]
-    n_steps = len(set(depths)) * (n_repetitions + 1)
+    n_steps = len(set(depths)) * len(works) * (1 + n_repetitions)
     n_past = n_done = 0
     try:
         llm.reset()
@@ -274,16 +307,16 @@ def run(
                     sequence.decode(model.ctx, tokens[n_past:depth], model.n_batch)
             n_past = depth
 
-            rows = [_new_row(runner, depth, n_gen, fill) for runner in runners]
-            pairs = list(zip(runners, rows, strict=True))
-            for repetition in range(-1, n_repetitions):  # the first round warms up
-                first = repetition % len(pairs)
-                for runner, row in pairs[first:] + pairs[:first]:
-                    _measure(runner, tokens[depth : depth + n_gen], depth, row if repetition >= 0 else None)
-                n_done += 1
-                progress(n_done, n_steps)
-            _compare(rows)
-            yield from rows
+            for work in works:
+                pairs = [(runner, _new_row(runner, work, depth, fill)) for runner in work.runners]
+                for counts, turn in rounds(pairs, 1, n_repetitions):
+                    for runner, row in turn:
+                        _measure(runner, work, tokens, depth, row if counts else None)
+                    n_done += 1
+                    progress(n_done, n_steps)
+                rows = [row for _, row in pairs]
+                _compare(rows)
+                yield from rows
     finally:
         llm.reset()
         llm.fasa.configure(**{name: settings[name] for name in ("enabled", "exact", "budget")})
@@ -315,28 +348,36 @@ def _fill(models: Sequence[llama_cpp.Llama], depth: int, tokens: Sequence[int]) 
         sequence.restore(model.ctx, state)
 
 
-def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
-    """Decode the tokens one by one after the first ``depth`` and add the sample to the row.
+def _measure(runner: _Runner, work: _Work, tokens: Sequence[int], depth: int, row: BenchRow | None) -> None:
+    """Read or decode tokens after the first ``depth`` and add the sample to the row.
 
     The first ones are decoded twice: with other settings llama.cpp makes another graph, which a GPU runs launch by
-    launch before it records it (``ggml_backend_cuda_graph_compute``).
+    launch before it records it (``ggml_backend_cuda_graph_compute``). Those of prompts are never recorded.
     """
+    llm = runner.llm
+    tokens = tokens[depth : depth + (work.n_prompt or work.n_gen)]
     if runner.settings:
-        runner.llm.fasa.configure(**runner.settings)
-    _cut(runner.llm, depth)
-    sequence.decode(runner.llm.ctx, tokens[:_N_WARM_UP], 1, n_logits=1)
-    _cut(runner.llm, depth)
+        llm.fasa.configure(**runner.settings)
+    _cut(llm, depth)
+    if work.n_gen:
+        sequence.decode(llm.ctx, tokens[:_N_WARM_UP], 1, n_logits=1)
+        _cut(llm, depth)
     if runner.settings:
-        runner.llm.fasa.reset_stats()
-    start = time.perf_counter_ns()
-    sequence.decode(runner.llm.ctx, tokens, 1, n_logits=1)
-    elapsed = time.perf_counter_ns() - start
+        llm.fasa.reset_stats()
+        capi.set_prompt(llm.ctx, bool(work.n_prompt))  # or a short one runs sparse
+    try:
+        start = time.perf_counter_ns()
+        sequence.decode(llm.ctx, tokens, llm.n_batch if work.n_prompt else 1, n_logits=1)
+        elapsed = time.perf_counter_ns() - start
+    finally:
+        if runner.settings:
+            capi.set_prompt(llm.ctx, False)
     if row is None:
         return
     row.samples_ns.append(elapsed)
     row.samples_ts.append(1e9 * len(tokens) / elapsed)
     if runner.settings:
-        stats = runner.llm.fasa.stats()
+        stats = llm.fasa.stats()
         row.read_ratio = stats.read_ratio
         n_layers = stats.n_layers_sparse + sum(stats.n_layers_dense.values())
         row.layers_sparse, row.layers_exact = stats.n_layers_sparse / n_layers, stats.n_layers_exact / n_layers
@@ -345,22 +386,21 @@ def _measure(runner: _Runner, tokens: Sequence[int], depth: int, row: BenchRow |
 def _compare(rows: Sequence[BenchRow]) -> None:
     rival = max((row for row in rows if row.method == "dense"), key=lambda row: row.median_ts)
     for row in rows:
-        ratios = [dense / own for dense, own in zip(rival.samples_ns, row.samples_ns, strict=True)]
-        row.ratio, row.ratio_min, row.ratio_max = statistics.median(ratios), min(ratios), max(ratios)
+        row.ratio, row.ratio_min, row.ratio_max = ratios(rival.samples_ns, row.samples_ns)
 
 
-def _new_row(runner: _Runner, depth: int, n_gen: int, fill: str) -> BenchRow:
+def _new_row(runner: _Runner, work: _Work, depth: int, fill: str) -> BenchRow:
     llm, settings = runner.llm, runner.settings or {}
     return BenchRow(
         model_filename=Path(llm.model_path).name,
         model_size=llama_cpp.llama_model_size(llm.model),
         model_n_params=llama_cpp.llama_model_n_params(llm.model),
-        n_threads=llm.n_threads,
+        n_threads=llm.n_threads_batch if work.n_prompt else llm.n_threads,
         type_k=capi.type_name(llm.context_params.type_k),
         type_v=capi.type_name(llm.context_params.type_v),
         flash_attn=runner.flash_attn,
-        n_prompt=0,
-        n_gen=n_gen,
+        n_prompt=work.n_prompt,
+        n_gen=work.n_gen,
         n_depth=depth,
         fill=fill,
         method=runner.method,

@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING
 
 from fasa_edge.bench.models import BenchRow
 from fasa_edge.bench.ops import OpRow
+from fasa_edge.bench.prompt_ops import PromptOpRow
 from fasa_edge.io.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Lines = dict[str, list[tuple[float, ...]]]  # by label: x, median, least, greatest
-_FLOOR = ", memory floor"
+_FLOOR = ", floor"
 
 
 def draw_models(rows: Sequence[BenchRow]) -> Figure:
-    """Draw tokens per second over depth: a panel for each model, a line for each method, medians with their range.
+    """Draw tokens per second over depth: a panel for each model and number of tokens, a line for each method.
+
+    Points are medians, with their range.
 
     Raises:
         FasaError: matplotlib is missing.
     """
     panels: dict[str, _Lines] = {}
     for row in rows:
-        lines = panels.setdefault(f"{row.model_filename}, {row.n_threads} threads", {})
+        lines = panels.setdefault(f"{row.model_filename}, {row.n_threads} threads, {row.work}", {})
         point = (row.n_depth, row.median_ts, min(row.samples_ts), max(row.samples_ts))
         lines.setdefault(row.label, []).append(point)
     figure = _draw(panels, "tokens in the cache", "tokens/s")
@@ -33,7 +36,7 @@ def draw_models(rows: Sequence[BenchRow]) -> Figure:
     return figure
 
 
-def draw_ops(rows: Sequence[OpRow]) -> Figure:
+def draw_ops(rows: Sequence[OpRow] | Sequence[PromptOpRow]) -> Figure:
     """Draw time over cells: a panel for each geometry, a line for each attention, medians with range; dotted the floor.
 
     Raises:
@@ -47,7 +50,7 @@ def draw_ops(rows: Sequence[OpRow]) -> Figure:
         times = (1e-6 * ns for ns in (row.median_ns, min(row.samples_ns), max(row.samples_ns)))
         lines.setdefault(row.label, []).append((row.n_depth, *times))
         lines.setdefault(row.label + _FLOOR, []).append((row.n_depth, *3 * [1e-6 * row.floor_ns]))
-    figure = _draw(panels, "cells", "ms a layer; dotted: reading the bytes it must move")
+    figure = _draw(panels, "cells", f"ms a layer; dotted: {rows[0].floor}")
     for axes in figure.axes:
         depths = sorted({row.n_depth for row in rows})
         axes.set(xscale="log", yscale="log")

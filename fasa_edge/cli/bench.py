@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fasa_edge.bench import BenchRow, OpRow, measure, measure_ops, measurement
+from fasa_edge.bench import BenchRow, OpRow, PromptOpRow, measure, measure_ops, measure_prompt_ops, measurement
 from fasa_edge.bench.geometry import GEOMETRIES, find_geometry
 from fasa_edge.bench.models import FILLS
 from fasa_edge.bench.plot import draw_models, draw_ops
+from fasa_edge.bench.prompt_ops import STOCK
 from fasa_edge.cli.common import (
     List,
     Report,
@@ -40,6 +41,7 @@ _NOT_OF_OPS = (
     *("weight_type", "n_gen", "fill", "n_ctx", "exact", "overrides", "verbose", "profile"),
     *ROPE_ARGUMENTS,
 )
+_NOT_OF_PROMPT_OPS = ("budgets", "n_tip", "n_gpu_layers")
 
 
 def _numbers(numbers: tuple[int, ...]) -> str:
@@ -74,16 +76,29 @@ def _numbers(numbers: tuple[int, ...]) -> str:
     "depths",
     type=List(int),
     metavar="N,...",
-    help="Tokens in the cache.  "
-    f"[default: {_numbers(measurement.DEPTHS)}; with --op {_numbers(measurement.OP_DEPTHS)}]",
+    help=f"Tokens in the cache.  [default: {_numbers(measurement.DEPTHS)}; with --op "
+    f"{_numbers(measurement.OP_DEPTHS)}, and with -p {_numbers(measurement.PROMPT_OP_DEPTHS)}]",
 )
 @click.option(
     "--fill",
     type=click.Choice(FILLS),
-    help="How they come there.  [default: prefill; for a geometry random, which takes seconds]",
+    help="How they come there.  [default: prefill; for a geometry, or with -p, random, which takes seconds]",
 )
 @click.option(
-    "-n", "--n-gen", type=click.IntRange(1), default=measurement.N_GEN, help="Tokens decoded in each repetition."
+    "-p",
+    "--n-prompt",
+    "n_prompts",
+    type=List(int),
+    metavar="N,...",
+    help="Also read prompts of N tokens after those in the cache; -t is of both then. With --op, measure N tokens that "
+    "attend at once, the last of the cells, in place of a decoded one.",
+)
+@click.option(
+    "-n",
+    "--n-gen",
+    type=click.IntRange(0),
+    default=measurement.N_GEN,
+    help="Tokens decoded in each repetition; 0 with -p: only prompts.",
 )
 @click.option(
     "-r",
@@ -119,13 +134,15 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure decoding speed at several depths, all methods interleaved.
+    """Measure speed at several depths, of decoding and with -p of reading, all methods interleaved.
 
     Of MODEL, or of a model with the geometry of a known one and random weights: stock with and without flash attention,
     FASA's kernel over all cells (exact), FASA. Quantized V takes flash attention, so there is no stock without it then.
 
     With --op, the attention of one layer alone: stock FLASH_ATTN_EXT, the exact kernel, FASA, and its two ops; with
     the bytes that each must move, and its time over what reading them takes on this machine. On the GPU with -ngl 1.
+    With -p, stock's FLASH_ATTN_EXT, its products with SOFT_MAX between, and the exact kernel, on the CPU: with the
+    operations per second, and their share of what numpy's product of f32 matrices reaches with as many threads.
     """
     if op and (model is not None or not names):
         raise click.UsageError("--op takes no MODEL but a --geometry")
@@ -133,6 +150,8 @@ def command(
         raise click.UsageError("give either a MODEL or a --geometry")
     if op:
         refuse_ignored(ctx, _NOT_OF_OPS, "--op, which runs no model")
+        if options["n_prompts"]:
+            refuse_ignored(ctx, _NOT_OF_PROMPT_OPS, "--op -p, which measures attention to all cells on the CPU")
     elif model:
         refuse_ignored(ctx, ("n_layers", "weight_type"), "MODEL, which has its own")
     else:
@@ -142,7 +161,9 @@ def command(
     check_results([output], inputs, plot, force=force)
     with progress_bars() as progress:
         rows: list[Any] = _ops(names or [], progress, **options) if op else _models(model, names, progress, **options)
-    columns: Callable[[Any], dict] = _op_columns if op else _model_columns
+    columns: Callable[[Any], dict] = _model_columns
+    if op:
+        columns = _prompt_op_columns if options["n_prompts"] else _op_columns
     draw: Callable[[list], Any] = draw_ops if op else draw_models
     table = tabulate(map(columns, rows), headers="keys", tablefmt="github", disable_numparse=True)
     print_result([row.as_dict() for row in rows], table, as_json=as_json, output=output, force=force)
@@ -153,6 +174,7 @@ def _ops(
     names: list[str],
     progress: Report,
     *,
+    n_prompts: list[int] | None,
     depths: list[int] | None,
     budgets: list[int] | None,
     n_repetitions: int,
@@ -163,19 +185,24 @@ def _ops(
     type_v: str,
     n_gpu_layers: int,
     **_: Any,  # refused
-) -> list[OpRow]:
+) -> list[OpRow] | list[PromptOpRow]:
+    given: dict[str, Any] = {
+        "n_repetitions": n_repetitions,
+        "n_threads": n_threads,
+        "type_k": type_k,
+        "type_v": type_v,
+        "n_layers": n_layers,
+        "progress": partial(progress, "ops"),
+    }
+    if n_prompts:
+        return measure_prompt_ops(names, n_prompts, depths=depths or measurement.PROMPT_OP_DEPTHS, **given)
     return measure_ops(
         names,
         depths=depths or measurement.OP_DEPTHS,
         budgets=budgets or measurement.OP_BUDGETS,
-        n_repetitions=n_repetitions,
-        n_threads=n_threads,
-        type_k=type_k,
-        type_v=type_v,
         n_tip=n_tip,
-        n_layers=n_layers,
         on_gpu=n_gpu_layers != 0,
-        progress=partial(progress, "ops"),
+        **given,
     )
 
 
@@ -189,6 +216,7 @@ def _models(
     depths: list[int] | None,
     fill: str | None,
     n_gen: int,
+    n_prompts: list[int] | None,
     n_repetitions: int,
     budgets: list[int] | None,
     n_tip: int | None,
@@ -205,6 +233,7 @@ def _models(
             weight_type=weight_type,
             depths=depths or measurement.DEPTHS,
             n_gen=n_gen,
+            n_prompts=n_prompts or (),
             n_repetitions=n_repetitions,
             budgets=budgets or (),
             n_tip=n_tip,
@@ -249,3 +278,24 @@ def _op_columns(row: OpRow) -> dict[str, object]:
         "x floor": f"{row.floor_ratio:.2f}",
         "x flash_attn_ext": f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})",
     }
+
+
+def _prompt_op_columns(row: PromptOpRow) -> dict[str, object]:
+    columns = {
+        "op": row.op,
+        "heads": row.heads,
+        "K": row.type_k,
+        "V": row.type_v,
+        "threads": row.n_threads,
+        "cells": row.n_depth,
+        "tokens": row.n_prompt,
+        "ms": f"{1e-6 * row.median_ns:.2f}",
+        "range": f"{1e-6 * min(row.samples_ns):.2f}-{1e-6 * max(row.samples_ns):.2f}",
+        "GFLOP/s": f"{1e-9 * row.flops:.1f}",
+        "f32 matrix product by numpy": f"{1e-9 * row.matmul_flops:.1f}",
+        "of it": f"{row.matmul_share:.0%}",
+    }
+    for stock in STOCK:
+        ratio = row.ratios.get(stock)
+        columns[f"x {stock}"] = f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f})" if ratio else ""
+    return columns

@@ -1,4 +1,4 @@
-"""Graphs of ggml ops on one backend, through ctypes: what :mod:`fasa_edge.bench.ops` and the op tests compute with.
+"""Graphs of ggml ops on one backend, through ctypes: what ``bench --op`` and the op tests compute with.
 
 Arrays are numpy's way round, outermost dimension first; ``ne`` of a tensor is their shape reversed. Tensors and graphs
 are plain addresses.
@@ -67,7 +67,10 @@ declare(
         "ggml_build_forward_expand": (None, ptr, ptr),
         "ggml_reshape_3d": (ptr, ptr, ptr, i64, i64, i64),
         "ggml_permute": (ptr, ptr, ptr, *[ctypes.c_int] * 4),
+        "ggml_cont": (ptr, ptr, ptr),
         "ggml_set_rows": (ptr, ptr, ptr, ptr, ptr),
+        "ggml_mul_mat": (ptr, ptr, ptr, ptr),
+        "ggml_soft_max_ext_inplace": (ptr, ptr, ptr, ptr, f32, f32),
         "ggml_flash_attn_ext": (ptr, ptr, ptr, ptr, ptr, ptr, f32, f32, f32),
         "ggml_fasa_new_tips": (ptr, ptr, i64, i64, i64, i64),
         "ggml_fasa_store": (ptr, ptr, ptr, ptr, ptr, ptr, ptr, ctypes.c_int),
