@@ -232,6 +232,8 @@ def test_bench_of_prompts(tmp_path: Path) -> None:
     prompts = [row for row in rows if row["n_prompt"]]
     assert {row["layers_sparse"] for row in prompts} == {0}  # one token that is a prompt, too
     assert {row["layers_sparse"] for row in rows if row["n_gen"] and row["budget"]} == {0.5}
+    assert {row["layers_exact"] for row in prompts if row["method"] == "exact"} == {1}
+    assert {row["prompt_mass"] for row in rows} == {1000}
     rivals = [row["ratio"] for row in prompts if row["method"] == "dense"]
     assert rivals.count(1) == len(rivals) // 2  # the faster one of each test
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -248,6 +250,14 @@ def test_prompts_are_read_in_batches(tmp_path: Path) -> None:
     assert llm.fasa.stats().n_steps_prompt == 3 and llm.fasa.stats().n_steps_decode == 0
     sequence.decode(llm.ctx, [1], n_logits=1)
     assert llm.fasa.stats().n_steps_decode == 1  # what follows is none
+    llm.close()
+
+
+def test_prompts_are_read_by_blocks(tmp_path: Path) -> None:
+    llm = random_llama(tmp_path, fasa_min_ctx=1, fasa_budget=64, fasa_prompt_mass=900)
+    rows = list(models.run(llm, [1000], 1, 1, n_prompts=[70], fill="random"))
+    found = [(row.label, row.layers_sparse) for row in rows if row.method in ("exact", "fasa")]
+    assert found == [("exact", 0), ("fasa, mass 900", 0.5), ("exact", 0), ("fasa, budget 64", 0.5)]
     llm.close()
 
 

@@ -55,6 +55,7 @@ class BenchRow:
         read_ratio: bytes that attention read over those that dense attention reads.
         layers_sparse: share of the layers that ran sparse.
         layers_exact: share of the layers that attended to all cells with FASA's kernel.
+        prompt_mass: thousandths of its attention that a token of a prompt was left with.
         ratio: median, over the interleaved rounds, of the faster dense method's time over this one's.
         ratio_min: least of them.
         ratio_max: greatest of them.
@@ -79,6 +80,7 @@ class BenchRow:
     read_ratio: float = 1.0
     layers_sparse: float = 0.0
     layers_exact: float = 0.0
+    prompt_mass: int = 1000
     ratio: float = 1.0
     ratio_min: float = 1.0
     ratio_max: float = 1.0
@@ -98,7 +100,8 @@ class BenchRow:
         """The method, with what distinguishes it."""
         if self.method == "dense":
             return f"dense, {'' if self.flash_attn else 'no '}flash attention"
-        return self.method + (f", budget {self.budget}" if self.budget else "")
+        mass = f", mass {self.prompt_mass}" if self.prompt_mass < 1000 else ""
+        return self.method + (f", budget {self.budget}" if self.budget else mass)
 
     @property
     def median_ts(self) -> float:
@@ -283,10 +286,9 @@ def run(
     stocks = _stocks(llm, n_state=max(depths) if fill == "random" else 0)
     exact = settings["exact"]
     dense = [*stocks, _Runner("exact", llm, True, {"enabled": False, "exact": True})]
-    works = [
-        _Work(n_prompt, 0, [*dense, _Runner("fasa", llm, True, {"enabled": True, "exact": exact})])
-        for n_prompt in sorted(set(n_prompts))
-    ]
+    reading = {"enabled": True, "exact": exact, "prompt_mass": settings["prompt_mass"]}
+    readers = [*dense, _Runner("fasa", llm, True, reading)]
+    works = [_Work(n_prompt, 0, readers) for n_prompt in sorted(set(n_prompts))]
     if n_gen:
         sparse = [
             _Runner("fasa", llm, True, {"enabled": True, "exact": exact, "budget": budget})
@@ -406,6 +408,7 @@ def _new_row(runner: _Runner, work: _Work, depth: int, fill: str) -> BenchRow:
         method=runner.method,
         exact=settings.get("exact", False),
         budget=settings.get("budget", 0),
+        prompt_mass=settings.get("prompt_mass", 1000),
     )
 
 
