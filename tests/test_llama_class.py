@@ -190,11 +190,20 @@ def test_tokens_of_a_caller_are_decoded(model: Path) -> None:
 
 @pytest.mark.check
 @pytest.mark.parametrize("logits_all", [False, True])
-def test_all_of_the_context_can_be_used(model: Path, logits_all: bool) -> None:
+@pytest.mark.parametrize(("ending", "n_total"), [("aa", 512), ("é", 512), ("aé", 513)])
+def test_all_of_the_context_can_be_used(model: Path, logits_all: bool, ending: str, n_total: int) -> None:
+    """A completion ends with a whole character: a second token of it comes after the last cell, and is never read."""
+    prompt, text = TOKENS[:290], "a" * 220 + ending
+    tokens = [byte + 3 for byte in text.encode()]
+
+    def dictate(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(logits)) == tokens[len(ids) - len(prompt)], 0, -np.inf).astype(np.float32)
+
     llm = load(model, n_ctx=300, logits_all=logits_all)
     assert llm.n_ctx() == 512 == len(llm.input_ids)
-    usage = llm.create_completion(TOKENS[:290], max_tokens=None, temperature=0, logit_bias={"2": -100})["usage"]
-    assert usage["total_tokens"] in (512, 513)  # one more where a character of several tokens begins at the end
+    only = LogitsProcessorList([dictate])
+    made = llm.create_completion(prompt, max_tokens=None, temperature=0, logits_processor=only)
+    assert (made["choices"][0]["text"], made["usage"]["total_tokens"], llm.n_tokens) == (text, n_total, n_total - 1)
     with pytest.raises(ValueError, match="exceed context window of 512"):
         llm.create_completion(TOKENS[:512])
     assert pickle.loads(pickle.dumps(llm)).n_ctx() == 512
