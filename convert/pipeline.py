@@ -155,7 +155,9 @@ def convert(
         checked = unchecked = None
         if check:
             checked, unchecked = _check(header, made, calibration_text[1], reading, n_tip, progress, running)
-        made = replace(made, n_tip=checked.n_tip) if checked else made
+        if checked:
+            calibration = replace(made.calibration, clipped=checked.clipped_share)
+            made = replace(made, n_tip=checked.n_tip, calibration=calibration)
         metadata = to_metadata(made)
         beside = {} if profile_path is None else {profile_path: encode_profile(header, metadata)}
         if copies:

@@ -87,9 +87,10 @@ class Check:
     clipped: list[float | None]
 
     @property
-    def clipped_share(self) -> float:
-        """The mean of ``clipped`` over the layers that have one."""
-        return float(np.mean([share for share in self.clipped if share is not None]))
+    def clipped_share(self) -> float | None:
+        """The mean of ``clipped`` over the layers that have one; None if none has."""
+        shares = [share for share in self.clipped if share is not None]
+        return float(np.float32(np.mean(shares))) if shares else None  # as a profile holds it
 
     @property
     def worst_layer(self) -> int:

@@ -58,6 +58,7 @@ NUMPY_TYPES: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 
+_PYTHON_TYPES = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str, GGUFValueType.FLOAT32: float}
 _OF_SETTINGS = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}
 
 SCALARS = {  # every scalar key and its GGUF type
@@ -69,10 +70,14 @@ SCALARS = {  # every scalar key and its GGUF type
     "fasa.calibration.top_k": GGUFValueType.UINT32,
     "fasa.calibration.objective": GGUFValueType.STRING,
     "fasa.calibration.tool": GGUFValueType.STRING,
+    "fasa.calibration.clipped": GGUFValueType.FLOAT32,
     "fasa.fingerprint": GGUFValueType.STRING,
 }
 
-OPTIONAL = {PREFIX + name: setting.default for name, setting in SETTINGS.items() if setting.is_optional}
+OPTIONAL = {
+    **{PREFIX + name: setting.default for name, setting in SETTINGS.items() if setting.is_optional},
+    "fasa.calibration.clipped": None,
+}
 """Scalars that came later than the version, and what holds where a file lacks them."""
 
 ARRAYS = {  # every array key and its element type
@@ -96,6 +101,8 @@ class Calibration:
         top_k: K of the contextual agreement, in tokens; 0 for an objective without one.
         objective: name in ``fasa_edge.convert.objectives.OBJECTIVES``.
         tool: program and version that wrote the profile.
+        clipped: share of the values of held-out keys that lie outside of the range of their tips, 0 to 1, as the check
+            found it; None where it was not run, or no layer has such keys.
     """
 
     text: str
@@ -104,6 +111,7 @@ class Calibration:
     top_k: int
     objective: str
     tool: str
+    clipped: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +173,7 @@ def to_metadata(profile: Profile) -> list[tuple[str, GGUFValueType, object]]:
         **{PREFIX + "calibration." + name: value for name, value in asdict(profile.calibration).items()},
         "fasa.fingerprint": profile.fingerprint,
     }
+    values = {key: value for key, value in values.items() if value is not None}
     from_metadata(values)  # what is written must be readable
     return [(key, SCALARS.get(key, GGUFValueType.ARRAY), value) for key, value in values.items()]
 
@@ -184,8 +193,7 @@ def from_metadata(metadata: Mapping[str, object]) -> Profile:
         remedy = "update fasa-edge or " if version > VERSION else "its tips have another layout, "
         raise SchemaError(f"fasa.version = {version}: only {VERSION} can be read, {remedy}convert the model again")
 
-    metadata = {**OPTIONAL, **metadata}
-    scalars = {key: _scalar(metadata, key) for key in SCALARS}
+    scalars = OPTIONAL | {key: _scalar(metadata, key) for key in SCALARS if key in metadata or key not in OPTIONAL}
     arrays = {key: _array(metadata, key) for key in ARRAYS}
     shapes = _shapes(arrays["fasa.head_count_kv"], arrays["fasa.chunk_count"])
     chunks = _split("fasa.chunks", arrays["fasa.chunks"], shapes)
@@ -282,13 +290,15 @@ def _scalar(metadata: Mapping[str, object], key: str) -> Any:
         if value.dtype != NUMPY_TYPES.get(type_):
             raise SchemaError(f"{key} has type {value.dtype}: expected {type_.name.lower()}")
         value = value.item()
-    expected: Any = {GGUFValueType.BOOL: bool, GGUFValueType.STRING: str}.get(type_, int)
+    expected: Any = _PYTHON_TYPES.get(type_, int)
     if type(value) is not expected:
         raise SchemaError(f"{key} = {value!r} has type {type(value).__name__}: expected {type_.name.lower()}")
     if expected is str and "\0" in value:
         raise SchemaError(f"{key} = {value!r} holds a NUL, where llama.cpp would end it: leave that out")
     if expected is int and not 0 <= value < 2**32:
         raise SchemaError(f"{key} = {value} is out of range: choose 0 to {2**32 - 1}")
+    if expected is float and not 0 <= value <= 1:  # a share
+        raise SchemaError(f"{key} = {value} is out of range: choose 0 to 1")
     return value
 
 

@@ -72,7 +72,8 @@ def profiles(folder: Path) -> Case:
     """Profiles in files of their own, given to a loaded model; Python and the library agree on which are valid."""
     path = folder / "damaged.gguf"
     annotated = annotated_tiny(folder)
-    data = convert(folder / "tiny.gguf", profile=folder / "profile.gguf", tokens=512).profile_path.read_bytes()
+    made = convert(folder / "tiny.gguf", profile=folder / "profile.gguf", tokens=512, check=True)  # writes all keys
+    data = made.profile_path.read_bytes()
     model = Context(annotated)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_threads, params.flash_attn_type = 512, 1, 1

@@ -29,15 +29,18 @@ def test_convert_then_inspect(model_path: Path, tmp_path: Path) -> None:
     assert (report["path"], report["n_tip"]) == (str(out), 10)
     assert report["check"]["n_tip"] == 10 and report["unchecked"] is None
     assert 0 < np.mean(report["check"]["clipped"]) < 0.02
+    clipped = report["calibration"]["clipped"]
+    assert clipped == pytest.approx(np.mean(report["check"]["clipped"]))
     assert out.stat().st_size == report["n_bytes"]
 
     report = json.loads(fasa("inspect", out, "--json").stdout)
     assert report["annotated"] and report["calibration"]["tokens"] == 512
+    assert report["calibration"]["clipped"] == clipped
     assert report["calibration"]["context"] == 8192 and report["tip_bytes"] == 12
     assert np.shape(report["layers"][29]["centre"]) == (3, 10, 2) and np.min(report["layers"][29]["step"]) > 0
     text = fasa("inspect", out).stdout
     assert "layer    KV head  chunks, best first" in text and "llama rope=0 0-29:9/3x64r64" in text
-    assert "10, 12 bytes per cell and KV head" in text
+    assert "10, 12 bytes per cell and KV head" in text and re.search(rf"(?m)^clipped +{clipped:.2%} of", text)
     ranges = r"(?m)^ +\d+ +[012] +\d{32} +[\d.]+ +[\d.]+ \(chunk \d+\)$"
     assert len(re.findall(ranges, text)) == 90  # heads
     assert "no FASA profile: make one with" in fasa("inspect", model_path).stdout
@@ -56,6 +59,7 @@ def test_profile(tmp_path: Path) -> None:
 
     text = fasa("inspect", profile, "--plot", png).stdout
     assert "a profile alone" in text and "layer    KV head  chunks, best first" in text
+    assert re.search("(?m)^clipped +unknown$", text)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "heat.png exists" in fasa("inspect", profile, "--plot", png, code=1).stderr
     fasa("inspect", profile, "--plot", png, "--force")

@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profile(model, tmp_path_factory):
     made = convert(model, profile=tmp_path_factory.mktemp("profile") / "p.gguf", config=CONFIG, check=False)
-    assert made.check is None and made.unchecked is None
+    assert made.check is None and made.unchecked is None and made.profile.calibration.clipped is None
     return made.profile
 
 
@@ -78,10 +78,19 @@ def test_auto_finds_the_fewest_chunks(model):
         force=True,
         progress=lambda stage, done, total: stages.append((stage, done == total)),
     )
-    assert made.check.passed and made.check.n_tip == made.profile.n_tip == inspect(made.path).profile.n_tip == 2
+    written = inspect(made.path).profile
+    assert made.check.passed and made.check.n_tip == made.profile.n_tip == written.n_tip == 2
+    assert written.calibration == made.profile.calibration
+    assert written.calibration.clipped == pytest.approx(made.check.clipped_share) and made.check.clipped_share > 0
     assert [stage for stage in dict.fromkeys(stages) if stage[1]] == [
         (stage, True) for stage in ("calibrate", "rank", "check", "write")
     ]
+
+
+@pytest.mark.check
+def test_the_clipped_share_is_of_the_layers_that_have_one():
+    assert GOOD.clipped_share == pytest.approx(0.02)
+    assert replace(GOOD, clipped=[None, None, None]).clipped_share is None
 
 
 @pytest.mark.check

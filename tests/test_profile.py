@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -344,6 +344,7 @@ COUNTS = ("budget", "min_ctx", "n_dense_layers")
 U32 = [key for key, type_ in SCALARS.items() if type_ == T.UINT32]
 TEXTS = [key for key, type_ in SCALARS.items() if type_ == T.STRING]
 KEYS = (*SCALARS, *ARRAYS)
+CLIPPED = "fasa.calibration.clipped"
 COUNT, HEADS, CHUNKS, AGREEMENT = "fasa.chunk_count", "fasa.head_count_kv", "fasa.chunks", "fasa.agreement"
 CENTRE, STEP = "fasa.tip.centre", "fasa.tip.step"
 
@@ -357,7 +358,8 @@ CASES = [
     refused("fasa.enabled", changed("fasa.enabled", 1, T.UINT8), "fasa.enabled has type u8, expected bool"),
     # keys
     *(refused(key, changed(key, None), f"{key} is missing") for key in KEYS if key not in OPTIONAL),
-    *(valid(f"no {key}", changed(key, None), **{key[5:]: OPTIONAL[key]}) for key in OPTIONAL),
+    *(valid(f"no {key}", changed(key, None), **{key[5:]: OPTIONAL[key]}) for key in OPTIONAL if key != CLIPPED),
+    valid(f"no {CLIPPED}", changed(CLIPPED, None)),
     valid("a key of the future", with_first("fasa.future", T.FLOAT64, 1.5)),
     # a NUL ends a key or a text, and the first of equal keys counts
     *(valid(f"{key}, NUL, more", renamed(key, key + "\0junk")) for key in KEYS),
@@ -401,6 +403,11 @@ CASES = [
     # calibration
     *(valid(f"{key} = ''", changed(key, "")) for key in TEXTS if "calibration" in key),
     *(valid(f"{key} = 2^32 - 1", changed(key, 2**32 - 1)) for key in U32 if "calibration" in key),
+    *(valid(f"{CLIPPED} = {x}", changed(CLIPPED, x)) for x in (0, 1, 1e-45)),
+    *(
+        refused(CLIPPED, changed(CLIPPED, x), f"{CLIPPED} = {x} is out of range")
+        for x in (-0.5, 1.5, np.inf, -np.inf, np.nan)
+    ),
     # arrays
     refused(CHUNKS, altered(CHUNKS, 5, 32), "layer 0, KV head 0 lists chunk 32, which is out of range"),
     refused(CHUNKS, altered(CHUNKS, 5, -1), "layer 0, KV head 0 lists chunk -1, which is out of range"),
@@ -447,7 +454,8 @@ CASES = [
 @pytest.mark.check
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_python_and_the_library_agree_on_what_is_valid(bare_model, model, profile, tmp_path, case) -> None:
-    metadata = case.change(to_metadata(inspect(profile).profile))
+    written = inspect(profile).profile
+    metadata = case.change(to_metadata(replace(written, calibration=replace(written.calibration, clipped=0.25))))
     path, whole = tmp_path / "profile.gguf", tmp_path / "model.gguf"
     path.write_bytes(encode_profile(read_header(model), metadata))
     splice(read_header(model), whole, metadata)

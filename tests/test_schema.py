@@ -25,7 +25,7 @@ def make_profile(**changes) -> schema.Profile:
         centre=[rng.standard_normal((*shape, 2)).astype(np.float32) for shape in SHAPES],
         step=[rng.random(shape).astype(np.float32) for shape in SHAPES],
         config=FasaConfig(budget=128, min_ctx=300),
-        calibration=schema.Calibration("some text", 4096, 32768, 0, "lsq", "fasa-edge test"),
+        calibration=schema.Calibration("some text", 4096, 32768, 0, "lsq", "fasa-edge test", 0.25),
         fingerprint="llama:3:2:16",
     )
     return dataclasses.replace(profile, **changes)
@@ -56,6 +56,12 @@ def test_metadata_names_every_key_with_its_type():
             assert value.dtype == schema.NUMPY_TYPES[schema.ARRAYS[key]]
         else:
             assert type_ == schema.SCALARS[key]
+
+
+def test_what_the_check_did_not_measure_is_not_written():
+    calibration = dataclasses.replace(make_profile().calibration, clipped=None)
+    written = as_mapping(make_profile(calibration=calibration))
+    assert "fasa.calibration.clipped" not in written and schema.from_metadata(written).calibration == calibration
 
 
 def test_types_are_those_of_gguf():
@@ -90,6 +96,8 @@ def test_wrong_type(key, value):
         ({"fasa.enabled": 1}, r"fasa\.enabled = 1 has type int: expected bool"),
         ({"fasa.budget": True}, r"fasa\.budget = True has type bool: expected uint32"),
         ({"fasa.calibration.text": "a\0b"}, r"fasa\.calibration\.text = 'a\\x00b' holds a NUL"),
+        ({"fasa.calibration.clipped": float("nan")}, r"calibration\.clipped = nan is out of range: choose 0 to 1"),
+        ({"fasa.calibration.clipped": np.float64(0.5)}, r"calibration\.clipped has type float64: expected float32"),
         ({"fasa.head_count_kv": np.array([2, 0, 2], np.int32)}, r"fasa\.chunks has 32 entries.* 48"),
         ({"fasa.tip.step": np.zeros(31, np.float32)}, r"fasa\.tip\.step has 31 entries.* 32"),
         ({"fasa.tip.step": np.full(32, np.inf, np.float32)}, r"fasa\.tip\.step holds a value that is not finite"),

@@ -115,10 +115,11 @@ def command(ctx: click.Context, src: str, output: str | None, as_json: bool, **o
     )
     if check:
         instead = f" in place of {profile.config.budget}" if check.budget != profile.config.budget else ""
+        clipped = calibration.clipped
         echo(
             f"check: worst layer {check.worst_layer} recalls {check.mass[check.worst_layer]:.2f} of the attention, "
             f"KL to dense {check.kl:.4f} +/- {check.kl_error:.4f} nats (dense token by token: {check.noise:.4f}); "
             f"budget {check.budget}{instead}, "
-            f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}; "
-            f"{100 * check.clipped_share:.1f} % of the tips' values clipped"
+            f"{check.n_tokens} tokens after {check.n_prefix} of {check.text}"
+            + (f"; {100 * clipped:.1f} % of the tips' values clipped" if clipped is not None else "")
         )

@@ -34,7 +34,10 @@ def command(file: str, plot: Path | None, force: bool, as_json: bool) -> None:
         return echo(f"no FASA profile: make one with `fasa-edge convert {file}`")
     tips = f"{profile.n_tip}, {tip_bytes(profile.n_tip)} bytes per cell and KV head"
     settings = asdict(profile.config) | {"n_tip": tips}
-    echo(tabulate([*settings.items(), *asdict(profile.calibration).items(), ("fingerprint", profile.fingerprint)]))
+    share = profile.calibration.clipped
+    clipped = "unknown" if share is None else f"{share:.2%} of the tips' values"
+    calibration = asdict(profile.calibration) | {"clipped": clipped}
+    echo(tabulate([*settings.items(), *calibration.items(), ("fingerprint", profile.fingerprint)]))
     rows = [
         (il, ih, " ".join(map(str, chunks[: profile.n_tip])), f"{agreement[: profile.n_tip].sum():.3f}")
         for il, layer in enumerate(profile.chunks)

@@ -232,6 +232,17 @@ public:
         find(key, type);
     }
 
+    // likewise, a share that files may lack
+    void check_share(const char * key) const {
+        if (gguf_find_key(metadata, key) < 0) {
+            return;
+        }
+        const float value = gguf_get_val_f32(metadata, find(key, GGUF_TYPE_FLOAT32));
+        if (!(value >= 0.0f && value <= 1.0f)) {
+            throw std::runtime_error(format("%s = %g is out of range: it must be from 0 to 1", key, value));
+        }
+    }
+
     std::string str(const char * key) const {
         return gguf_get_val_str(metadata, find(key, GGUF_TYPE_STRING));
     }
@@ -399,6 +410,7 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.require("fasa.calibration.top_k",     GGUF_TYPE_UINT32);
     reader.require("fasa.calibration.objective", GGUF_TYPE_STRING);
     reader.require("fasa.calibration.tool",      GGUF_TYPE_STRING);
+    reader.check_share("fasa.calibration.clipped");
 
     const auto head_count_kv = reader.array<int32_t>("fasa.head_count_kv", GGUF_TYPE_INT32);
     const auto chunk_count   = reader.array<int32_t>("fasa.chunk_count",   GGUF_TYPE_INT32);
