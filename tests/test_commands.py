@@ -156,7 +156,9 @@ def test_an_option_means_one_thing() -> None:
                     longest = max(option.opts, key=len)
                     meanings.setdefault(name, set()).add((longest, type(option.type).__name__))
     assert {name: found for name, found in meanings.items() if len(found) > 1} == {
-        "-n": {("--n-predict", "IntRange"), ("--n-gen", "IntRange")}  # as in llama-cli and llama-bench
+        # as in llama-cli and llama-bench
+        "-n": {("--n-predict", "IntRange"), ("--n-gen", "IntRange")},
+        "-p": {("--prompt", "StringParamType"), ("--n-prompt", "List")},
     }
     assert meanings["-f"] == {("--file", "TextFile")} and meanings["-o"] == {("--output", "Path")}
 
