@@ -95,7 +95,11 @@ def test_run_says_what_is_wrong(fasa_model_path: Path, tmp_path: Path) -> None:
     assert "either -p TEXT or -f FILE" in fasa("run", fasa_model_path, code=2).stderr
     assert "expected KEY=TYPE:VALUE" in fasa("run", fasa_model_path, "-p", "x", "--override-kv", "a=b", code=1).stderr
     error = fasa("run", fasa_model_path, "-p", "x", "-c", 256, "-n", 500, code=1).stderr
-    assert "exceed the context of 256" in error
+    assert "exceed the context of 256: generate 255 (-n 255), or" in error and "(-c 512)" in error
+    error = fasa("run", fasa_model_path, "-p", "word " * 400, "-c", 256, "-n", 56, code=1).stderr
+    assert "shorten the prompt to 200 tokens, or split it into 3 parts" in error and "(-c 512)" in error
+    error = fasa("run", fasa_model_path, "-p", "word " * 9000, "-c", 256, "-n", 192, code=1).stderr
+    assert "shorten it to 8000" in error and "-c 8192), no further" in error
     error = fasa("run", fasa_model_path, "-p", "x", "--budget", 3, code=1).stderr
     assert "do not fit into fasa.budget = 3" in error
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
@@ -120,21 +124,33 @@ def test_chat(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:
     assert "has no FASA profile" in fasa("chat", model_path, "-c", 512, "-n", 1, input="Hi").stderr
 
 
-def test_chat_says_when_its_context_is_full(fasa_model_path: Path, tmp_path: Path) -> None:
+def test_chat_says_what_does_not_fit(fasa_model_path: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text("word " * 400)
     error = fasa("chat", fasa_model_path, "-c", 256, "-f", long, input="Hi\n", code=1).stderr
-    assert error.startswith("Error: Requested tokens (") and "exceed context window of 256" in error
-    assert "/clear" in error and "-c" in error
+    counted, refused = error.splitlines()
+    assert re.fullmatch(r".*long.txt: 40\d tokens, the context holds 256", counted)
+    assert refused.startswith("Error: Requested tokens (") and "exceed context window of 256: shorten" in refused
+    assert "into 3 parts" in refused and "-c 512" in refused and "trained for 8192" in refused
 
     lines = f"Hello\n{'word ' * 300}\n/clear\nHello\n"  # the second is refused and leaves the chat as it was
     result = fasa("chat", fasa_model_path, "-c", 256, "-n", 4, "--temp", 0, input=lines, code=1)
     first, second = result.stdout.splitlines()
     assert first == second and result.stderr.count("Error: ") == 1
-    assert "is full: /clear" in fasa("chat", fasa_model_path, "-c", 256, input="Tell a long story.\n").stderr
 
     long.write_bytes(b"caf\xe9")
     assert "is not UTF-8 at byte 3" in fasa("chat", fasa_model_path, "-f", long, code=1).stderr
+
+
+def test_chat_goes_on_when_its_context_is_full(fasa_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "document.txt").write_text("The name of the cat is Wilhelmina. " * 10)
+    story, question = "Tell a long story about a garden.", "What is the name of the cat?"
+    args = ("chat", fasa_model_path, "-c", 512, "-n", 150, "--temp", 0, "-f", tmp_path / "document.txt")
+    result = fasa(*args, input=f"{story}\n{story}\n{story}\n{question}\n")
+    assert "Wilhelmina" in result.stdout.splitlines()[-1] and "Error" not in result.stderr
+    said = re.findall(r"\[context full: the .*oldest questions? leaves? .*, \d+ tokens; the rest .*\]", result.stderr)
+    assert said and len(said) == result.stderr.count("context full")
+    assert "nothing is left" in fasa("chat", fasa_model_path, "-c", 256, input="Tell a long story.\n").stderr
 
 
 def test_bench(fasa_model_path: Path, model_path: Path) -> None:

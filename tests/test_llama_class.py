@@ -458,7 +458,7 @@ _NEED_MODEL = {
     "ctx": lambda llm: llm.ctx,
     "model": lambda llm: llm.model,
     "chat": lambda llm: list(Chat(llm).ask("a", max_tokens=1, temperature=0, seed=0)),
-    "is_full": lambda llm: Chat(llm).is_full,
+    "document": lambda llm: Chat(llm, document="a").read(),
     "bench": lambda llm: list(models.run(llm, [0], 1, 1)),
     "encode": lambda llm: encode("task", Prompt("a", "b", "", ()), llm),
 }

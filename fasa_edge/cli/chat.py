@@ -11,11 +11,12 @@ from fasa_edge.cli.common import (
     echo,
     load_model,
     model_options,
+    reading_shown,
     refuse_ignored,
 )
 from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
 from fasa_edge.errors import ChatError, FasaError
-from fasa_edge.runtime.chat import Chat
+from fasa_edge.runtime.chat import Chat, MadeRoom
 
 import click
 
@@ -41,8 +42,10 @@ def command(
 ) -> None:
     """Chat with MODEL: a question a line, from the terminal or a pipe.
 
-    /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off. The
-    exit status is 1 if a question found no room in the context.
+    The document is read at once, then only questions are. When the context is full, the oldest questions leave with
+    their answers; the document and the system message stay. The exit status is 1 if a question found no room even so.
+
+    /clear forgets what was said, but not the document; /exit or the end of input ends. Ctrl-C breaks an answer off.
     """
     if dense:
         refuse_ignored(ctx, ("budget",), "--dense")
@@ -51,7 +54,11 @@ def command(
     utf8(system or "", "--system")
     document = read_text(document_file) if document_file else None
     llm = load_model(**model, fasa_enabled=False if dense else None)
-    conversation = Chat(llm, system=system, document=document)
+    conversation = Chat(llm, system=system, document=document, on_room=_say_room)
+    if document:
+        echo(f"{document_file.name}: {conversation.n_document()} tokens, the context holds {llm.n_ctx()}", err=True)
+        with reading_shown(llm):
+            conversation.read()
     status = 0
     for question in _questions():
         if question == "/clear":
@@ -74,9 +81,21 @@ def command(
             f"{attention_text(report, model['model'])}]",
             err=True,
         )
-        if conversation.is_full:
-            echo(f"the context of {llm.n_ctx()} tokens is full: /clear, or start with a larger -c", err=True)
+        if conversation.is_cut:
+            echo(
+                f"the answer ends where the context of {llm.n_ctx()} tokens does: nothing is left that could leave it",
+                err=True,
+            )
     sys.exit(status)
+
+
+def _say_room(room: MadeRoom) -> None:
+    """One line about what a chat did when its context was full."""
+    one = "the oldest question leaves with its answer"
+    leave = one if room.n_turns == 1 else f"the {room.n_turns} oldest questions leave with their answers"
+    how = "the rest moves up" if room.is_moved else "the rest is read again"
+    lead = "\n" if room.is_answering else ""
+    echo(f"{lead}[context full: {leave}, {room.n_tokens} tokens; {how}]", err=True)
 
 
 def _questions() -> Iterator[str]:

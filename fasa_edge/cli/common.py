@@ -6,7 +6,11 @@ import contextlib
 import json
 import os
 import re
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +25,7 @@ from fasa_edge.runtime.trial import try_model
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,20 +50,92 @@ def echo(text: str = "", *, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
+READING = "reading"
+"""The stage of a prompt that is read, in tokens; each prompt begins it anew."""
+
+_OF_TOKENS = (READING, "calibrate")
+"""Stages whose speed is shown."""
+
+_LINE_AFTER = 10.0
+"""Seconds between two lines about a prompt where there is no terminal."""
+
+
+class _Speed:
+    """How fast a stage is by its calls of the last half a minute, and by five at least: a batch may take as long."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[float, int]] = deque()
+        self.told = time.monotonic()  # when a line was printed
+
+    def __call__(self, done: int) -> float:
+        """Steps a second; 0: not known yet."""
+        self._calls.append((now := time.monotonic(), done))
+        while len(self._calls) > 5 and self._calls[1][0] < now - 30:
+            self._calls.popleft()
+        start, first = self._calls[0]
+        return (done - first) / (now - start) if now > start else 0.0
+
+
 @contextlib.contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[Report]:
-    """Show a progress bar for each stage while the context is open."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=quiet or not _stderr.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
+    """Show a progress bar for each stage while the context is open and something is left to do.
 
-        def update(stage: str, done: int, total: int) -> None:
-            stage = printable(stage)
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    Where standard error is no terminal, a line now and then tells of a prompt that takes long to be read.
+    """
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[rate]}", "{task.fields[left]}")
+    bars = Progress(*columns, console=_stderr, transient=True)
+    tasks: dict[str, TaskID] = {}
+    speeds: dict[str, _Speed] = {}
 
-        yield update
+    def update(stage: str, done: int, total: int) -> None:
+        if not done or stage not in speeds:
+            speeds[stage] = _Speed()
+        speed = speeds[stage](done)
+        rate = f"{speed:.1f} tokens/s" if speed and stage in _OF_TOKENS else ""
+        left = str(timedelta(seconds=round((total - done) / speed))) if speed else "-:--:--"
+        if not _stderr.is_terminal:
+            since = time.monotonic() - speeds[stage].told
+            if stage == READING and speed and done < total and since >= _LINE_AFTER:
+                speeds[stage].told += since
+                echo(f"{stage} {done} of {total} tokens, {rate}, {left} left", err=True)
+            return
+        if stage not in tasks:
+            tasks[stage] = bars.add_task("", total=total, rate=rate, left=left)
+        elif not done:
+            bars.reset(tasks[stage], rate=rate, left=left)
+        bars.update(
+            tasks[stage],
+            description=f"{stage} {total} tokens" if stage == READING else printable(stage),
+            completed=done,
+            total=total,
+            visible=stage != READING or done < total,
+            rate=rate,
+            left=left,
+        )
+        if bars.finished:
+            stop()  # nothing may be drawn over what is printed next
+        else:
+            bars.start()
+
+    def stop() -> None:
+        if bars.live.is_started:  # or it would end a line
+            bars.stop()
+
+    try:
+        yield (lambda stage, done, total: None) if quiet else update
+    finally:
+        stop()
+
+
+@contextlib.contextmanager
+def reading_shown(llm: fasa_edge.Llama) -> Iterator[None]:
+    """Show how far the model is with prompts that it reads while the context is open."""
+    with progress_bars() as progress:
+        llm.progress = partial(progress, READING)
+        try:
+            yield
+        finally:
+            llm.progress = None
 
 
 def print_json(value: Any) -> None:

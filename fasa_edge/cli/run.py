@@ -14,6 +14,7 @@ from fasa_edge.cli.common import (
 )
 from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime.room import remedies
 
 import click
 
@@ -52,9 +53,12 @@ def command(
     if not tokens:
         raise FasaError("the prompt is empty, and the model begins no text by itself: give some text with -p or -f")
     if len(tokens) + n_predict > llm.n_ctx():
+        ways = remedies(llm, "the prompt", len(tokens), n_predict)
+        if (n_free := llm.n_ctx() - len(tokens)) > 0:
+            ways.insert(0, f"generate {n_free} (-n {n_free})")
         raise FasaError(
             f"{len(tokens)} tokens of prompt and {n_predict} to generate exceed the context of {llm.n_ctx()}: "
-            "shorten the prompt or raise -c"
+            f"{', or '.join(ways)}"
         )
     chunks = llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True)
     report = generate(llm, (chunk["choices"][0]["text"] for chunk in chunks), quiet=as_json)

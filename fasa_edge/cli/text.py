@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import fasa_edge
-from fasa_edge.cli.common import echo, printable, size_text
+from fasa_edge.cli.common import echo, printable, reading_shown, size_text
 from fasa_edge.errors import FasaError
 
 import click
@@ -19,22 +19,27 @@ def _reasons(layers_dense: dict[str, int]) -> str:
 
 
 def generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -> dict[str, Any]:
-    """Print a text as it is generated, and return it with what it took."""
+    """Print a text as it is generated, and return it with what it took; show how far a prompt is read."""
     text: list[str] = []
     first = start = time.perf_counter()
-    n_prompt = 0
+    n_prompt = n_tokens = n_held = 0
     to_terminal = sys.stdout is not None and sys.stdout.isatty()
-    for piece in pieces:
-        if not text:  # the prompt and the first token
-            first, n_prompt = time.perf_counter(), llm.n_tokens
-            llm.fasa.reset_stats()
-        text.append(piece)
-        if not quiet:
-            click.echo(printable(piece) if to_terminal else piece, nl=False)
+    with reading_shown(llm):
+        for piece in pieces:
+            if not text:  # the prompt and the first token
+                first, n_prompt = time.perf_counter(), llm.n_tokens
+                llm.fasa.reset_stats()
+            elif llm.n_tokens > n_held:  # fewer where a chat has made room
+                n_tokens += llm.n_tokens - n_held
+            n_held = llm.n_tokens
+            text.append(piece)
+            if not quiet:
+                click.echo(printable(piece) if to_terminal else piece, nl=False)
     if not quiet:
         echo()
     n_prompt = n_prompt or llm.n_tokens
-    n_tokens, seconds = llm.n_tokens - n_prompt, time.perf_counter() - first
+    n_tokens += max(llm.n_tokens - n_held, 0) if text else 0
+    seconds = time.perf_counter() - first
     stats = llm.fasa.stats()
     return {
         "text": "".join(text),

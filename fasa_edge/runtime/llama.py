@@ -6,14 +6,14 @@ import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
 from fasa_edge.config import INT32_MAX, SETTINGS, FasaConfig, Setting
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
-from fasa_edge.runtime import capi, capi_eval, memory
+from fasa_edge.runtime import capi, capi_eval, memory, sequence
 from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import error_log, quiet_log
@@ -196,6 +196,9 @@ class Llama(llama_cpp.Llama):
             sparsely, and more than ``n_batch`` - 1 are cut off.
         type_k: ``enum ggml_type`` of cached keys; None for f16.
         type_v: the same for values.
+        progress: called while a prompt is read with the tokens evaluated and those to evaluate, what the cache holds
+            not among them: before the first batch and after each. What it raises ends the evaluation. Kept as
+            :attr:`progress`, which may change; copies have none.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
         kwargs: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`, in
@@ -211,6 +214,8 @@ class Llama(llama_cpp.Llama):
             model; the message holds what it logged.
     """
 
+    progress: Callable[[int, int], None] | None = None
+    n_tokens: int
     _starts_prompt = False  # what is evaluated next
 
     def __init__(
@@ -224,6 +229,7 @@ class Llama(llama_cpp.Llama):
         draft_model: LlamaDraftModel | None = None,
         type_k: int | None = None,
         type_v: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
         fasa_profile: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -253,6 +259,8 @@ class Llama(llama_cpp.Llama):
             warnings.warn("lora_base has no effect: llama.cpp adds adapters to the model as it is", stacklevel=2)
         # The parent keeps the logits of all tokens for drafts, but without this makes room for one batch of them only.
         logits_all = logits_all or draft_model is not None
+        self.progress = progress
+        self.sampled: list[int] = []
         self._fasa_profile = fasa_profile
         self._fasa_configured: dict[str, int | bool | str] = {}  # since then, for copies
         self._fasa_sizes = kwargs.get("n_batch", _N_BATCH), kwargs.get("n_ubatch", _N_BATCH), logits_all
@@ -305,21 +313,61 @@ class Llama(llama_cpp.Llama):
         """The settings that can change between steps, and the counters."""
         return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         """Generate as the parent does. What the cache lacks of a prompt is read as one, however short it is."""
-        arguments = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
-        self._starts_prompt = arguments.arguments.get("reset", True)
-        yield from super().generate(*arguments.args, **arguments.kwargs)
+        bound = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
+        self._starts_prompt = bound.arguments.get("reset", True)
+        n_held = self.n_tokens
+        if self._starts_prompt and sequence.is_recurrent(self.ctx) and 0 < n_held < len(tokens):
+            # the parent would have it forget nothing, take the refusal for a loss, and read all again
+            if list(tokens[:n_held]) == self.input_ids[:n_held].tolist():
+                bound.arguments |= {"tokens": list(tokens[n_held:]), "reset": False}
+        self.sampled = []
+        generator, sent = super().generate(*bound.args, **bound.kwargs), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                self.sampled.append(token := generator.send(sent))
+                sent = yield token
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches."""
+        """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches.
+
+        If it ends before all are evaluated, by whatever exception, :attr:`n_tokens` are those that the memory holds.
+        """
         starts_prompt, self._starts_prompt = self._starts_prompt, False
         params = capi.get_params(self.ctx)
-        capi.set_prompt(self.ctx, starts_prompt or (params is not None and len(tokens) > params.max_batch))
+        n_decoded = params.max_batch if params else FasaConfig.max_batch
+        is_prompt = starts_prompt or len(tokens) > n_decoded
+        report = self.progress if is_prompt and self.progress else lambda done, total: None
+        capi.set_prompt(self.ctx, is_prompt)
         try:
-            super().eval(tokens)
+            report(0, len(tokens))
+            for start in range(0, max(len(tokens), 1), self.n_batch):
+                part = tokens[start : start + self.n_batch]
+                super().eval(part)
+                report(start + len(part), len(tokens))
+        except BaseException:
+            self._requires_eval = True
+            if not sequence.cut(self.ctx, self.n_tokens):
+                sequence.clear(self.ctx)
+                self.n_tokens = 0
+            raise
         finally:
             capi.set_prompt(self.ctx, False)
+
+    def remove(self, start: int, end: int) -> bool:
+        """Forget the tokens from ``start`` to before ``end`` of those evaluated, and move up what follows them.
+
+        Returns:
+            False: a memory that cannot (recurrent, hybrid, M-RoPE, sliding windows of their own size), and did not.
+        """
+        if not sequence.remove(self.ctx, start, end):
+            return False
+        held, self.n_tokens = self.n_tokens, self.n_tokens - (end - start)
+        for rows in (self.input_ids, self.scores) if self._logits_all else (self.input_ids,):
+            rows[start : self.n_tokens] = rows[end:held].copy()
+        self._requires_eval = True
+        return True
 
     def close(self) -> None:
         """Free the model; what needs it raises :class:`FasaError` from then on."""

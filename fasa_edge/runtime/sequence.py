@@ -6,7 +6,7 @@ All functions raise :class:`FasaError` where llama.cpp refuses; its log says why
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime.library import llama_cpp
@@ -14,7 +14,14 @@ from fasa_edge.runtime.library import llama_cpp
 import numpy as np
 
 
-def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_logits: int = 0) -> None:
+def decode(
+    ctx: int,
+    tokens: Sequence[int],
+    n_batch: int | None = None,
+    *,
+    n_logits: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Decode tokens after those that the sequence holds, and wait until that is done.
 
     Args:
@@ -22,8 +29,10 @@ def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_log
         tokens: what follows.
         n_batch: tokens of a batch; None for all at once.
         n_logits: how many of the last tokens of each batch get logits, see :func:`logits`.
+        progress: called with the tokens decoded and those to decode, before the first batch and after each.
     """
     n_batch = n_batch or max(len(tokens), 1)
+    progress(0, len(tokens))
     for start in range(0, len(tokens), n_batch):
         part = np.array(tokens[start : start + n_batch], np.int32)
         wanted = (np.arange(len(part)) >= len(part) - n_logits).astype(np.int8)
@@ -35,6 +44,7 @@ def decode(ctx: int, tokens: Sequence[int], n_batch: int | None = None, *, n_log
         if status := llama_cpp.llama_decode(ctx, batch):
             raise FasaError(f"llama_decode returned {status} for {len(part)} tokens: see llama.cpp's log")
         llama_cpp.llama_synchronize(ctx)
+        progress(start + len(part), len(tokens))
 
 
 def logits(ctx: int, n: int) -> np.ndarray:
@@ -48,6 +58,30 @@ def logits(ctx: int, n: int) -> np.ndarray:
 def cut(ctx: int, n_tokens: int) -> bool:
     """Forget all but the first ``n_tokens``; False: a memory that cannot forget a part, and did not."""
     return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, n_tokens, -1)
+
+
+def is_recurrent(ctx: int) -> bool:
+    """Whether a part of the memory is a state of all tokens, which can be neither cut back nor freed of some."""
+    model = llama_cpp.llama_get_model(ctx)
+    return llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
+
+
+def remove(ctx: int, start: int, end: int) -> bool:
+    """Forget the tokens from ``start`` to before ``end``; those after them move up to their positions (context shift).
+
+    Their keys are turned by the next decoding. What they attended to when they were decoded stays in them.
+
+    Returns:
+        False: a memory that cannot, and did not.
+    """
+    memory = llama_cpp.llama_get_memory(ctx)
+    # of a hybrid memory llama.cpp says that it can shift, and means the part that attends
+    if is_recurrent(ctx) or not llama_cpp.llama_memory_can_shift(memory):
+        return False
+    if not llama_cpp.llama_memory_seq_rm(memory, 0, start, end):
+        return False
+    llama_cpp.llama_memory_seq_add(memory, 0, end, -1, start - end)
+    return True
 
 
 def clear(ctx: int) -> None:
