@@ -17,6 +17,7 @@ from fasa_edge.io.profile import encode_profile
 from fasa_edge.io.split import output_paths, read_shards
 from fasa_edge.io.text import read_text
 from fasa_edge.runtime.llama import ROPE_ARGUMENTS
+from fasa_edge.runtime.sequence import READING
 from fasa_edge.runtime.trial import try_model
 from fasa_edge.schema import PREFIX, Calibration, Profile, to_metadata
 from fasa_edge.version import __version__
@@ -105,7 +106,7 @@ def convert(
         force: replace existing outputs, and in the copy the ``fasa.*`` keys of a source that is already annotated.
         progress: called with a stage, what is done and what there is to do: bytes in stage ``"download"``, percent in
             stage ``"convert"`` (of a checkpoint), tokens in stage ``"calibrate"``, layers in stage ``"rank"``,
-            measurements in stage ``"check"``, bytes in stage ``"write"``.
+            measurements in stage ``"check"``, within it tokens in stage ``"reading"``, bytes in stage ``"write"``.
 
     Raises:
         ConvertError: a bad argument; a source that cannot be found, downloaded or converted; a file that is damaged,
@@ -237,9 +238,10 @@ def _check(
     running: Mapping[str, Any],
 ) -> tuple[Check | None, str | None]:
     """What :func:`check_profile` finds, or why it finds nothing."""
-    n_ctx, auto, report = _context_length(header), n_tip == "auto", partial(progress, "check")
+    n_ctx, auto = _context_length(header), n_tip == "auto"
+    reports = {"progress": partial(progress, "check"), "read_progress": partial(progress, READING)}
     try:
-        return check_profile(header, profile, content, n_ctx, reading, auto=auto, progress=report, **running), None
+        return check_profile(header, profile, content, n_ctx, reading, auto=auto, **reports, **running), None
     except (FasaError, RuntimeError, MemoryError, OSError) as error:  # the calibration must not be lost for it
         return None, str(error) or type(error).__name__
 

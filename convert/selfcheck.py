@@ -142,6 +142,7 @@ def check_profile(
     *,
     auto: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    read_progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Check:
     """Measures a profile, with its own ``n_tip`` or to find one.
@@ -155,6 +156,7 @@ def check_profile(
         reading: of the calibration; None: it is read again.
         auto: look for the smallest even ``n_tip`` that passes clearly, by bisection.
         progress: called with the measurements done and those to do at most.
+        read_progress: called with the tokens of the prefix that are read and those to read.
         options: ``n_threads``, ``n_gpu_layers`` and the like, of :class:`fasa_edge.Llama`.
 
     Returns:
@@ -173,9 +175,12 @@ def check_profile(
         path = folder / "profile.gguf"
         first = replace(profile, n_tip=n_tips[len(n_tips) // 2])  # of the context that reads the prefix
         path.write_bytes(encode_profile(header, to_metadata(first)))
-        with Runner(str(header.path), n_ctx=n_prefix + N_TOKENS, fasa_profile=path, **options) as runner:
+        n_cells = n_prefix + N_TOKENS
+        with Runner(
+            str(header.path), n_ctx=n_cells, read_progress=read_progress, fasa_profile=path, **options
+        ) as runner:
             name, tokens, held_out = _text(runner.llm, profile, content, n_prefix)
-            if reading is not None and len(reading.tokens) <= n_prefix + N_TOKENS:
+            if reading is not None and len(reading.tokens) <= n_cells:
                 runner.resume(reading.tokens, reading.state)
             runner.prefill(tokens)  # what is not read yet
             shares = _clipped(runner.llm, profile, n_prefix, held_out)

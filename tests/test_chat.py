@@ -15,9 +15,10 @@ from runtime import kl_divergence, last_logits, nmse
 from tiny_models import N_VOCAB, Shape, make_model
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+# each question changes all numbers
 NUMBERED = "{% for message in messages %}<{{ loop.revindex }}>{{ message.content }}{% endfor %}<assistant>"
 DOCUMENT = "The cat is called Wilhelmina. " * 5
-SAME = 1e-5  # tokens one by one, or in one batch
+SAME = 1e-5  # tokens one by one or in one batch, keys turned once or twice; another token at the end makes 1e-2
 ASKING = {"max_tokens": 40, "temperature": 0.0, "seed": 0}
 
 OTHERS = np.where((np.arange(N_VOCAB) >= 3 + 32) & (np.arange(N_VOCAB) < 3 + 127), 0, -np.inf).astype(np.float32)
@@ -55,14 +56,14 @@ class Case:
             errors="replace"
         )
 
-    def check_cache(self, tolerance: float = 2e-3) -> None:
+    def check_cache(self) -> None:
         """The cache must hold the tokens, each at its position: it goes on as a fresh one that reads them does."""
         memory = llama_cpp.llama_get_memory(self.llm.ctx)
         assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == self.llm.n_tokens - 1
         fresh = self.load(self.llm.n_ctx())
         fresh.eval(self.llm.input_ids[: self.llm.n_tokens].tolist())
         found = last_logits(self.llm)
-        assert np.isfinite(found).all() and nmse(last_logits(fresh), found) <= tolerance
+        assert np.isfinite(found).all() and nmse(last_logits(fresh), found) <= SAME
 
 
 def question(i: int) -> str:
@@ -104,20 +105,24 @@ def test_what_moves_up_is_not_read_again(tmp_path: Path) -> None:
     assert n_read < 40 + len(question(i)) < n_held  # the question, what the format puts around it, the last token
 
 
-@pytest.mark.parametrize(
-    ("arch", "template"),
-    [("lfm2", TEMPLATE), ("mamba", TEMPLATE), ("qwen2vl", TEMPLATE), ("llama", NUMBERED)],
-    ids=["hybrid", "recurrent", "M-RoPE", "chat format"],
-)
-def test_where_nothing_can_move_it_is_read_again(tmp_path: Path, arch: str, template: str) -> None:
-    """A recurrent state cannot forget, M-RoPE cannot shift, and a chat format may write a history in another way."""
-    case = Case(tmp_path, arch, template, system="Be kind.", document=DOCUMENT)
+def ask_much(case: Case) -> None:
     case.chat.read()
     for i in range(8):
         case.ask(question(i))
-        case.check_cache(SAME)
+        case.check_cache()
         assert case.prompt.count(DOCUMENT) == 1 and question(i) in case.prompt
-    assert case.rooms and not any(room.is_moved for room in case.rooms)
+    assert case.rooms
+
+
+@pytest.mark.parametrize("arch", ["lfm2", "mamba", "qwen2vl"], ids=["hybrid", "recurrent", "M-RoPE"])
+def test_where_nothing_can_move_it_is_read_again(tmp_path: Path, arch: str) -> None:
+    case = Case(tmp_path, arch, system="Be kind.", document=DOCUMENT)
+    ask_much(case)
+    assert not any(room.is_moved for room in case.rooms)
+
+
+def test_what_a_format_writes_in_another_way_is_read_again(tmp_path: Path) -> None:
+    ask_much(Case(tmp_path, template=NUMBERED, system="Be kind.", document=DOCUMENT))
 
 
 @pytest.mark.parametrize("arch", ["llama", "lfm2", "qwen2vl"])
@@ -139,7 +144,7 @@ def test_an_answer_goes_on_when_room_was_made(tmp_path: Path, arch: str) -> None
     assert room.is_answering and room.n_turns == 1 and room.is_moved == (arch == "llama")
     assert n_said == 150 and not case.chat.is_cut
     assert question(1) in case.prompt and question(0) not in case.prompt and case.prompt.count(DOCUMENT) == 1
-    case.check_cache(2e-3 if arch == "llama" else SAME)
+    case.check_cache()
 
 
 def test_an_answer_that_nothing_makes_room_for_ends(tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def test_command(fasa_model_path: Path, tmp_path: Path) -> None:
         ("task 'nonsense' is unknown: choose from ppl", ("--task", "nonsense"), 1),
         ("topics has .* tokens, and a prefix of 9999999 with 128", ("--prefix", 9999999), 1),
         ("4224 tokens exceed the 4096 that the model was trained for", ("--prefix", 4096), 1),
-        ("2176 tokens exceed the context of 1024: raise -c", ("-c", 1024), 1),
+        ("2176 tokens exceed the context of 1024: give -c 2176, or lower", ("-c", 1024), 1),
         ("budget 999999 exceeds the context", ("--budgets", 999999), 1),
         (r"n_sink \+ n_recent .* exceeds budget = 3", ("--budgets", 3), 1),
         ("n_tip 99: a head of .* has 32 chunks", ("--n-tip", 99), 1),

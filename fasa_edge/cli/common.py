@@ -20,6 +20,7 @@ from fasa_edge.errors import FasaError
 from fasa_edge.io.figure import new_figure, to_png
 from fasa_edge.io.output import check_outputs, write_bytes
 from fasa_edge.runtime import capi
+from fasa_edge.runtime.sequence import READING
 from fasa_edge.runtime.trial import try_model
 
 import click
@@ -49,9 +50,6 @@ def echo(text: str = "", *, err: bool = False) -> None:
     """Print a line for people, on standard output or error."""
     click.echo(printable(text), err=err)
 
-
-READING = "reading"
-"""The stage of a prompt that is read, in tokens; each prompt begins it anew."""
 
 _OF_TOKENS = (READING, "calibrate")
 """Stages whose speed is shown."""
@@ -109,6 +107,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Report]:
             completed=done,
             total=total,
             visible=stage != READING or done < total,
+            refresh=stage == READING,  # as rare as batches
             rate=rate,
             left=left,
         )

@@ -24,6 +24,7 @@ from fasa_edge.io.split import model_files
 from fasa_edge.io.text import read_text
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import quiet_log
+from fasa_edge.runtime.sequence import READING
 
 TASKS = ("ppl", "kld")
 METHODS = ("fasa",)
@@ -129,7 +130,8 @@ def evaluate(
         only_if_dense: spare the other methods the prompts that dense attention fails.
         resume: file that keeps all that is measured; what is there is not measured again.
         n_ctx: cells of a context; 0: as many as are needed.
-        progress: called with a stage, what is done and what there is to do.
+        progress: called with a stage, what is done and what there is to do; within the others, stage ``"reading"`` is
+            a prefix being read, in tokens.
         options: other arguments of :class:`fasa_edge.Llama`.
 
     Raises:
@@ -169,7 +171,8 @@ def evaluate(
     results = Results(None if resume is None else Path(resume))
     vocabulary.close()
 
-    with Runner(os.fspath(model), n_ctx, **options, **at_load) as runner:
+    read_progress = partial(progress, READING)
+    with Runner(os.fspath(model), n_ctx, read_progress=read_progress, **options, **at_load) as runner:
         batch = batch or min(_MAX_BATCH, runner.max_batch)
         runner.check(chosen, batch if blocks else 1)
         key = identity(runner, weights) if resume is not None else {}
@@ -265,11 +268,13 @@ def _items(
 def _context(vocabulary: llama_cpp.Llama, n_ctx: int, needed: int, budget: int) -> int:
     """Cells of the contexts: as many as are needed, and as a budget names, where the user wants no other number."""
     remedy = "lower --prefix or --lengths, or shorten the prompts of --file"
+    n_ctx_train = vocabulary.metadata.get(f"{vocabulary.metadata['general.architecture']}.context_length")
     if n_ctx:
         if needed > n_ctx:
-            raise FasaError(f"{needed} tokens exceed the context of {n_ctx}: raise -c, or {remedy}")
+            fits = needed <= int(n_ctx_train or needed)
+            larger = f"give -c {needed}, or " if fits else f"the model was trained for {n_ctx_train}: "
+            raise FasaError(f"{needed} tokens exceed the context of {n_ctx}: {larger}{remedy}")
         return n_ctx
-    n_ctx_train = vocabulary.metadata.get(f"{vocabulary.metadata['general.architecture']}.context_length")
     if n_ctx_train and needed > int(n_ctx_train):
         raise FasaError(
             f"{needed} tokens exceed the {n_ctx_train} that the model was trained for: {remedy}, or give -c {needed}"

@@ -66,15 +66,24 @@ class Runner:
     Args:
         model_path: as in :class:`fasa_edge.Llama`.
         n_ctx: cells of a context.
+        read_progress: called with the tokens of a prefix that are read and those to read.
         options: other arguments of :class:`fasa_edge.Llama`.
 
     Raises:
         FasaError: as :class:`fasa_edge.Llama`.
     """
 
-    def __init__(self, model_path: str, n_ctx: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        n_ctx: int = 0,
+        *,
+        read_progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
+    ) -> None:
         options.setdefault("verbose", False)
         self._load: Callable[..., Llama] = lambda **more: Llama(model_path, n_ctx=n_ctx, **options, **more)
+        self._read_progress = read_progress
         self._main = self._open()
         self._others: dict[int, _Context] = {}  # by n_tip, the latest used last
         self._reader: _Context | None = None  # of the method "prompt"
@@ -169,9 +178,9 @@ class Runner:
             n_same = 0
             sequence.clear(context.llm.ctx)
         context.tokens = tokens[:n_same]
-        sequence.decode(context.llm.ctx, tokens[n_same:], context.llm.n_batch)
+        self._read(context, tokens[n_same:])
         context.tokens, self._observed = tokens, observe
-        if _forgets(context.llm):
+        if sequence.is_recurrent(context.llm.ctx):
             self._state = sequence.save(context.llm.ctx)
 
     def resume(self, tokens: Sequence[int], state: np.ndarray) -> None:
@@ -274,10 +283,13 @@ class Runner:
             self._configure(context, method, enabled=True, prompt_mass=method.prompt_mass)
             context.tokens = []
             sequence.clear(context.llm.ctx)
-            sequence.decode(context.llm.ctx, tokens, context.llm.n_batch)
+            self._read(context, tokens)
             context.tokens, self._read_mass = list(tokens), method.prompt_mass
         self._configure(context, method)
         return context
+
+    def _read(self, context: _Context, tokens: Sequence[int]) -> None:
+        sequence.decode(context.llm.ctx, tokens, context.llm.n_batch, progress=self._read_progress)
 
     def _context(self, method: Method) -> _Context:
         """Contexts stay open as long as there is memory for the next one."""
@@ -339,11 +351,6 @@ class Runner:
             raise FasaError(f"{method.name} ran dense in all layers ({reasons}), so there is nothing to compare")
         by_layer = [np.concatenate(parts) if parts else None for parts in masses] if mass and method.sparse else []
         return Steps(logits, n_cells / n_lists if n_lists else None, by_layer)
-
-
-def _forgets(llm: Llama) -> bool:
-    """Whether the memory cannot be cut back, for a state in it is not that of a token."""
-    return llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model)
 
 
 def _n_common(a: Sequence[int], b: Sequence[int]) -> int:

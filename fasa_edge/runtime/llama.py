@@ -338,7 +338,7 @@ class Llama(llama_cpp.Llama):
         params = capi.get_params(self.ctx)
         n_decoded = params.max_batch if params else FasaConfig.max_batch
         is_prompt = starts_prompt or len(tokens) > n_decoded
-        report = self.progress if is_prompt and self.progress else lambda done, total: None
+        report = self.progress if is_prompt and len(tokens) and self.progress else lambda done, total: None
         capi.set_prompt(self.ctx, is_prompt)
         try:
             report(0, len(tokens))

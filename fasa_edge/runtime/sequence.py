@@ -13,6 +13,9 @@ from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
 
+READING = "reading"
+"""The stage, for functions that report more than one, of a prompt that is decoded; counted in tokens, each anew."""
+
 
 def decode(
     ctx: int,
@@ -32,7 +35,8 @@ def decode(
         progress: called with the tokens decoded and those to decode, before the first batch and after each.
     """
     n_batch = n_batch or max(len(tokens), 1)
-    progress(0, len(tokens))
+    if len(tokens):
+        progress(0, len(tokens))
     for start in range(0, len(tokens), n_batch):
         part = np.array(tokens[start : start + n_batch], np.int32)
         wanted = (np.arange(len(part)) >= len(part) - n_logits).astype(np.int8)
