@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import fasa_edge
+from fasa_edge.bench import measure
 from fasa_edge.cli import common, main
 from fasa_edge.convert import convert as convert_model
 from fasa_edge.eval import evaluate
@@ -139,6 +141,10 @@ def test_functions_report_it(tmp_path: Path, capfd: pytest.CaptureFixture) -> No
     few = {"prefixes": [700], "n_blocks": 1, "n_tokens": 8, "budgets": [64], "n_threads": 1}
     evaluate(tmp_path / "fasa.gguf", **few, progress=progress)
     assert steps["reading"] == [(0, 700), (512, 700), (700, 700)]
+    steps.clear()
+    few = {"depths": [100, 600], "n_gen": 1, "n_repetitions": 1, "n_threads": 1, "fasa_min_ctx": 1, "fasa_budget": 40}
+    measure(tmp_path / "fasa.gguf", **few, read_progress=partial(progress, "reading"))
+    assert steps["reading"] == 3 * [(0, 100), (100, 100)] + 3 * [(0, 500), (500, 500)]  # stock twice, and ours
     assert capfd.readouterr() == ("", "")
 
 

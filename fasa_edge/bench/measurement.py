@@ -49,6 +49,7 @@ def measure(
     fill: str | None = None,
     n_ctx: int = 0,
     progress: Progress = lambda done, total: None,
+    read_progress: Progress | None = None,
     **options: Any,
 ) -> list[BenchRow]:
     """Measure speed at several depths: stock with and without flash attention, FASA's kernel over all cells, FASA.
@@ -69,6 +70,7 @@ def measure(
             without prompts, random numbers for a geometry or with them, which take seconds.
         n_ctx: cells of the context; 0: as many as are needed.
         progress: called with the steps done and those to do.
+        read_progress: called with the tokens of a cache's prefill that are read and those to read.
         options: other arguments of :class:`fasa_edge.Llama`. With prompts, ``n_threads_batch`` is ``n_threads`` unless
             given, as in llama-bench: reading and decoding are of the same threads.
 
@@ -91,6 +93,7 @@ def measure(
         raise FasaError(f"depth {min(depths, default=None)}: choose 0 or more")
     n_most = max(depths) + max((n_gen, *n_prompts))
     options = {"verbose": False} | options | {"n_ctx": n_ctx or n_most, "fasa_n_tip": n_tip}
+    options["progress"] = read_progress
     if n_prompts:
         options["n_threads"] = options.get("n_threads") or _half_of_cpus()
         options["n_threads_batch"] = options.get("n_threads_batch") or options["n_threads"]

@@ -240,7 +240,8 @@ def run(
 
     Args:
         llm: a model with a FASA profile. It is loaded again as stock with flash attention and, unless V is quantized or
-            memory is short, without; the weights are shared where the file is mapped into memory.
+            memory is short, without; the weights are shared where the file is mapped into memory. Its ``progress`` is
+            told of the prefills of all.
         depths: tokens in the KV cache, in any order.
         n_gen: tokens decoded in a repetition; 0: decoding is not measured.
         n_repetitions: rounds of measurements at each depth.
@@ -306,7 +307,8 @@ def run(
             else:
                 for model in models:
                     _cut(model, n_past)
-                    sequence.decode(model.ctx, tokens[n_past:depth], model.n_batch)
+                    read = llm.progress or (lambda done, total: None)
+                    sequence.decode(model.ctx, tokens[n_past:depth], model.n_batch, progress=read)
             n_past = depth
 
             for work in works:

@@ -33,6 +33,7 @@ from fasa_edge.cli.common import (
 from fasa_edge.io.split import model_files
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.llama import ROPE_ARGUMENTS
+from fasa_edge.runtime.sequence import READING
 
 import click
 from tabulate import tabulate
@@ -240,6 +241,7 @@ def _models(
             fill=fill,
             n_ctx=n_ctx,
             progress=partial(progress, name or Path(model or "").stem),
+            read_progress=partial(progress, READING),
             **load_arguments(**loading),
         )
     return rows
