@@ -24,6 +24,7 @@ from fasa_edge.errors import (
     SchemaError,
 )
 from fasa_edge.runtime.llama import Fasa, FasaStats, Llama
+from fasa_edge.runtime.store import DocumentCache, DocumentStore, StoreReport
 from fasa_edge.version import __version__
 
 if (
@@ -36,6 +37,8 @@ __all__ = [
     "AdapterError",
     "ChatError",
     "ConvertError",
+    "DocumentCache",
+    "DocumentStore",
     "EvalError",
     "Fasa",
     "FasaConfig",
@@ -45,5 +48,6 @@ __all__ = [
     "Llama",
     "ModelError",
     "SchemaError",
+    "StoreReport",
     "__version__",
 ]

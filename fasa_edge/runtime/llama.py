@@ -15,19 +15,17 @@ from fasa_edge.config import INT32_MAX, SETTINGS, FasaConfig, Setting
 from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
 from fasa_edge.runtime import capi, capi_eval, memory, sequence
 from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
+from fasa_edge.runtime.identity import ROPE_ARGUMENTS as ROPE_ARGUMENTS
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import error_log, quiet_log
+from fasa_edge.runtime.store import DocumentCache, DocumentStore
 
 import numpy as np
+from llama_cpp.llama_cache import BaseLlamaCache
 from llama_cpp.llama_speculative import LlamaDraftModel
 
 _ARGUMENTS = {**SETTINGS, "policy": Setting("policy", str, "Who chooses, for evaluation.")}
 _N_BATCH = 512  # of llama_cpp.Llama
-ROPE_ARGUMENTS = (
-    *("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
-    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
-)
-"""What changes RoPE at run time, of the arguments of :class:`llama_cpp.Llama`."""
 _CONFIGURING = Lock()  # settings are read, changed and written: two threads would undo one another's
 
 
@@ -201,6 +199,7 @@ class Llama(llama_cpp.Llama):
             :attr:`progress`, which may change; copies have none.
         fasa_profile: a file made by ``fasa-edge convert --profile``, or another quantization that is annotated; its
             profile replaces that of the model, even a damaged one.
+        cache: what was read is kept there, also for a later process, see :meth:`set_cache`.
         kwargs: ``fasa_budget``, ``fasa_n_sink`` and so on, a setting each of :data:`fasa_edge.config.SETTINGS`, in
             place of the default stored in the model; ``fasa_exact`` is the one that needs no profile. ``fasa_policy``,
             see :meth:`Fasa.configure`. And every other argument of ``llama_cpp.Llama``.
@@ -217,6 +216,8 @@ class Llama(llama_cpp.Llama):
     progress: Callable[[int, int], None] | None = None
     n_tokens: int
     _starts_prompt = False  # what is evaluated next
+    documents: DocumentCache | None = None
+    """The model's part of the store that was given as its cache; its ``report`` tells what came of a prompt."""
 
     def __init__(
         self,
@@ -231,6 +232,7 @@ class Llama(llama_cpp.Llama):
         type_v: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         fasa_profile: str | os.PathLike[str] | None = None,
+        cache: BaseLlamaCache | DocumentStore | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # the parent's __del__ closes it, also if construction ends here
@@ -307,6 +309,23 @@ class Llama(llama_cpp.Llama):
             warnings.warn(f"{reason}, so {', '.join(ignored)} has no effect", stacklevel=2)
         for line in capi.override_report(self.model) if self.fasa.available else ():
             warnings.warn(f"override without effect: {line}", stacklevel=2)
+        self.set_cache(cache)
+
+    def set_cache(self, cache: BaseLlamaCache | DocumentStore | str | os.PathLike[str] | None) -> None:
+        """Keep what is read, for prompts that begin alike.
+
+        Args:
+            cache: a folder, or a :class:`DocumentStore` with settings: on disk, for other processes, too, see
+                :attr:`documents`. Or a cache of llama-cpp-python, which keeps whole contexts after each answer. None:
+                neither.
+
+        Raises:
+            FasaError: the folder cannot be made.
+        """
+        if isinstance(cache, str | os.PathLike):
+            cache = DocumentStore(cache)
+        self.documents = DocumentCache(cache, self, self._fasa_profile) if isinstance(cache, DocumentStore) else None
+        super().set_cache(None if self.documents else cache)
 
     @property
     def fasa(self) -> Fasa:
@@ -318,7 +337,12 @@ class Llama(llama_cpp.Llama):
         bound = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
         self._starts_prompt = bound.arguments.get("reset", True)
         n_held = self.n_tokens
-        if self._starts_prompt and sequence.is_recurrent(self.ctx) and 0 < n_held < len(tokens):
+        if self._starts_prompt and self.documents is not None:
+            prompt = bound.arguments["tokens"] = list(tokens)
+            if not self._has_logits_of(prompt):
+                n_held = self.documents.restore(prompt)
+                bound.arguments |= {"tokens": prompt[n_held:], "reset": False}
+        elif self._starts_prompt and sequence.is_recurrent(self.ctx) and 0 < n_held < len(tokens):
             # the parent would have it forget nothing, take the refusal for a loss, and read all again
             if list(tokens[:n_held]) == self.input_ids[:n_held].tolist():
                 bound.arguments |= {"tokens": list(tokens[n_held:]), "reset": False}
@@ -328,6 +352,10 @@ class Llama(llama_cpp.Llama):
             while True:
                 self.sampled.append(token := generator.send(sent))
                 sent = yield token
+
+    def _has_logits_of(self, prompt: list[int]) -> bool:
+        """Whether the prompt is what was evaluated last."""
+        return not self._requires_eval and self._input_ids.tolist() == prompt
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches.
@@ -341,11 +369,14 @@ class Llama(llama_cpp.Llama):
         report = self.progress if is_prompt and len(tokens) and self.progress else lambda done, total: None
         capi.set_prompt(self.ctx, is_prompt)
         try:
-            report(0, len(tokens))
-            for start in range(0, max(len(tokens), 1), self.n_batch):
-                part = tokens[start : start + self.n_batch]
-                super().eval(part)
-                report(start + len(part), len(tokens))
+            done = 0
+            report(done, len(tokens))
+            for part in self.documents.read(tokens) if starts_prompt and self.documents is not None else [tokens]:
+                for start in range(0, max(len(part), 1), self.n_batch):
+                    batch = part[start : start + self.n_batch]
+                    super().eval(batch)
+                    done += len(batch)
+                    report(done, len(tokens))
         except BaseException:
             self._requires_eval = True
             if not sequence.cut(self.ctx, self.n_tokens):
@@ -401,6 +432,7 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         drafts = self.draft_model.model if isinstance(self.draft_model, _Drafts) else self.draft_model
         ours = {"fasa_profile": self._fasa_profile, "draft_model": drafts, "fasa_configured": self._fasa_configured}
+        ours["cache"] = self.documents and self.documents.store.folder.path
         return super().__getstate__() | ours
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 READING = "reading"
 """The stage, for functions that report more than one, of a prompt that is decoded; counted in tokens, each anew."""
+_PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
 def decode(
@@ -70,6 +71,19 @@ def is_recurrent(ctx: int) -> bool:
     return llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
 
 
+def holds(ctx: int, n_tokens: int) -> bool:
+    """Whether the sequence has its first ``n_tokens``, and :func:`cut` can forget the others, so that it can go on.
+
+    Of sliding windows the cells before ``n_tokens`` must be there still, what llama.cpp does not look at when it
+    forgets others.
+    """
+    mem, n_swa = llama_cpp.llama_get_memory(ctx), llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(ctx))
+    first, last = llama_cpp.llama_memory_seq_pos_min(mem, 0), llama_cpp.llama_memory_seq_pos_max(mem, 0)
+    if last <= n_tokens - 1:
+        return last == n_tokens - 1
+    return not is_recurrent(ctx) and first <= max(n_tokens - n_swa, 0)
+
+
 def remove(ctx: int, start: int, end: int) -> bool:
     """Forget the tokens from ``start`` to before ``end``; those after them move up to their positions (context shift).
 
@@ -93,10 +107,22 @@ def clear(ctx: int) -> None:
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
 
 
-def save(ctx: int) -> np.ndarray:
-    """Copy the state of the sequence, uint8 [n_bytes]."""
-    state = np.empty(llama_cpp.llama_state_seq_get_size(ctx, 0), np.uint8)
-    if llama_cpp.llama_state_seq_get_data(ctx, _pointer(state), len(state), 0) != len(state):
+def state_size(ctx: int, *, partial: bool = False) -> int:
+    """Compute the bytes of what :func:`save` gives."""
+    return llama_cpp.llama_state_seq_get_size_ext(ctx, 0, _PARTIAL if partial else 0)
+
+
+def save(ctx: int, *, partial: bool = False) -> np.ndarray:
+    """Copy the state of the sequence, uint8 [n_bytes].
+
+    Args:
+        ctx: the context.
+        partial: only of the memory that cannot forget a part of a sequence, sliding windows and recurrent states, if
+            there is any.
+    """
+    state = np.empty(state_size(ctx, partial=partial), np.uint8)
+    flags = _PARTIAL if partial else 0
+    if llama_cpp.llama_state_seq_get_data_ext(ctx, _pointer(state), len(state), 0, flags) != len(state):
         raise FasaError("llama.cpp cannot save the state of a sequence: see its log")
     return state
 
