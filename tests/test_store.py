@@ -199,6 +199,26 @@ def test_prompts_share_what_they_have_in_common(model: Path, tmp_path: Path) -> 
         assert llm.documents.report.n_restored == n
 
 
+def test_what_a_context_shift_has_moved_is_not_stored(model: Path, tmp_path: Path) -> None:
+    """It has seen tokens that have left, so nobody who reads the tokens gets the same."""
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT[:200], 1)
+    answer(llm, DOCUMENT[:400], 1)
+    llm.documents.moved(390)
+    answer(llm, DOCUMENT + QUESTION, 1)
+    assert llm.documents.report.n_held == 400
+    llm.close()
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT + QUESTION, 1)
+    assert llm.documents.report.n_restored == 400
+    llm.documents.moved(500)
+    answer(llm, DOCUMENT[:450] + TEXTS[1][:500], 1)  # of which nothing has moved
+    llm.close()
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT[:450] + TEXTS[1][:500], 1)
+    assert llm.documents.report.n_restored == 949
+
+
 def test_short_prompts_are_not_stored(model: Path, tmp_path: Path) -> None:
     fill(model, tmp_path, DOCUMENT[:200])
     assert files(tmp_path) == []
@@ -767,7 +787,7 @@ def test_positions_that_are_not_those_of_a_text(model: Path, tmp_path: Path) -> 
     llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 10, 20)
     llm.documents._n_stored = 0
     llm.documents._store(llm._input_ids, llm.documents._store_rows)
-    assert "are not at positions 0 to" in llm.documents.report.problems[0]
+    assert "are not those of 707 tokens" in llm.documents.report.problems[0]
 
 
 def test_progress(model: Path, tmp_path: Path) -> None:

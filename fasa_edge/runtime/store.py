@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -127,10 +128,15 @@ class DocumentCache(BaseLlamaCache):
             llm.ctx, partial=True
         )
         self._states = StoredStates(
-            store.folder, depends_on, has_rows=self._has_rows, has_tail=self._has_tail, progress=store.progress
+            store.folder,
+            depends_on,
+            has_rows=self._has_rows,
+            has_tail=self._has_tail,
+            progress=lambda *report: store.progress(*report),  # as it is then
         )
         self._n_rows = 0  # tokens of the latest prompt that the store has the rows of
         self._n_stored = 0  # tokens of it that the store can restore
+        self._n_own = sys.maxsize  # first tokens in memory that saw no others than those before them
 
     @property
     def _llm(self) -> llama_cpp.Llama:
@@ -162,6 +168,8 @@ class DocumentCache(BaseLlamaCache):
         if not n or not sequence.cut(llm.ctx, n):
             n = 0
             sequence.clear(llm.ctx)
+        if report.n_restored or n <= self._n_own:
+            self._n_own = sys.maxsize
         llm.n_tokens = n
         llm._requires_eval = True
         report.seconds_restoring = time.perf_counter() - started
@@ -197,6 +205,10 @@ class DocumentCache(BaseLlamaCache):
         self.report.bytes_read = len(state)
         return n
 
+    def moved(self, start: int) -> None:
+        """Take note that tokens from ``start`` on have seen others than now stand before them: they are not stored."""
+        self._n_own = min(self._n_own, start)
+
     def read(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """Yield what the model lacks of a prompt, part by part, and store what it has read when it comes back for more.
 
@@ -206,17 +218,18 @@ class DocumentCache(BaseLlamaCache):
         llm = self._llm
         start = llm.n_tokens
         prompt = np.concatenate([llm.input_ids[:start], np.asarray(tokens, np.int32)])
-        if not self._pays(len(prompt)):
+        own = prompt[: self._n_own]
+        if not self._pays(len(own)):
             yield tokens
             return
         done = start
-        for stop in [*self._stops(start, len(prompt)), len(prompt)]:
+        for stop in [*self._stops(start, len(own)), len(prompt)]:
             yield tokens[done - start : stop - start]
             done = stop
             if stop < len(prompt):
                 self._store(prompt[:stop], self._store_tail)
-        self._store(prompt, self._store_rows)
-        self._n_stored = len(prompt)
+        self._store(own, self._store_rows)
+        self._n_stored = len(own)
 
     def _pays(self, n: int) -> bool:
         return n - self._n_stored >= self.store.min_tokens
@@ -260,10 +273,8 @@ class DocumentCache(BaseLlamaCache):
         sections = layout.sections(state, n_cells)
         positions = state_layout.positions(sections[0])
         order = np.argsort(positions)
-        if not np.array_equal(positions[order], np.arange(len(tokens))):
-            raise FasaError(
-                f"the {n_cells} cells in memory are not at positions 0 to {len(tokens) - 1}: nothing is stored"
-            )
+        if n_cells < len(tokens) or not np.array_equal(positions[order], np.arange(n_cells)):
+            raise FasaError(f"the {n_cells} cells in memory are not those of {len(tokens)} tokens: nothing is stored")
         if not np.array_equal(order, np.arange(n_cells)):
             sections = [section[order] for section in sections]
         return self._states.write_rows(tokens, layout, sections, self.store.capacity_bytes)
