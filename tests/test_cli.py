@@ -91,6 +91,38 @@ def test_run(fasa_model_path: Path, model_path: Path, tmp_path: Path) -> None:
     assert "has no FASA profile" in fasa("run", model_path, "-p", PROMPT, "-n", 2, "-c", 512).stderr
 
 
+@pytest.mark.check
+def test_what_was_read_is_kept(tmp_path: Path) -> None:
+    model, text, cache = make_model(tmp_path / "tiny.gguf"), tmp_path / "text.txt", tmp_path / "cache"
+    text.write_text("It was a dark and stormy night. " * 12)
+    options = ("-f", text, "-c", 1024, "-n", 4)
+
+    first = fasa("run", model, *options, "--cache", cache)
+    assert "kept, " in first.stderr and "from the cache" not in first.stderr
+    second = fasa("run", model, *options, "--cache", cache)
+    assert re.search(r"(\d+) of (?!\1)\d+ tokens from the cache", second.stderr) and "kept, " not in second.stderr
+    assert second.stdout == first.stdout == fasa("run", model, *options).stdout
+    report = json.loads(fasa("run", model, *options, "--cache", cache, "--json").stdout)
+    assert report["cache"]["n_restored"] == report["cache"]["n_prompt"] - 1
+    assert json.loads(fasa("run", model, *options, "--json").stdout)["cache"] is None
+
+    for path in cache.glob("*/*.rows"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "is damaged: it has" in (third := fasa("run", model, *options, "--cache", cache)).stderr
+    assert third.stdout == first.stdout
+
+    for question, is_kept in (("Where?\n", False), ("When was that?\n", True)):
+        chat = fasa("chat", model, *options, "--cache", cache, input=question)
+        assert ("tokens from the cache" in chat.stderr) == is_kept
+
+    small = fasa("run", model, *options, "--cache", tmp_path / "small", "--cache-size", 1e-5)
+    assert "Warning: " in small.stderr and "raise its size" in small.stderr
+    assert (
+        "--cache-size has no effect with no --cache" in fasa("run", model, *options, "--cache-size", 1, code=2).stderr
+    )
+    assert "is a file" in fasa("run", model, *options, "--cache", text, code=2).stderr
+
+
 def test_run_says_what_is_wrong(fasa_model_path: Path, tmp_path: Path) -> None:
     assert "either -p TEXT or -f FILE" in fasa("run", fasa_model_path, code=2).stderr
     assert "expected KEY=TYPE:VALUE" in fasa("run", fasa_model_path, "-p", "x", "--override-kv", "a=b", code=1).stderr

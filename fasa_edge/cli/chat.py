@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fasa_edge.cli.common import (
+    cache_options,
+    document_store,
     echo,
     load_model,
     model_options,
     reading_shown,
     refuse_ignored,
 )
-from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
+from fasa_edge.cli.text import TextFile, attention_text, cached, generate, read_text, utf8
 from fasa_edge.errors import ChatError, FasaError
 from fasa_edge.runtime.chat import Chat, MadeRoom
 
@@ -29,6 +32,7 @@ import click
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.2, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
+@cache_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -38,6 +42,8 @@ def command(
     temperature: float,
     seed: int,
     dense: bool,
+    cache: Path | None,
+    cache_size: float,
     **model: Any,
 ) -> None:
     """Chat with MODEL: a question a line, from the terminal or a pipe.
@@ -53,12 +59,15 @@ def command(
         raise FasaError("standard input is closed, from where the questions come: open it")
     utf8(system or "", "--system")
     document = read_text(document_file) if document_file else None
-    llm = load_model(**model, fasa_enabled=False if dense else None)
+    store = document_store(ctx, cache, cache_size)
+    llm = load_model(**model, fasa_enabled=False if dense else None, cache=store)
     conversation = Chat(llm, system=system, document=document, on_room=_say_room)
     if document:
         echo(f"{document_file.name}: {conversation.n_document()} tokens, the context holds {llm.n_ctx()}", err=True)
         with reading_shown(llm):
             conversation.read()
+        if kept := cached(llm):
+            echo(f"[{kept}]", err=True)
     status = 0
     for question in _questions():
         if question == "/clear":
@@ -75,10 +84,11 @@ def command(
             echo(f"Error: {error}", err=True)
             status = 1
             continue
+        kept = cached(llm)
         echo(
             f"[{report['prompt_tokens']} tokens, {report['prompt_seconds']:.1f} s to the first word, "
             f"then {report['n_tokens']} at {report['tokens_per_second']:.1f} tokens/s; "
-            f"{attention_text(report, model['model'])}]",
+            f"{attention_text(report, model['model'])}{f'; {kept}' if kept else ''}]",
             err=True,
         )
         if conversation.is_cut:

@@ -131,10 +131,14 @@ def reading_shown(llm: fasa_edge.Llama) -> Iterator[None]:
     """Show how far the model is with prompts that it reads while the context is open."""
     with progress_bars() as progress:
         llm.progress = partial(progress, READING)
+        if llm.documents is not None:
+            llm.documents.store.progress = progress
         try:
             yield
         finally:
             llm.progress = None
+            if llm.documents is not None:
+                llm.documents.store.progress = lambda stage, done, total: None
 
 
 def print_json(value: Any) -> None:
@@ -339,6 +343,26 @@ def model_options(command: Callable) -> Callable:
         setting_option("budget", default="the model's own"),
         load_options,
     )
+
+
+def cache_options(command: Callable) -> Callable:
+    """Add the options of the document store, which :func:`document_store` takes."""
+    return _with(
+        command,
+        click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                     help="Keep there what is read: what begins alike, also after a restart, is not read again.  "
+                          "[default: nothing is kept]"),
+        click.option("--cache-size", type=click.FloatRange(0, min_open=True), default=8.0,
+                     help="GiB that DIR may take; what was not used for longest goes first."),
+    )  # fmt: skip
+
+
+def document_store(ctx: click.Context, cache: Path | None, cache_size: float) -> fasa_edge.DocumentStore | None:
+    """Open the store that :func:`cache_options` describe."""
+    if cache is None:
+        refuse_ignored(ctx, ("cache_size",), "no --cache")
+        return None
+    return fasa_edge.DocumentStore(cache, capacity_bytes=max(int(cache_size * (1 << 30)), 1))
 
 
 def _parse_override(text: str) -> tuple[str, bool | int | float | str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fasa_edge.cli.common import (
+    cache_options,
+    document_store,
     echo,
     json_option,
     load_model,
@@ -12,7 +15,7 @@ from fasa_edge.cli.common import (
     print_json,
     refuse_ignored,
 )
-from fasa_edge.cli.text import TextFile, attention_text, generate, read_text, utf8
+from fasa_edge.cli.text import TextFile, attention_text, cached, generate, read_text, utf8
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime.room import remedies
 
@@ -28,6 +31,7 @@ import click
 @click.option("--temp", "temperature", type=click.FloatRange(0), default=0.0, help="Temperature; 0: greedy.")
 @click.option("--seed", type=int, default=0, help="Of the sampling.")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
+@cache_options
 @json_option
 @click.pass_context
 def command(
@@ -39,6 +43,8 @@ def command(
     temperature: float,
     seed: int,
     dense: bool,
+    cache: Path | None,
+    cache_size: float,
     as_json: bool,
     **model: Any,
 ) -> None:
@@ -48,7 +54,8 @@ def command(
     if dense:
         refuse_ignored(ctx, ("budget",), "--dense")
     content = utf8(prompt, "-p") if prompt is not None else read_text(prompt_file).encode()
-    llm = load_model(**model, fasa_enabled=False if dense else None)
+    store = document_store(ctx, cache, cache_size)
+    llm = load_model(**model, fasa_enabled=False if dense else None, cache=store)
     tokens = llm.tokenize(content, special=parse_special)
     if not tokens:
         raise FasaError("the prompt is empty, and the model begins no text by itself: give some text with -p or -f")
@@ -62,6 +69,7 @@ def command(
         )
     chunks = llm.create_completion(tokens, max_tokens=n_predict, temperature=temperature, seed=seed, stream=True)
     report = generate(llm, (chunk["choices"][0]["text"] for chunk in chunks), quiet=as_json)
+    kept = cached(llm)
     if as_json:
         return print_json(report)
     echo(
@@ -70,3 +78,5 @@ def command(
         err=True,
     )
     echo(attention_text(report, model["model"]), err=True)
+    if kept:
+        echo(kept, err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import fasa_edge
@@ -54,6 +55,7 @@ def generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -
         "bytes_tips": stats.bytes_tips,
         "bytes_kv_dense": stats.bytes_kv_dense,
         "settings": stats.settings,
+        "cache": llm.documents and asdict(llm.documents.report),
     }
 
 
@@ -67,6 +69,25 @@ def attention_text(report: dict[str, Any], model: str) -> str:
         f"dense reads {size_text(report['bytes_kv_dense'])}; "
         f"layers sparse {report['layers_sparse']}, dense {_reasons(report['layers_dense'])}{exact}"
     )
+
+
+_N_PROBLEMS = 3
+
+
+def cached(llm: fasa_edge.Llama) -> str:
+    """Say what of the latest prompt came from the document store and went there; warn of what was wrong with it."""
+    if llm.documents is None:
+        return ""
+    report = llm.documents.report
+    done = []
+    if report.n_restored:
+        done.append(f"{report.n_restored} of {report.n_prompt} tokens from the cache, {report.seconds_restoring:.1f} s")
+    if report.bytes_written:
+        done.append(f"{size_text(report.bytes_written)} kept, {report.seconds_storing:.1f} s")
+    more = len(report.problems) - _N_PROBLEMS
+    for problem in [*report.problems[:_N_PROBLEMS], *([f"{more} more like these"] if more > 0 else [])]:
+        echo(f"Warning: {problem}", err=True)
+    return "; ".join(done)
 
 
 class TextFile(click.File):

@@ -398,6 +398,8 @@ class Llama(llama_cpp.Llama):
         for rows in (self.input_ids, self.scores) if self._logits_all else (self.input_ids,):
             rows[start : self.n_tokens] = rows[end:held].copy()
         self._requires_eval = True
+        if self.documents is not None:
+            self.documents.moved(start)
         return True
 
     def close(self) -> None:
