@@ -448,6 +448,32 @@ def test_what_keys_depend_on(model: Path, tmp_path: Path, arguments: dict[str, A
     assert llm.documents.report.n_restored == 0
 
 
+def test_prompts_read_by_blocks_are_others(model: Path, tmp_path: Path) -> None:
+    fill(model, tmp_path)
+    llm = load(model, tmp_path)
+    for prompt_mass, n_restored in ((900, 0), (1000, N_DOCUMENT - 1), (900, N_DOCUMENT - 1), (950, 0)):
+        llm.fasa.configure(prompt_mass=prompt_mass)
+        llm.reset()
+        sequence.clear(llm.ctx)
+        answer(llm, DOCUMENT, 1)
+        assert llm.documents.report.n_restored == n_restored
+
+
+def test_a_shifted_context_stores_what_it_has_read(model: Path, tmp_path: Path) -> None:
+    """And nothing that moved up, which has seen tokens that have left."""
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT, 1)
+    assert llm.remove(300, 400)
+    shifted = DOCUMENT[:300] + DOCUMENT[400:]
+    answer(llm, shifted + TEXTS[1][:500], 1)
+    assert llm.documents.report.n_held == N_DOCUMENT - 100
+    assert llm.documents.report.problems == []
+    llm.close()
+    llm = load(model, tmp_path)
+    answer(llm, shifted, 1)
+    assert llm.documents.report.n_restored == 300
+
+
 def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fasa_edge.runtime import identity
 

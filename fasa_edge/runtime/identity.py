@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fasa_edge.config import FasaConfig
 from fasa_edge.io.split import model_files
 from fasa_edge.runtime import capi
 from fasa_edge.runtime.library import llama_cpp
@@ -66,6 +67,12 @@ def identity(llm: llama_cpp.Llama, profile: str | os.PathLike[str] | None = None
         "rope": {name: getattr(params, name) for name in ROPE_ARGUMENTS},
         "long_rope": _is_long(llm),
     }
+
+
+def prompt_settings(llm: llama_cpp.Llama) -> dict[str, Any] | None:
+    """Return the settings in force where prompts are read by blocks (``prompt_mass``), on which K and V depend then."""
+    params = capi.get_params(llm.ctx)
+    return params.as_dict() if params and params.prompt_mass < FasaConfig.prompt_mass else None
 
 
 def _is_long(llm: llama_cpp.Llama) -> bool:

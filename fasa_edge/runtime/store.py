@@ -8,11 +8,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fasa_edge.errors import FasaError
 from fasa_edge.io.block_folder import BlockFolder
 from fasa_edge.runtime import memory, sequence, state_layout
-from fasa_edge.runtime.identity import identity
+from fasa_edge.runtime.identity import identity, prompt_settings
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.stored_states import Progress, StoredStates, n_common
 
@@ -118,7 +119,7 @@ class DocumentCache(BaseLlamaCache):
         self.report = StoreReport()
         self._model = weakref.ref(llm)  # which holds this
         try:
-            depends_on = identity(llm, profile)
+            self._identity = identity(llm, profile)
         except OSError as error:
             raise FasaError(
                 f"{error.filename} cannot be read, and so not be told from others: {error.strerror}"
@@ -127,16 +128,28 @@ class DocumentCache(BaseLlamaCache):
         self._has_tail = not self._has_rows or sequence.state_size(llm.ctx) != sequence.state_size(
             llm.ctx, partial=True
         )
-        self._states = StoredStates(
-            store.folder,
-            depends_on,
-            has_rows=self._has_rows,
-            has_tail=self._has_tail,
-            progress=lambda *report: store.progress(*report),  # as it is then
-        )
+        self._states = self._open(prompt_settings(llm))
         self._n_rows = 0  # tokens of the latest prompt that the store has the rows of
         self._n_stored = 0  # tokens of it that the store can restore
         self._n_own = sys.maxsize  # first tokens in memory that saw no others than those before them
+
+    def _open(self, settings: dict[str, Any] | None) -> StoredStates:
+        """Open what was read with the settings of prompts, as :func:`prompt_settings` gives them."""
+        self._settings = settings
+        return StoredStates(
+            self.store.folder,
+            self._identity | {"prompt": settings},
+            has_rows=self._has_rows,
+            has_tail=self._has_tail,
+            progress=lambda *report: self.store.progress(*report),  # as it is then
+        )
+
+    def _start(self) -> None:
+        """Begin with another prompt."""
+        settings = prompt_settings(self._llm)
+        if settings != self._settings:
+            self._states = self._open(settings)
+        self._states.start()
 
     @property
     def _llm(self) -> llama_cpp.Llama:
@@ -160,7 +173,7 @@ class DocumentCache(BaseLlamaCache):
         n_held = min(n_common(llm._input_ids, tokens), n_max)
         if not n_held or not sequence.holds(llm.ctx, n_held):
             n_held = 0
-        self._states.start()
+        self._start()
         self.report = report = StoreReport(n_prompt=len(tokens), problems=self._states.problems)
         report.n_restored = self._restore(tokens, n_max, n_held + self.store.min_tokens)
         report.n_held = 0 if report.n_restored or not sequence.holds(llm.ctx, n_held) else n_held
@@ -294,7 +307,7 @@ class DocumentCache(BaseLlamaCache):
 
     def __contains__(self, key: Sequence[int]) -> bool:
         """Whether the store has a beginning of these tokens that is worth restoring."""
-        self._states.start()
+        self._start()
         tokens = np.asarray(key, np.int32)
         return self._states.choose(self._states.find(tokens), len(tokens) - 1)[1] >= self.store.min_tokens
 
