@@ -1,16 +1,19 @@
-"""Convert a model, then let it go on from a long document: once with dense attention, once with FASA.
+"""Convert a model, let it read a long document and go on: as stock llama.cpp does, with FASA, and started again.
 
     python examples/demo.py MODEL.gguf
 
-Prints both texts, tokens per second, the bytes of KV cache that attention read, and on how many of the dense text's
-tokens FASA agrees, given the same tokens before.
+Prints the texts, how long reading took, when the first word came, tokens per second from then on, the bytes of KV cache
+that attention read, and on how many of stock's tokens FASA agrees, given the same tokens before.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -28,12 +31,19 @@ RESERVED = 64  # tokens of the question and the chat template
 
 @dataclass
 class Result:
-    """One generation."""
+    """One answer; times in seconds from the question on."""
 
     tokens: list[int]
     text: str
-    tokens_per_second: float
+    read: float
+    first_word: float
+    end: float
     stats: fasa_edge.FasaStats
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of those after the first."""
+        return (len(self.tokens) - 1) / (self.end - self.first_word)
 
 
 def annotated(model: Path, console: Console) -> Path:
@@ -67,35 +77,29 @@ def long_prompt(llm: fasa_edge.Llama, n_tokens: int, document: Path | None) -> l
     return llm.tokenize(prompt.encode(), special=True)
 
 
-def evaluate_prompt(llm: fasa_edge.Llama, prompt: list[int]) -> None:
-    """Bring the cache to the prompt but for its last token; what it holds already is kept."""
-    n_known = llm.longest_token_prefix(llm._input_ids.tolist(), prompt[:-1])
-    llm.n_tokens = n_known
-    llm.eval(prompt[n_known:-1])
-
-
-def generate(llm: fasa_edge.Llama, prompt: list[int], n_predict: int, dense: bool) -> Result:
+def generate(llm: fasa_edge.Llama, prompt: list[int], n_predict: int) -> Result:
     """Greedy text after the prompt."""
-    llm.fasa.configure(enabled=False)
-    evaluate_prompt(llm, prompt)
-    llm.fasa.configure(enabled=not dense)
     llm.fasa.reset_stats()
     tokens: list[int] = []
-    start = time.perf_counter()
+    times = [start := time.perf_counter()]
+
+    def reading(done: int, total: int) -> None:
+        times[:] = [time.perf_counter()]
+
+    llm.progress = reading
     for token in llm.generate(prompt, temp=0.0):
+        times.append(time.perf_counter())
+        tokens.append(token)
         if token == llm.token_eos() or len(tokens) == n_predict:
             break
-        tokens.append(token)
-    seconds = time.perf_counter() - start
+    read, *words = (then - start for then in times)
     text = llm.detokenize(tokens).decode("utf-8", "replace")
-    return Result(tokens, text, len(tokens) / seconds, llm.fasa.stats())
+    return Result(tokens, text, read, words[0], words[-1], llm.fasa.stats())
 
 
 def agreement(llm: fasa_edge.Llama, prompt: list[int], tokens: list[int]) -> float:
     """Share of the tokens that FASA, fed with those before them, finds the likeliest."""
-    llm.fasa.configure(enabled=False)
-    evaluate_prompt(llm, prompt)
-    llm.fasa.configure(enabled=True)
+    llm.n_tokens = len(prompt) - 1
     agreed = 0
     previous = prompt[-1]
     for token in tokens:
@@ -117,46 +121,47 @@ def main() -> None:
     console = Console(highlight=False)
 
     model = annotated(args.model, console)
-    llm = fasa_edge.Llama(str(model), fasa_budget=args.budget, verbose=False)
-    n_prompt = min(args.n_prompt, llm.n_ctx() - args.n_predict - RESERVED)
-    prompt = long_prompt(llm, n_prompt, args.document)
-
-    with console.status(f"reading {len(prompt)} tokens with dense attention"):
-        start = time.perf_counter()
-        evaluate_prompt(llm, prompt)
-        prompt_seconds = time.perf_counter() - start
-    console.print(f"{model.name}: read {len(prompt)} tokens in {prompt_seconds:.1f} s on {llm.n_threads_batch} threads")
-
-    with console.status("generating"):
-        results = {
-            "dense": generate(llm, prompt, args.n_predict, True),
-            "FASA": generate(llm, prompt, args.n_predict, False),
-        }
-        agreed = agreement(llm, prompt, results["dense"].tokens)
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        load = partial(fasa_edge.Llama, str(model), fasa_budget=args.budget, verbose=False)
+        with closing(load(fasa_enabled=False)) as llm:
+            n_prompt = min(args.n_prompt, llm.n_ctx() - args.n_predict - RESERVED)
+            prompt = long_prompt(llm, n_prompt, args.document)
+            with console.status(f"stock llama.cpp reads {len(prompt)} tokens"):
+                results["stock"] = generate(llm, prompt, args.n_predict)
+        for name in ("FASA", "started again"):
+            with closing(load(fasa_exact=True, cache=folder)) as llm:
+                with console.status(f"{name}: reads {len(prompt)} tokens"):
+                    results[name] = generate(llm, prompt, args.n_predict)
+                agreed = agreement(llm, prompt, results["stock"].tokens)
+                settings, n_threads = llm.fasa.settings, llm.n_threads_batch
 
     for name, result in results.items():
         console.rule(name)
         console.print(result.text, markup=False)
     console.rule()
-    table = Table("", "tokens/s", "KV cache read", "of which tips", "sparse layers")
+    console.print(f"{model.name}: {len(prompt)} tokens to read, on {n_threads} threads")
+    table = Table("", "read in", "first word after", "then tokens/s", "KV cache read", "of which tips")
     for name, result in results.items():
-        stats = result.stats
-        read, n_layers = stats.bytes_kv + stats.bytes_tips, stats.n_layers_sparse + sum(stats.n_layers_dense.values())
         table.add_row(
             name,
+            f"{result.read:.1f} s",
+            f"{result.first_word:.1f} s",
             f"{result.tokens_per_second:.1f}",
-            f"{read / 2**20:.0f} MiB",
-            f"{stats.bytes_tips / 2**20:.0f} MiB",
-            f"{100 * stats.n_layers_sparse / n_layers:.0f} %",
+            f"{(result.stats.bytes_kv + result.stats.bytes_tips) / 2**20:.0f} MiB",
+            f"{result.stats.bytes_tips / 2**20:.0f} MiB",
         )
     console.print(table)
+    stock, fasa = results["stock"], results["FASA"]
     console.print(
-        f"speed x{results['FASA'].tokens_per_second / results['dense'].tokens_per_second:.2f}, "
-        f"budget {llm.fasa.settings['budget']} of {len(prompt)} cells, "
-        f"next-token agreement on the dense text {100 * agreed:.1f} % of {len(results['dense'].tokens)}"
+        f"first word x{stock.first_word / fasa.first_word:.2f}, "
+        f"and x{stock.first_word / results['started again'].first_word:.0f} where the document is on disk; "
+        f"then x{fasa.tokens_per_second / stock.tokens_per_second:.2f}, "
+        f"budget {settings['budget']} of {len(prompt)} cells, "
+        f"next-token agreement on stock's text {100 * agreed:.1f} % of {len(stock.tokens)}"
     )
     console.print(
-        "dense is llama.cpp with flash attention; on some processors it decodes faster without: "
+        "stock is llama.cpp with flash attention; on some processors it decodes faster without: "
         "`fasa-edge bench` compares with both"
     )
 

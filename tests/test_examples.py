@@ -29,6 +29,7 @@ def test_demo(run, tmp_path: Path) -> None:
     out = run("demo", model, "--n-prompt", 1500, "--n-predict", 4, "--budget", 64).stdout
     assert (tmp_path / "tiny-fasa.gguf").is_file()
     assert re.search(r"budget 64 of \d+ cells", " ".join(out.split()))
+    assert all(re.search(rf"{name} +│ [\d.]+ s +│ [\d.]+ s", out) for name in ("stock", "FASA"))
 
 
 def test_chat_document(run, fasa_model_path: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ class DocumentCache(BaseLlamaCache):
         for stop in [*self._stops(start, len(own)), len(prompt)]:
             yield tokens[done - start : stop - start]
             done = stop
-            if stop < len(prompt):
+            if stop < len(prompt) and self._has_tail:
                 self._store(prompt[:stop], self._store_tail)
         self._store(own, self._store_rows)
         self._n_stored = len(own)
@@ -248,15 +248,16 @@ class DocumentCache(BaseLlamaCache):
         return n - self._n_stored >= self.store.min_tokens
 
     def _stops(self, start: int, n: int) -> list[int]:
-        """After which tokens of a prompt tails are taken.
+        """After which tokens of a prompt reading stops; where there are tails, they are taken there.
 
-        Where it parts from what was stored before, for that is where a document ends and a question begins; at its last
-        token but one, so that it and what goes on from it have little to read; and ever fewer between.
+        Before its last token in any case: restored, it is read by itself, too, and has the same logits to the bit.
+        Tails also where it parts from what was stored before, for that is where a document ends and a question begins,
+        and ever fewer between.
         """
-        if not self._has_tail:
-            return []
-        wanted, distance = {self._n_rows, n - 1}, _N_NEAREST
-        while distance < n:
+        wanted, distance = {n - 1}, _N_NEAREST
+        if self._has_tail:
+            wanted.add(self._n_rows)
+        while distance < n and self._has_tail:
             wanted.add((n - distance) // _N_NEAREST * _N_NEAREST)
             distance *= _RATIO
         return sorted(stop for stop in wanted if start < stop < n)
