@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install stock model model-qwen model-gemma check test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
+.PHONY: help install programs stock model model-qwen model-gemma check test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
         demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -78,6 +78,11 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 install: $(VENV)/.installed ## build the patched llama.cpp and install all into .venv; leaves .venv/bin/fasa-edge
+
+# What was asked for once is kept, and so built by `make install` as well: programs and libraries are always of one build.
+programs: ## build llama-server and others of llama.cpp's programs, too: .venv/bin/fasa-llama-server, ...
+	@test -e $(VENV)/.programs || { mkdir -p $(VENV) && touch $(VENV)/.programs && rm -f $(VENV)/.installed; }
+	$(MAKE) --no-print-directory install
 
 stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same flags into .venv/stock/lib, for comparison
 
@@ -217,7 +222,8 @@ endif
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
-	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON '.[test]'
+	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON \
+	    --config-settings=cmake.define.FASA_PROGRAMS=$(if $(wildcard $(VENV)/.programs),ON,OFF) '.[test]'
 	@touch $@
 
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.

@@ -1,0 +1,97 @@
+#include "fasa.h"
+
+#include "llama-fasa.h"
+#include "log.h"
+
+#include <algorithm>
+#include <cstring>
+
+static llama_model_kv_override & fasa_override(common_params & params, const char * key, llama_model_kv_override_type tag) {
+    auto & overrides = params.kv_overrides;
+
+    // of an option that is given twice the last counts
+    auto it = std::find_if(overrides.begin(), overrides.end(), [&](const auto & kvo) { return strcmp(kvo.key, key) == 0; });
+    if (it == overrides.end()) {
+        it = overrides.insert(overrides.end(), llama_model_kv_override{});
+        strncpy(it->key, key, sizeof(it->key) - 1);
+    }
+    it->tag = tag;
+    return *it;
+}
+
+static void fasa_override(common_params & params, const char * key, bool value) {
+    fasa_override(params, key, LLAMA_KV_OVERRIDE_TYPE_BOOL).val_bool = value;
+}
+
+void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
+    add_opt(common_arg(
+        {"--fasa"}, "off|on|exact",
+        "sparse attention of a model that carries a FASA profile; exact: what stays dense on the CPU, prompts as well, is attended "
+        "to with FASA's kernels, all cells (default: on, with a profile)",
+        [](common_params & params, const std::string & value) {
+            if (value != "off" && value != "on" && value != "exact") {
+                throw std::invalid_argument("error: --fasa " + value + ": choose off, on or exact\n");
+            }
+            fasa_override(params, "fasa.enabled", value != "off");
+            if (value == "exact") {
+                fasa_override(params, "fasa.exact", true);
+            }
+        }
+    ).set_env("LLAMA_ARG_FASA"));
+    add_opt(common_arg(
+        {"--fasa-budget"}, "N",
+        "cells that a decoded token attends to in each sparse layer, sinks and recent ones included (default: the profile's)",
+        [](common_params & params, int value) {
+            if (value < 1) {
+                throw std::invalid_argument("error: --fasa-budget " + std::to_string(value) + ": choose 1 or more\n");
+            }
+            fasa_override(params, "fasa.budget", LLAMA_KV_OVERRIDE_TYPE_INT).val_i64 = value;
+        }
+    ).set_env("LLAMA_ARG_FASA_BUDGET"));
+    add_opt(common_arg(
+        {"--fasa-profile"}, "FNAME",
+        "FASA profile in place of the model's own, made with `fasa-edge convert --profile`",
+        [](common_params & params, const std::string & value) {
+            params.fasa_profile = value;
+        }
+    ).set_env("LLAMA_ARG_FASA_PROFILE"));
+}
+
+bool common_fasa_load_profile(llama_model * model, const common_params & params) {
+    if (params.fasa_profile.empty()) {
+        return true;
+    }
+    const auto * overrides = params.kv_overrides.empty() ? nullptr : params.kv_overrides.data();
+    if (!llama_fasa_model_load_profile(model, params.fasa_profile.c_str(), overrides)) {
+        LOG_ERR("%s: --fasa-profile %s is no profile of this model\n", __func__, params.fasa_profile.c_str());
+        return false;
+    }
+    return true;
+}
+
+void common_fasa_warn(const llama_context * ctx, const common_params & params) {
+    const auto * model = llama_get_model(ctx);
+
+    if (!llama_fasa_model_has_profile(model)) {
+        for (const auto & kvo : params.kv_overrides) {
+            // FASA's kernels take all cells without a profile, and false asks for what is so anyway
+            const bool has_effect = strcmp(kvo.key, "fasa.exact") == 0 || strcmp(kvo.key, "fasa.version") == 0 ||
+                (kvo.tag == LLAMA_KV_OVERRIDE_TYPE_BOOL && !kvo.val_bool);
+            if (strncmp(kvo.key, "fasa.", 5) == 0 && !has_effect) {
+                LOG_WRN("%s: %s has no effect: the model has no FASA profile; make one with `fasa-edge convert`\n", __func__, kvo.key);
+            }
+        }
+        return;
+    }
+    const std::string report = llama_fasa_model_override_report(model);
+    if (!report.empty()) {
+        LOG_WRN("%s: overrides without effect: %s\n", __func__, report.c_str());
+    }
+    llama_fasa_params fasa;
+    if (llama_fasa_get_params(ctx, &fasa) && fasa.enabled && llama_fasa_min_ctx(ctx) == 0) {
+        LOG_WRN("%s: the model carries a FASA profile, but will run dense: %s\n", __func__,
+                params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED
+                    ? "FASA needs flash attention; leave out -fa off"
+                    : "no layer of it, or no device, can run sparse; a response's timings say why");
+    }
+}
