@@ -34,7 +34,8 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parent
 KERNELS = PATCHES.parent / "ggml_kernels"
 
-# What a library build reads, the converter of checkpoints, the programs, the tests of the ops; most of the archive stays packed.
+# What a library build reads, the converter of checkpoints, the programs, the tests of the ops; most of the archive
+# stays packed.
 KEPT = (
     *("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "tools/mtmd/", "vendor/"),
     *("convert_hf_to_gguf.py", "conversion/", "gguf-py/"),

@@ -53,6 +53,8 @@ void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
         "FASA profile in place of the model's own, made with `fasa-edge convert --profile`",
         [](common_params & params, const std::string & value) {
             params.fasa_profile = value;
+            // the model's own is left out, whatever its state
+            fasa_override(params, "fasa.version", LLAMA_KV_OVERRIDE_TYPE_INT).val_i64 = 0;
         }
     ).set_env("LLAMA_ARG_FASA_PROFILE"));
 }
@@ -94,4 +96,23 @@ void common_fasa_warn(const llama_context * ctx, const common_params & params) {
                     ? "FASA needs flash attention; leave out -fa off"
                     : "no layer of it, or no device, can run sparse; a response's timings say why");
     }
+}
+
+int common_fasa_budget(const llama_context * ctx) {
+    llama_fasa_params fasa;
+
+    return llama_fasa_get_params(ctx, &fasa) && fasa.enabled && llama_fasa_model_has_profile(llama_get_model(ctx)) ? fasa.budget : 0;
+}
+
+bool common_fasa_set_budget(llama_context * ctx, int budget) {
+    llama_fasa_params fasa;
+    const bool has_params = llama_fasa_get_params(ctx, &fasa);
+    if (budget == -1 || (budget == 0 && !has_params)) {
+        return true;
+    }
+    fasa.enabled = budget != 0;
+    if (fasa.enabled) {
+        fasa.budget = budget;
+    }
+    return budget >= 0 && llama_fasa_set_params(ctx, &fasa);
 }

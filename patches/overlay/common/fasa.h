@@ -16,3 +16,7 @@ bool common_fasa_load_profile(llama_model * model, const common_params & params)
 
 // says what was asked for and has no effect
 void common_fasa_warn(const llama_context * ctx, const common_params & params);
+
+// cells that a decoded token attends to; 0: all, FASA is off or the model has no profile
+int  common_fasa_budget    (const llama_context * ctx);
+bool common_fasa_set_budget(llama_context * ctx, int budget); // -1: as it is; false: no profile, or out of range (the log says why)

@@ -1,0 +1,189 @@
+#include "server-fasa.h"
+
+#include <sstream>
+#include <stdexcept>
+
+using json = common_json;
+
+//
+// server_fasa_request
+//
+
+json server_fasa_request::to_json(const server_fasa_stats & stats) const {
+    json res = stats.to_json();
+    if (budget > 0) {
+        res["fasa_budget"] = budget;
+    }
+    if (enabled >= 0) {
+        res["fasa_enabled"] = enabled != 0;
+    }
+    return res;
+}
+
+//
+// server_fasa_stats
+//
+
+static void fasa_add(uint64_t & sum, uint64_t n) { sum += n; }
+
+// each counter of one with that of another
+template <typename F>
+static void fasa_each(llama_fasa_stats & a, const llama_fasa_stats & b, F f) {
+    f(a.n_steps_prompt, b.n_steps_prompt);
+    f(a.n_steps_decode, b.n_steps_decode);
+    for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
+        f(a.n_layers[i], b.n_layers[i]);
+    }
+    f(a.n_layers_exact, b.n_layers_exact);
+    f(a.bytes_kv,       b.bytes_kv);
+    f(a.bytes_tips,     b.bytes_tips);
+    f(a.bytes_kv_dense, b.bytes_kv_dense);
+}
+
+void server_fasa_stats::add(const llama_fasa_stats & steps) {
+    fasa_each(sum, steps, fasa_add);
+}
+
+bool server_fasa_stats::empty() const {
+    return sum.n_steps_prompt + sum.n_steps_decode == 0;
+}
+
+static double fasa_read_ratio(const llama_fasa_stats & sum) {
+    return sum.bytes_kv_dense > 0 ? double(sum.bytes_kv + sum.bytes_tips)/sum.bytes_kv_dense : 1.0;
+}
+
+json server_fasa_stats::to_json() const {
+    json dense = json::object();
+    for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
+        if (i != LLAMA_FASA_REASON_NONE && sum.n_layers[i] > 0) {
+            dense[llama_fasa_reason_name(llama_fasa_reason(i))] = sum.n_layers[i];
+        }
+    }
+    return json {
+        {"n_steps_prompt",  sum.n_steps_prompt},
+        {"n_steps_decode",  sum.n_steps_decode},
+        {"n_layers_sparse", sum.n_layers[LLAMA_FASA_REASON_NONE]},
+        {"n_layers_dense",  dense},
+        {"n_layers_exact",  sum.n_layers_exact},
+        {"bytes_kv",        sum.bytes_kv},
+        {"bytes_tips",      sum.bytes_tips},
+        {"bytes_kv_dense",  sum.bytes_kv_dense},
+        {"read_ratio",      fasa_read_ratio(sum)},
+    };
+}
+
+std::string server_fasa_stats::to_metrics() const {
+    std::stringstream res;
+
+    auto describe = [&](const char * name, const char * type, const char * description) {
+        res << "# HELP llamacpp:" << name << " " << description << "\n"
+            << "# TYPE llamacpp:" << name << " " << type        << "\n";
+    };
+    auto sample = [&](const char * name, const char * label, const char * value, auto n) {
+        res << "llamacpp:" << name << "{" << label << "=\"" << value << "\"} " << n << "\n";
+    };
+
+    describe("fasa_steps_total", "counter", "FASA: micro-batches");
+    sample("fasa_steps_total", "kind", "prompt", sum.n_steps_prompt);
+    sample("fasa_steps_total", "kind", "decode", sum.n_steps_decode);
+
+    describe("fasa_layers_sparse_total", "counter", "FASA: layers that ran sparse, summed over micro-batches");
+    res << "llamacpp:fasa_layers_sparse_total " << sum.n_layers[LLAMA_FASA_REASON_NONE] << "\n";
+
+    describe("fasa_layers_dense_total", "counter", "FASA: layers that ran dense, summed over micro-batches, by reason");
+    for (int i = 0; i < LLAMA_FASA_REASON_COUNT; ++i) {
+        if (i != LLAMA_FASA_REASON_NONE) {
+            sample("fasa_layers_dense_total", "reason", llama_fasa_reason_name(llama_fasa_reason(i)), sum.n_layers[i]);
+        }
+    }
+    describe("fasa_layers_exact_total", "counter", "FASA: of the dense layers, those that FASA's kernels attended to");
+    res << "llamacpp:fasa_layers_exact_total " << sum.n_layers_exact << "\n";
+
+    describe("fasa_read_bytes_total", "counter", "FASA: bytes that attention read for decoded tokens");
+    sample("fasa_read_bytes_total", "of", "kv",   sum.bytes_kv);
+    sample("fasa_read_bytes_total", "of", "tips", sum.bytes_tips);
+
+    describe("fasa_dense_bytes_total", "counter", "FASA: bytes that attention would have read, had all layers run dense");
+    res << "llamacpp:fasa_dense_bytes_total " << sum.bytes_kv_dense << "\n";
+
+    return res.str();
+}
+
+//
+// server_fasa
+//
+
+void server_fasa::init(llama_context * ctx_of_model) {
+    ctx         = ctx_of_model;
+    has_profile = llama_fasa_model_has_profile(llama_get_model(ctx));
+    has_params  = llama_fasa_get_params(ctx, &params);
+    applied     = {};
+}
+
+llama_fasa_params server_fasa::with(const server_fasa_request & request) const {
+    auto res = params;
+    if (request.budget > 0) {
+        res.budget = request.budget;
+    }
+    if (request.enabled >= 0) {
+        res.enabled = request.enabled != 0;
+    }
+    return res;
+}
+
+std::string server_fasa::check(const server_fasa_request & request) const {
+    if (!has_profile && (request.budget > 0 || request.enabled > 0)) {
+        return "fasa_budget and fasa_enabled: the model has no FASA profile; make one with `fasa-edge convert`";
+    }
+    const auto wanted = with(request);
+    if (has_profile && uint64_t(wanted.n_sink) + wanted.n_recent > wanted.budget) {
+        return "fasa_budget = " + std::to_string(wanted.budget) + " is below the " + std::to_string(wanted.n_sink) + " first and " +
+            std::to_string(wanted.n_recent) + " last tokens that are always attended to: choose " +
+            std::to_string(uint64_t(wanted.n_sink) + wanted.n_recent) + " or more";
+    }
+    return "";
+}
+
+void server_fasa::begin(bool is_prompt) {
+    if (!has_params) {
+        return;
+    }
+    if (has_profile && turn != applied) {
+        const auto wanted = with(turn);
+        if (!llama_fasa_set_params(ctx, &wanted)) {
+            throw std::runtime_error("the FASA settings of a request were refused"); // server_fasa::check let them pass
+        }
+        applied = turn;
+    }
+    llama_fasa_set_prompt(ctx, is_prompt);
+    llama_fasa_get_stats(ctx, &before);
+}
+
+llama_fasa_stats server_fasa::end() {
+    llama_fasa_stats res = {};
+    if (has_params) {
+        llama_fasa_get_stats(ctx, &res);
+        fasa_each(res, before, [](uint64_t & now, uint64_t then) { now -= then; });
+    }
+    return res;
+}
+
+json server_fasa::settings() const {
+    if (!has_params) {
+        return json();
+    }
+    return json {
+        {"profile",        has_profile},
+        {"enabled",        params.enabled},
+        {"exact",          params.exact},
+        {"budget",         params.budget},
+        {"n_sink",         params.n_sink},
+        {"n_recent",       params.n_recent},
+        {"min_ctx",        llama_fasa_min_ctx(ctx)},
+        {"max_batch",      params.max_batch},
+        {"n_tip",          params.n_tip},
+        {"n_dense_layers", params.n_dense_layers},
+        {"select",         llama_fasa_select_name(params.select)},
+        {"tips_size",      llama_fasa_tips_size(ctx)},
+    };
+}

@@ -1,0 +1,73 @@
+// FASA in the server: settings of a request, counters of a request and of all.
+
+#pragma once
+
+#include "json.h"
+#include "llama-fasa.h"
+
+#include <string>
+
+// counters of some steps, by the names that they have in Python (fasa_edge.FasaStats)
+struct server_fasa_stats {
+    llama_fasa_stats sum = {};
+
+    void add(const llama_fasa_stats & steps);
+
+    bool empty() const; // nothing ran where FASA could
+
+    common_json to_json() const;
+    std::string to_metrics() const; // Prometheus
+};
+
+// what a request sets in place of the server's settings
+struct server_fasa_request {
+    int32_t budget  = 0;  // 0: the server's
+    int32_t enabled = -1; // -1: the server's
+
+    bool operator==(const server_fasa_request & other) const { return budget == other.budget && enabled == other.enabled; }
+    bool operator!=(const server_fasa_request & other) const { return !(*this == other); }
+
+    common_json to_json(const server_fasa_stats & stats) const; // both
+};
+
+// Settings are of the context, so all of a batch have the same. Requests with different ones take turns, batch by batch.
+class server_fasa {
+public:
+    void init(llama_context * ctx_of_model);
+
+    // why the model cannot do what a request wants; "": it can
+    std::string check(const server_fasa_request & request) const;
+
+    // the settings of the next batch: others than those of the last one, where slots wait that have them
+    template <typename Slots>
+    const server_fasa_request & take_turn(const Slots & slots) {
+        for (size_t i = 1; i <= slots.size(); ++i) {
+            const size_t at   = (turn_slot + i) % slots.size();
+            const auto & slot = slots[at];
+            if (slot.is_processing() && slot.task && slot.task->params.fasa != turn) {
+                turn_slot = at;
+                turn      = slot.task->params.fasa;
+                break;
+            }
+        }
+        return turn;
+    }
+
+    // around llama_decode; is_prompt: the batch holds a part of a prompt, however short
+    void             begin(bool is_prompt);
+    llama_fasa_stats end();
+
+    common_json settings() const; // the server's own; null: the model has no profile
+
+private:
+    llama_context *     ctx = nullptr;
+    bool                has_profile = false;
+    bool                has_params  = false;
+    llama_fasa_params   params = {}; // the server's
+    server_fasa_request turn;
+    server_fasa_request applied;
+    size_t              turn_slot = 0;
+    llama_fasa_stats    before = {};
+
+    llama_fasa_params with(const server_fasa_request & request) const;
+};
