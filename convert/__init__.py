@@ -9,6 +9,7 @@ from .pipeline import DEFAULT_TOKENS, DEFAULT_TOP_K, ConvertResult, convert
 from .plot import write_plot
 from .report import FileReport, farthest, inspect, picture
 from .selfcheck import Check
+from .source import default_output
 
 __all__ = [
     "DEFAULT_TOKENS",
@@ -19,6 +20,7 @@ __all__ = [
     "ConvertResult",
     "FileReport",
     "convert",
+    "default_output",
     "farthest",
     "inspect",
     "picture",

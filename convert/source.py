@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fasa_edge.errors import ConvertError
 from fasa_edge.io.output import check_outputs
-from fasa_edge.io.split import parse_name
+from fasa_edge.io.split import output_paths, parse_name
 
 from .checkpoint import OUTTYPES, check_packages, made_gguf
 
@@ -42,6 +42,12 @@ class Source(NamedTuple):
     def default_output(self) -> Path:
         """``<name>-fasa.gguf``, for a split model without the numbers."""
         return self.folder / f"{parse_name(self.name).prefix if self.is_gguf else self.name}-fasa.gguf"
+
+
+def default_output(src: str | Path) -> Path:
+    """Return where :func:`fasa_edge.convert.convert` puts the copy of a GGUF file, of a split model its first file."""
+    source = find_source(src)
+    return output_paths(source.default_output, source.n_files)[0]
 
 
 def find_source(src: str | Path) -> Source:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from fasa_edge.cli import bench, chat, convert, doctor, eval, inspect, llama, run
+from fasa_edge.cli import bench, chat, convert, doctor, eval, inspect, llama, run, serve
 from fasa_edge.cli.common import echo, printable
 from fasa_edge.cli.signals import unwound_by_signals
 from fasa_edge.errors import FasaError
@@ -43,5 +43,5 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: echo(f"warning: {message}", err=True)
 
 
-for _module in (convert, inspect, run, chat, bench, eval, doctor, llama):
+for _module in (convert, inspect, run, chat, serve, bench, eval, doctor, llama):
     main.add_command(_module.command)

@@ -296,6 +296,7 @@ threads_option = click.option(
     type=click.IntRange(1),
     help="Of decoding; prompts take all CPUs.  [default: half of the CPUs]",
 )
+profile_option = click.option("--profile", type=_File(), help="In place of the model's own.")
 gpu_layers_option = click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all.")
 
 
@@ -327,7 +328,7 @@ def load_options(command: Callable) -> Callable:
         gpu_layers_option,
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
-        click.option("--profile", type=_File(), help="In place of the model's own."),
+        profile_option,
         setting_option("exact"),
         rope_options,
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),

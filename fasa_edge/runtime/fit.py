@@ -7,6 +7,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator
 
+from fasa_edge.errors import ModelError
 from fasa_edge.runtime import capi, memory
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import unheard
@@ -31,23 +32,35 @@ def automatic_n_ctx(
     n_batch: int,
     n_ubatch: int,
     logits_all: bool,
+    *,
+    n_slots: int = 1,
+    is_loaded: bool = True,
 ) -> int:
     """Choose the context that a model was trained for, as far as memory allows: the host's, and that of each device.
 
     Args:
-        model_path: of a model that is loaded: its weights no longer count as free memory.
+        model_path: of the model.
         profile: FASA profile that replaces the model's own.
         model_params: that it was loaded with.
         context_params: of the context that will be made of it, but for the sizes.
         n_batch: tokens of a batch, if the context holds as many.
         n_ubatch: tokens of a micro-batch, likewise.
         logits_all: whether ``llama_cpp.Llama`` keeps the logits of all cells, not of a batch.
+        n_slots: sequences, each of which gets a context of its own.
+        is_loaded: whether the model is: its weights no longer count as free memory then.
 
     Returns:
-        A multiple of :data:`N_CTX_STEP`.
+        A multiple of :data:`N_CTX_STEP`, the cells of each slot.
+
+    Raises:
+        ModelError: the model is not loaded, and cannot be, or memory does not hold it with any context.
     """
     with _weightless(model_path, model_params) as model:
         if not model:
+            if not is_loaded:
+                raise ModelError(
+                    f"{os.fspath(model_path)} cannot be loaded: `fasa-edge run -v` shows what llama.cpp says of it"
+                )
             return N_CTX_STEP  # it was loaded before: there is no memory left for even this
         if profile is not None:
             capi.load_profile(model, profile, model_params.kv_overrides)
@@ -56,8 +69,9 @@ def automatic_n_ctx(
 
         def usage(n_ctx: int) -> list[capi.Memory] | None:
             params = type(context_params).from_buffer_copy(context_params)
-            params.n_ctx, params.n_batch = n_ctx, min(n_ctx, n_batch)
+            params.n_ctx, params.n_batch = n_ctx * n_slots, min(n_ctx, n_batch)
             params.n_ubatch = min(params.n_batch, n_ubatch)
+            params.n_seq_max = n_slots
             if params.embeddings:  # the bindings say so as late as the sizes
                 params.n_seq_max = min(params.n_batch, llama_cpp.llama_max_parallel_sequences())
                 params.kv_unified = True
@@ -74,16 +88,23 @@ def automatic_n_ctx(
             # of all cells in the bindings, and of a batch in the library, which makes room for them as they come
             kept = (n_ctx + n_batched) * logits_row if logits_all else 0
             # each token of the bindings' batch has room for as many sequences as there are cells
-            untouched = (0 if logits_all else n_batch * logits_row) + 4 * n_batched * n_ctx
+            untouched = (0 if logits_all else n_batch * logits_row) + 4 * n_batched * n_ctx * n_slots
             return kinds is not None and room.holds(kinds, kept, untouched)
 
         room = _Room(
             maps=model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP),
             n_threads=max(context_params.n_threads, context_params.n_threads_batch) - 1,
+            is_loaded=is_loaded,
         )
         sizes = range(N_CTX_STEP, n_most + 1, N_CTX_STEP)
         if fits(n_most):
             return n_most
+        if not is_loaded and not fits(N_CTX_STEP):
+            n_bytes = sum(kind.model for kind in usage(N_CTX_STEP) or ())
+            raise ModelError(
+                f"memory does not hold {os.fspath(model_path)}: {n_bytes} bytes of weights, {memory.available()}; end "
+                "what else takes memory, or choose a smaller quantization or model"
+            )
         return sizes[max(bisect_left(sizes, True, key=lambda n_ctx: not fits(n_ctx)) - 1, 0)]
 
 
@@ -93,10 +114,12 @@ class _Room:
     Args:
         maps: weights that can stay in the mapped file do.
         n_threads: that will be started.
+        is_loaded: whether weights are in memory already.
     """
 
-    def __init__(self, maps: bool, n_threads: int) -> None:
+    def __init__(self, maps: bool, n_threads: int, is_loaded: bool) -> None:
         self._maps = maps
+        self._is_loaded = is_loaded
         self._n_threads = n_threads
         self._limits = memory.limits()
         self._on_device: dict[int, int] = {}
@@ -113,15 +136,20 @@ class _Room:
         mapped = sum(kind.model for kind in host if kind.can_map) if self._maps else 0
         computing = sum(kind.compute for kind in host)
         context = sum(kind.context for kind in host) + logits
+        weights = 0 if self._is_loaded else sum(kind.model for kind in host) - mapped
         devices = {kind.device for kind in kinds if kind.device}
 
         def besides(limit: memory.Available) -> int:
-            return computing + (untouched + self._n_threads * limit.by_thread if limit.is_virtual else mapped)
+            by_kind = untouched + self._n_threads * limit.by_thread if limit.is_virtual else mapped
+            return computing + weights + by_kind
 
         return all(context <= _HOST_SHARE * (limit.n_bytes - besides(limit)) for limit in self._limits) and all(
-            sum(kind.context + kind.compute for kind in kinds if kind.device == device) <= self._free(device)
+            sum(self._of_device(kind) for kind in kinds if kind.device == device) <= self._free(device)
             for device in devices
         )
+
+    def _of_device(self, kind: capi.Memory) -> int:
+        return kind.context + kind.compute + (0 if self._is_loaded else kind.model)
 
     def _free(self, device: int) -> int:
         if device not in self._on_device:

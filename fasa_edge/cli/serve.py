@@ -1,0 +1,144 @@
+"""The command ``fasa-edge serve``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fasa_edge import convert
+from fasa_edge.cli.common import (
+    echo,
+    model_file,
+    profile_option,
+    progress_bars,
+    refuse_ignored,
+    setting_option,
+    threads_option,
+)
+from fasa_edge.errors import FasaError
+from fasa_edge.runtime.programs import find_program
+from fasa_edge.runtime.serving import Plan, free_port, plan, running
+
+import click
+
+
+@click.command(name="serve")
+@click.argument("model", type=model_file)
+@click.argument("server_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTION OF LLAMA-SERVER ...]")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0: all, so that others reach it.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0: any that is free.")
+@click.option(
+    "--convert/--no-convert",
+    "may_convert",
+    default=None,
+    show_default=False,
+    help="Whether a model without a FASA profile is annotated first, or served dense.  [default: ask]",
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    "n_ctx",
+    type=click.IntRange(0),
+    default=0,
+    show_default=False,
+    help="Cells of each slot.  [default: the model's own context, as far as memory allows]",
+)
+@click.option(
+    "--slots",
+    "n_slots",
+    type=click.IntRange(1),
+    help="Requests that are answered at once.  [default: up to 4, as many as memory holds the whole context for]",
+)
+@threads_option
+@click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), help="Layers on the GPU; -1: all.  [default: all that fit]"
+)
+@setting_option("budget", default="the model's own")
+@profile_option
+@setting_option("exact")
+@click.option("--dense", is_flag=True, help="Switch FASA off.")
+@click.option("-v", "--verbose", is_flag=True, help="Show llama-server's log.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    server_options: tuple[str, ...],
+    host: str,
+    port: int,
+    may_convert: bool | None,
+    n_ctx: int,
+    n_slots: int | None,
+    n_threads: int | None,
+    n_gpu_layers: int | None,
+    budget: int | None,
+    profile: str | None,
+    exact: bool,
+    dense: bool,
+    verbose: bool,
+) -> None:
+    """Serve MODEL as OpenAI's API with llama-server, decoding sparsely.
+
+    What is after -- goes to llama-server, as in `fasa-edge serve model-fasa.gguf -- --api-key KEY`; `fasa-edge llama
+    server --help` lists it. A request may set fasa_budget and fasa_enabled; its timings say what was read.
+    """
+    if dense:
+        refuse_ignored(ctx, ("budget", "exact", "profile"), "--dense")
+    find_program("server")  # before a model is annotated for it
+    port = free_port(host, port)
+    path = Path(model) if dense or profile else _annotated(Path(model), may_convert)
+    wanted = plan(path, profile, n_ctx=n_ctx, n_slots=n_slots or 0, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    arguments = ["--model", str(path), *wanted.arguments(), "--metrics"]
+    for name, value in {"--fasa-budget": budget, "--fasa-profile": profile}.items():
+        arguments += [name, str(value)] if value is not None else []
+    if dense or exact:
+        arguments += ["--fasa", "off" if dense else "exact"]
+    if "--cors-origins" not in server_options:
+        arguments += ["--cors-origins", "localhost"]  # or any page in a browser on this machine may ask it
+    if not verbose:
+        arguments += ["--log-verbosity", "2"]  # errors and warnings
+    source = convert.inspect(profile or path).profile
+    echo(_what(path, wanted, "dense" if dense or not source else f"budget {budget or source.config.budget}"))
+    try:
+        with running(host, port, [*arguments, *server_options]) as server:
+            echo(f"http://{host}:{port}/v1 (OpenAI's API; Ctrl-C ends it)")
+            status = server.wait()
+            raise FasaError(f"llama-server ended by itself, with status {status}: see what it says above")
+    except KeyboardInterrupt:
+        echo(err=True)  # behind the terminal's ^C
+
+
+def _what(path: Path, wanted: Plan, how: str) -> str:
+    slots = "1 slot" if wanted.n_slots == 1 else f"{wanted.n_slots} slots"
+    threads = "1 thread" if wanted.n_threads == 1 else f"{wanted.n_threads} threads"
+    return f"{path}: {slots} of {wanted.n_ctx} cells, {threads} ({wanted.n_threads_batch} for prompts), {how}"
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _annotated(path: Path, may_convert: bool | None) -> Path:
+    """The model if it carries a profile, else its annotated copy, which is made if it may be."""
+    if convert.inspect(path).annotated:
+        return path
+    copy = convert.default_output(path)
+    if copy.is_file() and copy.stat().st_mtime >= path.stat().st_mtime and convert.inspect(copy).annotated:
+        echo(f"{path} has no FASA profile: its annotated copy is served", err=True)
+        return copy
+    if may_convert is None:
+        if not _is_terminal():
+            raise FasaError(
+                f"{path} has no FASA profile: give --convert to annotate it first, or --no-convert to serve it dense"
+            )
+        may_convert = click.confirm(
+            f"{path} has no FASA profile. Write an annotated copy, {copy}?", default=True, err=True
+        )
+    if not may_convert:
+        echo(f"warning: {path} has no FASA profile: it is served dense", err=True)
+        return path
+    with progress_bars() as progress:
+        result = convert.convert(path, progress=progress)
+    for warning in (result.unchecked and f"not checked: {result.unchecked}", result.check and result.check.warning):
+        if warning:
+            echo(f"warning: {warning}", err=True)
+    return copy

@@ -1,0 +1,80 @@
+"""A llama-server of a test, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from fasa_edge.runtime.programs import find_program
+from fasa_edge.runtime.serving import free_port, running
+
+import pytest
+
+# one thread, which does not spin: the machine is shared
+QUIET = ("--threads", "1", "--poll", "0", "--no-warmup", "--log-verbosity", "2", "--metrics", "--slots")
+
+
+class Server:
+    """Runs while its context is open.
+
+    Args:
+        model: a GGUF file.
+        arguments: further options of llama-server.
+    """
+
+    def __init__(self, model: Path, *arguments: object) -> None:
+        try:
+            find_program("server")
+        except Exception as error:  # noqa: BLE001
+            pytest.fail(str(error), pytrace=False)
+        self.port = free_port("127.0.0.1", 0)
+        options = [*QUIET, "--ctx-size", "4096", "--parallel", "1", "--model", str(model), *map(str, arguments)]
+        self._running = running("127.0.0.1", self.port, options)
+
+    def __enter__(self) -> Server:
+        self.process: subprocess.Popen[bytes] = self._running.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._running.__exit__(*raised)
+
+    def ask(self, path: str, body: object = None) -> Any:
+        """Post a body, or get; the answer, decoded if it is JSON. Raises what it refuses as ``HTTPError``."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", None if body is None else json.dumps(body).encode()
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as answer:
+            content = answer.read().decode()
+            return json.loads(content) if answer.headers.get_content_type() == "application/json" else content
+
+    def complete(self, prompt: list[int] | str, n_predict: int = 16, **fields: object) -> dict[str, Any]:
+        """Complete a prompt greedily, with exactly so many tokens."""
+        body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+        return self.ask("/completion", body | fields)
+
+    def refusal(self, **fields: object) -> str:
+        """What it says to a completion that it refuses as a mistake of the client."""
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            self.complete([5, 6, 7], **fields)
+        assert raised.value.code == 400
+        return json.loads(raised.value.read())["error"]["message"]
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of /metrics by name and labels."""
+        lines = self.ask("/metrics").splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def fasa(answer: dict[str, Any]) -> dict[str, Any]:
+    """FASA's counters of an answer."""
+    return answer["timings"]["fasa"]
+
+
+def program(name: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one of llama.cpp's programs to its end."""
+    command = [find_program(name), *map(str, arguments)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options)
