@@ -95,7 +95,7 @@ model-gemma: $(GEMMA) ## get Gemma 3 270M (Gemma's terms of use), likewise
 check: lint install $(SMALL_MODEL) $(SIMT_LIB) ## run what most changes break first: a minute
 	$(PYTEST) -q -m check
 
-test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
+test: programs stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
 	$(PYTEST)
 	$(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)'
 	$(MAKE) --no-print-directory backend-test OPS='$(PATCHED_OPS)'
@@ -223,7 +223,7 @@ endif
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON \
-	    --config-settings=cmake.define.FASA_PROGRAMS=$(if $(wildcard $(VENV)/.programs),ON,OFF) '.[test]'
+	    $(if $(wildcard $(VENV)/.programs),--config-settings=cmake.define.FASA_PROGRAMS=ON) '.[test]'
 	@touch $@
 
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.

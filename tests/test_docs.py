@@ -26,8 +26,18 @@ INSTALLED = ["fasa_edge/llama.cpp/"]  # what no source tree has
 
 FOREIGN = {  # options of other programs that stand by themselves
     "-b": "test-backend-ops",
+    "-fa": "llama.cpp",
+    "-fit": "llama.cpp",
+    "--cache-ram": "llama-server",
+    "--context-shift": "llama-server",
+    "--fasa": "llama-server",
+    "--fasa-budget": "llama-server",
+    "--fasa-profile": "llama-server",
+    "--kv-unified": "llama-server",
+    "--metrics": "llama-server",
     "--no-mangle-all": "delvewheel",
     "--prune-layers": "llama-quantize",
+    "--slot-save-path": "llama-server",
     "--split-mode": "llama.cpp",
     "-hf": "llama.cpp",
 }
@@ -86,6 +96,10 @@ def unknown(line: str) -> list[str]:
     if not args:
         return []
     program, *args = args
+    if "llama" in args[:1]:  # what follows is another program's
+        args = args[:2]
+    if "--" in args:  # likewise
+        args = args[: args.index("--")]
     given = [arg.split("=")[0] for arg in args if _OPTION.match(arg)]
     if _OPTION.fullmatch(program):
         return [name for name in (program.split("=")[0], *given) if name not in ALL_OPTIONS]
