@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install programs stock model model-qwen model-gemma check test test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
+.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
         demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -95,11 +95,14 @@ model-gemma: $(GEMMA) ## get Gemma 3 270M (Gemma's terms of use), likewise
 check: lint install $(SMALL_MODEL) $(SIMT_LIB) ## run what most changes break first: a minute
 	$(PYTEST) -q -m check
 
-test: programs stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
-	$(PYTEST)
+test: install stock $(SMALL_MODEL) $(VENV)/build/bin/fasa-test-rpc.so $(SIMT_LIB) $(SANITIZED) ## run all tests, in WORKERS=2 processes
+	$(PYTEST) -m "not programs"
 	$(MAKE) --no-print-directory backend-test OPS='$(FASA_OPS)'
 	$(MAKE) --no-print-directory backend-test OPS='$(PATCHED_OPS)'
 	$(MAKE) --no-print-directory -j $(WORKERS) test-bindings test-simt
+
+test-programs: programs $(SMALL_MODEL) ## build llama-server and the other programs, which takes minutes, and run their tests
+	$(PYTEST) -m programs
 
 test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run llama-cpp-python's own tests on the patched library
 	cd $(VENV)/bindings-tests && PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \

@@ -21,6 +21,8 @@ from click.testing import CliRunner
 from llama_server import QUIET, Server, fasa, program
 from runtime import TEXTS, annotated_tiny
 
+pytestmark = pytest.mark.programs
+
 N_LAYER = 2
 PROMPT, OTHER = TEXTS[0][:300], TEXTS[1][:250]  # tokens
 TEXT = bytes(token - 3 for token in TEXTS[2]).decode()

@@ -25,6 +25,8 @@ from click.testing import CliRunner
 from runtime import annotated_tiny
 from tiny_models import Shape, make_model
 
+pytestmark = pytest.mark.programs
+
 N_CTX_TRAIN = 4096  # of the model
 NO_WAITING = ("--poll", "0", "--no-warmup")
 
