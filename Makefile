@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-bindings test-torch test-variants test-simt backend-test fuzz soak cuda-check gpu gpu-pack metal-check \
+.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-bindings test-torch test-variants test-simt backend-test fuzz soak soak-server cuda-check gpu gpu-pack metal-check \
         demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -129,6 +129,9 @@ fuzz: $(VENV)/build-sanitized/.built ## hostile inputs under ASan and UBSan, SEC
 soak: $(VENV)/build-sanitized/.built ## two sequences live long in one context, SECONDS=600 with and without the sanitizers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
 	$(UNDER_SANITIZERS) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
+
+soak-server: programs ## 64 clients ask one llama-server at once, SECONDS=600
+	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/python tests/soak_server.py --seconds $(or $(SECONDS),600) $(SEED:%=--seed %)
 
 # Other architectures than this machine's are cross-compiled and run under qemu-user; what is not installed is named.
 test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x86-64 and ARM; VARIANTS='haswell zen4' ARCH=aarch64

@@ -18,6 +18,10 @@ import pytest
 QUIET = ("--threads", "1", "--poll", "0", "--no-warmup", "--log-verbosity", "2", "--metrics", "--slots")
 
 
+N_PROBS = 4
+TIE = 0.05  # of log probabilities: products of several rows differ from those of one, and cells are chosen by them
+
+
 class Server:
     """Runs while its context is open.
 
@@ -54,6 +58,7 @@ class Server:
     def complete(self, prompt: list[int] | str, n_predict: int = 16, **fields: object) -> dict[str, Any]:
         """Complete a prompt greedily, with exactly so many tokens."""
         body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+        body |= {"n_probs": N_PROBS}
         return self.ask("/completion", body | fields)
 
     def refusal(self, **fields: object) -> str:
@@ -67,6 +72,15 @@ class Server:
         """Samples of /metrics by name and labels."""
         lines = self.ask("/metrics").splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def is_same(answer: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two greedy answers are the same, up to a token that was all but a tie: from there they part."""
+    for mine, its in zip(answer["completion_probabilities"], other["completion_probabilities"], strict=True):
+        if mine["id"] != its["id"]:
+            logprobs = {token["id"]: token["logprob"] for token in mine["top_logprobs"]}
+            return abs(logprobs[mine["id"]] - logprobs.get(its["id"], -float("inf"))) < TIE
+    return True
 
 
 def fasa(answer: dict[str, Any]) -> dict[str, Any]:
