@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-bindings test-torch test-variants test-simt backend-test fuzz soak soak-server cuda-check gpu gpu-pack metal-check \
+.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-server test-bindings test-torch test-variants test-simt backend-test fuzz soak soak-server cuda-check gpu gpu-pack metal-check \
         demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -107,6 +107,11 @@ test-programs: programs $(SMALL_MODEL) ## build llama-server and the other progr
 test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run llama-cpp-python's own tests on the patched library
 	cd $(VENV)/bindings-tests && PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
 	    $(CURDIR)/$(BIN)/pytest -c /dev/null --rootdir . -p no:cacheprovider -p bindings_plugin -q tests
+
+# In the folder and with the settings that they are written for.
+test-server: programs $(VENV)/server-tests/.unpacked ## run llama.cpp's own tests of llama-server on ours, with FASA off and on
+	cd $(VENV)/server-tests/tools/server/tests && OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
+	    $(CURDIR)/$(BIN)/pytest -n $(WORKERS) -p no:cacheprovider -p server_suite.plugin -q -m 'not slow' $(TESTS)
 
 backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-ops; narrow it with OPS='FASA_.*' BACKEND=CPU
 	@.ci/backend-test $< '$(BACKEND)' '$(OPS)'
@@ -250,6 +255,16 @@ $(VENV)/bindings-tests/.unpacked: patches/upstream.txt pyproject.toml | $(VENV)/
 	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
 	top=llama_cpp_python-$$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' patches/upstream.txt) && \
 	tar -xzf "$$archive" -C $(@D) --strip-components=1 "$$top/tests" "$$top/vendor/llama.cpp/models/ggml-vocab-llama-spm.gguf"
+	@touch $@
+
+# A git repository, so that what searches it does not find that ours ignores it.
+$(VENV)/server-tests/.unpacked: patches/upstream.txt pyproject.toml | $(VENV)/.bindings
+	$(PIP) install --group server-tests
+	rm -rf $(@D) && mkdir -p $(@D)
+	archive=$$($(BIN)/python patches/prepare.py --fetch "$$FASA_DOWNLOAD_DIR") && \
+	top=llama_cpp_python-$$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' patches/upstream.txt)/vendor/llama.cpp && \
+	tar -xzf "$$archive" -C $(@D) --strip-components=3 "$$top/tools/server/tests" "$$top/tools/mtmd/test-1.jpeg" "$$top/models/templates"
+	git init -q $(@D)
 	@touch $@
 
 $(VENV)/stock/.installed: CMakeLists.txt pyproject.toml patches/upstream.txt patches/prepare.py $(VENV)/.cmake-args | $(VENV)/.bindings

@@ -33,7 +33,7 @@ class Hub:
 
     def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a GET."""
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+|(/tree/[^/]+))?", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+|(/tree/[^/]+)|(/refs))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         folder = self.repos.get((api or file)[1]) if api or file else None
         if folder is None:
@@ -47,6 +47,8 @@ class Hub:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             body = (folder / file[2]).read_bytes()
             return 200, {"ETag": f'"{_etag(body)}"', "X-Repo-Commit": commit}, body
+        if api[3]:
+            return 200, {}, json.dumps({"branches": [{"name": "main", "targetCommit": commit}]}).encode()
         files = [
             {"path": name, "rfilename": name, "type": "file", "size": p.stat().st_size, "oid": _etag(p.read_bytes())}
             for name, p in sorted((p.relative_to(folder).as_posix(), p) for p in folder.rglob("*") if p.is_file())

@@ -14,6 +14,7 @@ from fasa_edge.cli import main
 
 import click
 import pytest
+from server_suite.unlike import EXCLUDED, TEXTS
 
 pytestmark = pytest.mark.check
 
@@ -186,6 +187,12 @@ def row(depth: int, method: str, median: float) -> dict[str, object]:
     result.budget *= method == "fasa"
     result.samples_ts, result.samples_ns = [median - 1, median, median + 1], [1, 1, 1]
     return result.as_dict()
+
+
+def test_what_is_left_of_upstreams_server_tests_is_listed() -> None:
+    page = (ROOT / "docs/server.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\S+::\S.*)` \| (.+) \|$", page, re.M) == list(EXCLUDED.items())
+    assert re.findall(r"^- `(\S+::\S+)`$", page, re.M) == list(TEXTS)
 
 
 def test_what_is_wrong_is_found() -> None:

@@ -1,12 +1,14 @@
 """Small random-weight GGUF models that llama.cpp loads and runs, one recipe an architecture.
 
-The vocabulary is one SentencePiece token a byte, so that any text tokenizes. Weights are float32 and seeded.
+The vocabulary is one SentencePiece token a byte, so that any text tokenizes, unless another is given. Weights are float32
+and seeded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -28,6 +30,7 @@ class Shape:
     rope_base: float = 10000.0
     n_ctx: int = 4096
     n_ff: int = 128
+    n_vocab: int = 260
 
     @property
     def n_embd(self) -> int:
@@ -39,33 +42,73 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Metadata ``tokenizer.*`` as what GGUFWriter has a method for; tokens with their scores and types."""
+
+    model: str
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+
+    def write(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model(self.model)
+        writer.add_token_list(self.tokens)
+        writer.add_token_scores(self.scores)
+        writer.add_token_types(self.types)
+
+
+def sentencepiece(pieces: list[str]) -> Vocabulary:
+    """Bytes, and these pieces, of which those before others are merged first."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    types = [gguf.TokenType.UNKNOWN, *2 * [gguf.TokenType.CONTROL], *256 * [gguf.TokenType.BYTE]]
+    scores = [0.0] * len(types) + [-float(i) for i in range(len(pieces))]
+    return Vocabulary("llama", tokens, scores, types + [gguf.TokenType.NORMAL] * len(pieces))
+
+
+BYTES = sentencepiece(["▁"])
+
+
+@dataclass(frozen=True)
 class Recipe:
     """An architecture: its tensors, and its metadata without the prefix, beyond :func:`_hyperparameters`."""
 
     tensors: Callable[[Shape], Tensors]
     keys: Callable[[Shape], dict[str, Value]] = lambda shape: {}
     scales_embeddings: bool = False
+    arch: str = ""  # as llama.cpp knows it, where another recipe has that name
     peak: float = 1.5  # factor of the logits: attention over random keys is all too even otherwise
 
 
-def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, seed: int = 0, **keys: Value) -> Path:
+def make_model(
+    path: Path,
+    arch: str = "llama",
+    shape: Shape | None = None,
+    *,
+    seed: int = 0,
+    vocabulary: Vocabulary = BYTES,
+    edit: Callable[[str, np.ndarray], None] = lambda name, values: None,
+    **keys: Value,
+) -> Path:
     """Writes a model.
 
     Args:
         path: file to be written.
         arch: a name in :data:`RECIPES`.
-        shape: its geometry.
+        shape: its geometry; the vocabulary decides on ``n_vocab``.
         seed: of the weights.
+        vocabulary: its tokens.
+        edit: changes a tensor in place, given its name and values.
         keys: more metadata, ``__`` standing for a dot: integers as uint32, floats as float32, strings as they are.
 
     Returns:
         ``path``.
     """
-    shape = shape or Shape()
+    shape = replace(shape or Shape(), n_vocab=len(vocabulary.tokens))
     recipe = RECIPES[arch]
+    arch = recipe.arch or arch
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
-    _write_vocabulary(writer)
+    vocabulary.write(writer)
     hyperparameters = _hyperparameters(shape) | recipe.keys(shape)
     for key, value in [(f"{arch}.{key}", value) for key, value in hyperparameters.items()] + list(keys.items()):
         writer.add_key_value(key.replace("__", "."), value, _GGUF_TYPES[type(value)])
@@ -75,6 +118,7 @@ def make_model(path: Path, arch: str = "llama", shape: Shape | None = None, *, s
             values *= np.float32(np.sqrt(recipe.peak) if "qkv" in name else recipe.peak)
         if recipe.scales_embeddings and name == "token_embd.weight":
             values /= np.float32(np.sqrt(shape.n_embd))  # llama.cpp scales them back, and the layers must still count
+        edit(name, values)
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -107,18 +151,6 @@ def _weights(rng: np.random.Generator, name: str, dims: tuple[int, ...]) -> np.n
     return values / np.float32(np.sqrt(dims[0])) if len(dims) > 1 else np.float32(0.1) * values
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    types = [gguf.TokenType.UNKNOWN, *2 * [gguf.TokenType.CONTROL], *256 * [gguf.TokenType.BYTE], gguf.TokenType.NORMAL]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types(types)
-
-
-N_VOCAB = 260
-
-
 def _hyperparameters(shape: Shape) -> dict[str, Value]:
     return {
         "block_count": shape.n_layer,
@@ -137,10 +169,10 @@ def _hyperparameters(shape: Shape) -> dict[str, Value]:
 
 
 def _ends(shape: Shape, *, bias: bool = False, tied: bool = False) -> Tensors:
-    yield "token_embd.weight", (shape.n_embd, N_VOCAB)
+    yield "token_embd.weight", (shape.n_embd, shape.n_vocab)
     yield "output_norm.weight", (shape.n_embd,)
     if not tied:
-        yield "output.weight", (shape.n_embd, N_VOCAB)
+        yield "output.weight", (shape.n_embd, shape.n_vocab)
     if bias:
         yield "output_norm.bias", (shape.n_embd,)
 
@@ -322,7 +354,7 @@ def _minicpm3_keys(shape: Shape) -> dict[str, Value]:
 
 def _t5(shape: Shape) -> Tensors:
     """Encoder and decoder, a bias on the logits by distance, no RoPE."""
-    yield "token_embd.weight", (shape.n_embd, N_VOCAB)
+    yield "token_embd.weight", (shape.n_embd, shape.n_vocab)
     for side, attentions in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
         yield f"{side}.output_norm.weight", (shape.n_embd,)
         for il in range(shape.n_layer):
@@ -395,6 +427,56 @@ def _gemma4_keys(shape: Shape) -> dict[str, Value]:
 N_EXPERT, N_EXPERT_USED = 4, 2
 
 
+def _llama_moe(shape: Shape) -> Tensors:
+    """Experts."""
+    yield from _ends(shape)
+    for il in range(shape.n_layer):
+        yield from _qkv(shape, f"blk.{il}")
+        yield f"blk.{il}.ffn_norm.weight", (shape.n_embd,)
+        yield f"blk.{il}.ffn_gate_inp.weight", (shape.n_embd, N_EXPERT)
+        for name, n_in, n_out in (
+            ("gate", shape.n_embd, shape.n_ff),
+            ("up", shape.n_embd, shape.n_ff),
+            ("down", shape.n_ff, shape.n_embd),
+        ):
+            yield f"blk.{il}.ffn_{name}_exps.weight", (n_in, n_out, N_EXPERT)
+
+
+def _bert(shape: Shape, *, ranks: bool = False) -> Tensors:
+    """Encoder, positions are embedded; ``ranks`` adds a head of one output."""
+    yield "token_embd.weight", (shape.n_embd, shape.n_vocab)
+    yield "token_types.weight", (shape.n_embd, 2)
+    yield "position_embd.weight", (shape.n_embd, shape.n_ctx)
+    yield from _biased_norm("token_embd_norm", shape)
+    for il in range(shape.n_layer):
+        for name, n_in, n_out in (
+            ("attn_q", shape.n_embd, shape.n_embd),
+            ("attn_k", shape.n_embd, shape.n_embd_kv),
+            ("attn_v", shape.n_embd, shape.n_embd_kv),
+            ("attn_output", shape.n_embd, shape.n_embd),
+            ("ffn_up", shape.n_embd, shape.n_ff),
+            ("ffn_down", shape.n_ff, shape.n_embd),
+        ):
+            yield f"blk.{il}.{name}.weight", (n_in, n_out)
+            yield f"blk.{il}.{name}.bias", (n_out,)
+        yield from _biased_norm(f"blk.{il}.attn_output_norm", shape)
+        yield from _biased_norm(f"blk.{il}.layer_output_norm", shape)
+    if ranks:
+        yield "cls.weight", (shape.n_embd, shape.n_embd)
+        yield "cls.bias", (shape.n_embd,)
+        yield "cls.output.weight", (shape.n_embd, 1)
+        yield "cls.output.bias", (1,)
+
+
+def _biased_norm(name: str, shape: Shape) -> Tensors:
+    yield f"{name}.weight", (shape.n_embd,)
+    yield f"{name}.bias", (shape.n_embd,)
+
+
+def _experts_keys(shape: Shape) -> dict[str, Value]:
+    return {"expert_count": N_EXPERT, "expert_used_count": N_EXPERT_USED}
+
+
 def _gpt_oss(shape: Shape) -> Tensors:
     """Attention sinks, experts; even layers attend to a sliding window."""
     yield from _ends(shape)
@@ -416,11 +498,7 @@ def _gpt_oss(shape: Shape) -> Tensors:
 
 
 def _gpt_oss_keys(shape: Shape) -> dict[str, Value]:
-    return _swa_keys(shape) | {
-        "expert_count": N_EXPERT,
-        "expert_used_count": N_EXPERT_USED,
-        "expert_feed_forward_length": shape.n_ff,
-    }
+    return _swa_keys(shape) | _experts_keys(shape) | {"expert_feed_forward_length": shape.n_ff}
 
 
 def _granite_swa(shape: Shape) -> Tensors:
@@ -478,9 +556,9 @@ def _is_conv(il: int) -> bool:
 
 def _lfm2(shape: Shape) -> Tensors:
     """Hybrid: even layers are short convolutions with a recurrent state, odd ones attend; Q and K are normed."""
-    yield "token_embd.weight", (shape.n_embd, N_VOCAB)
+    yield "token_embd.weight", (shape.n_embd, shape.n_vocab)
     yield "token_embd_norm.weight", (shape.n_embd,)  # in fact the output norm
-    yield "output.weight", (shape.n_embd, N_VOCAB)
+    yield "output.weight", (shape.n_embd, shape.n_vocab)
     for il in range(shape.n_layer):
         if _is_conv(il):
             yield f"blk.{il}.attn_norm.weight", (shape.n_embd,)
@@ -535,6 +613,7 @@ def _mrope_keys(shape: Shape) -> dict[str, Value]:
 
 RECIPES = {
     "llama": Recipe(_llama),
+    "llama-moe": Recipe(_llama_moe, _experts_keys, arch="llama"),
     "smollm3": Recipe(_llama),  # each fourth layer has no RoPE
     "baichuan": Recipe(_llama),  # with 40 layers, ALiBi
     "qwen2": Recipe(_qwen2),
@@ -564,4 +643,6 @@ RECIPES = {
     "openelm": Recipe(_openelm, _per_layer_keys(OPENELM_HEADS)),
     "deci": Recipe(_deci, _per_layer_keys(DECI_HEADS)),
     "lfm2": Recipe(_lfm2, _lfm2_keys),
+    "bert": Recipe(_bert, lambda shape: {"attention.causal": False}),
+    "bert-rank": Recipe(partial(_bert, ranks=True), lambda shape: {"attention.causal": False}, arch="bert"),
 }
