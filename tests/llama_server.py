@@ -84,8 +84,12 @@ def is_same(answer: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def fasa(answer: dict[str, Any]) -> dict[str, Any]:
-    """FASA's counters of an answer."""
-    return answer["timings"]["fasa"]
+    """FASA's counters of an answer, dense layers by reason."""
+    prefix, dense = "fasa_", "n_layers_dense_"
+    flat = {name.removeprefix(prefix): n for name, n in answer["timings"].items() if name.startswith(prefix)}
+    counters: dict[str, Any] = {name: n for name, n in flat.items() if not name.startswith(dense)}
+    counters["n_layers_dense"] = {name.removeprefix(dense): n for name, n in flat.items() if name.startswith(dense)}
+    return counters
 
 
 def program(name: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -72,6 +72,19 @@ json server_fasa_stats::to_json() const {
     };
 }
 
+void server_fasa_stats::add_to_timings(json & timings) const {
+    json counters = to_json();
+    for (const auto & [name, value] : counters.items()) {
+        if (!value.is_object()) {
+            timings["fasa_" + name] = value;
+            continue;
+        }
+        for (const auto & [reason, n] : value.items()) {
+            timings["fasa_" + name + "_" + reason] = n;
+        }
+    }
+}
+
 std::string server_fasa_stats::to_metrics() const {
     std::stringstream res;
 

@@ -16,6 +16,7 @@ struct server_fasa_stats {
     bool empty() const; // nothing ran where FASA could
 
     common_json to_json() const;
+    void        add_to_timings(common_json & timings) const; // flat, since clients take each of them for a number
     std::string to_metrics() const; // Prometheus
 };
 
