@@ -111,7 +111,7 @@ test-bindings: install $(SMALL_MODEL) $(VENV)/bindings-tests/.unpacked ## run ll
 # In the folder and with the settings that they are written for.
 test-server: programs $(VENV)/server-tests/.unpacked ## run llama.cpp's own tests of llama-server on ours, with FASA off and on
 	cd $(VENV)/server-tests/tools/server/tests && OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/tests PYTHONPYCACHEPREFIX=$(CURDIR)/$(VENV)/pycache \
-	    $(CURDIR)/$(BIN)/pytest -n $(WORKERS) -p no:cacheprovider -p server_suite.plugin -q -m 'not slow' $(TESTS)
+	    $(CURDIR)/$(BIN)/pytest -n $(WORKERS) -p no:cacheprovider -p server_suite.plugin -q -ra -m 'not slow' $(TESTS)
 
 backend-test: $(VENV)/build/bin/test-backend-ops ## run upstream's test-backend-ops; narrow it with OPS='FASA_.*' BACKEND=CPU
 	@.ci/backend-test $< '$(BACKEND)' '$(OPS)'

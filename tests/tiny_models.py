@@ -1,7 +1,7 @@
 """Small random-weight GGUF models that llama.cpp loads and runs, one recipe an architecture.
 
-The vocabulary is one SentencePiece token a byte, so that any text tokenizes, unless another is given. Weights are float32
-and seeded.
+The vocabulary is one SentencePiece token a byte, so that any text tokenizes, unless another is given. Weights are
+float32 and seeded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stand-ins for the models that upstream's server tests download, in repositories of the same names.
 
-All have random weights. A text that upstream's tests count the tokens of has as many in the vocabulary here, so that what a
-server says of prompts, caches and shifts can be compared with what upstream expects.
+All have random weights. A text that upstream's tests count the tokens of has as many in the vocabulary here, so that
+what a server says of prompts, caches and shifts can be compared with what upstream expects.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from fasa_edge.runtime.programs import find_program
 
 import gguf
 import numpy as np
-from server_suite.pieces import PIECES
 from tiny_models import Shape, Vocabulary, make_model, sentencepiece
 from unchecked import convert
+
+from server_suite.pieces import PIECES
 
 SPARSE = FasaConfig(budget=8, min_ctx=1, n_sink=1, n_recent=2, n_dense_layers=0)
 """Stored in every annotated model: contexts as short as the tests' are sparse from their first cells on."""
@@ -119,19 +120,36 @@ def _run(program: str, *words: str | Path) -> None:
     subprocess.run([find_program(program), *words], check=True, capture_output=True)
 
 
-ENCODER_WORDS = """i believe the meaning of life is this a test hello world machine learn which ci par , ? cap de la""".split()
+ENCODER_WORDS = (
+    """i believe the meaning of life is this a test hello world machine learn which ci par , ? cap de la""".split()
+)
 
 
 def _encoder(path: Path, *, ranks: bool = False) -> None:
     """A BERT that embeds, or ranks, with words, letters, and letters within words for tokens; it has no KV cache."""
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"▁{word}" for word in ENCODER_WORDS), "ing", "ty", "is", "ita", "le"]
-    tokens += [c for c in (*(f"▁{c}" for c in string.printable), *string.printable) if c.isprintable() and c not in tokens]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *(f"▁{word}" for word in ENCODER_WORDS),
+        "ing",
+        "ty",
+        "is",
+        "ita",
+        "le",
+    ]
+    tokens += [
+        c for c in (*(f"▁{c}" for c in string.printable), *string.printable) if c.isprintable() and c not in tokens
+    ]
     types = [gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(tokens) - 4)
     keys = {"bert__pooling_type": int(gguf.PoolingType.RANK if ranks else gguf.PoolingType.CLS)}
     ids = {"padding": 0, "unknown": 1, "bos": 2, "cls": 2, "seperator": 3, "eos": 3}
     if ranks:  # between query and document, and at the end
         keys |= {"tokenizer__ggml__add_eos_token": True, "tokenizer__ggml__add_sep_token": False}
-    keys |= {f"tokenizer__ggml__{name}_token_id": i for name, i in ids.items()} | {"tokenizer__ggml__token_type_count": 2}
+    keys |= {f"tokenizer__ggml__{name}_token_id": i for name, i in ids.items()} | {
+        "tokenizer__ggml__token_type_count": 2
+    }
     vocabulary = Vocabulary("bert", tokens, [0.0] * len(tokens), types)
     make_model(path, "bert-rank" if ranks else "bert", SHAPE, vocabulary=vocabulary, **keys)
 

@@ -1,8 +1,9 @@
-"""Pieces of a SentencePiece vocabulary, searched for so that texts of upstream's server tests have as many tokens as there.
+"""Pieces of a SentencePiece vocabulary, in which texts of upstream's server tests have as many tokens as there.
 
-The search changed random pieces until none of these differed: the counts in test_completion.py, test_chat_completion.py (with
-ChatML, and how much of one prompt another can reuse), test_ctx_shift.py and test_slot_save.py. Pieces without which they are
-the same were then left out. Those before others are merged first.
+They were searched for: random pieces were changed until none of these differed, the counts in test_completion.py,
+test_chat_completion.py (with ChatML, and how much of one prompt another can reuse), test_ctx_shift.py and
+test_slot_save.py, and a prompt of test_metrics.py fitted into its context. Pieces without which all that holds
+were then left out. Those before others are merged first.
 """
 
 PIECES = """

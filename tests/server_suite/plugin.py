@@ -1,7 +1,7 @@
 """A pytest plugin that runs llama.cpp's own tests of llama-server on ours: `make test-server`.
 
-Each test runs twice, with FASA off and with FASA on, where contexts are sparse from their first cells on. The hub that the
-tests download their models from is one on this machine (tests/hub_server.py), with stand-ins of the same names.
+Each test runs twice, with FASA off and with FASA on, where contexts are sparse from their first cells on. The hub that
+the tests download their models from is one on this machine (tests/hub_server.py), with stand-ins of the same names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fasa_edge.runtime.programs import find_program
 
 import pytest
 import requests
+
 from server_suite.unlike import EXCLUDED, TEXTS
 
 HUGGING_FACE = "https://huggingface.co/"
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Stand in for the hub, in all processes; the first of them runs it."""
     if not hasattr(config, "workerinput"):
         from hub_server import hub_server
+
         from server_suite.models import write_repositories
 
         stack = ExitStack()
@@ -105,7 +107,7 @@ def fasa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     def counted(self: ServerProcess, *arguments: Any, **named: Any) -> Any:
         response = make_request(self, *arguments, **named)
         if isinstance(response.body, dict):
-            counters.append((response.body.get("timings") or {}).get("fasa") or {})
+            counters.append(response.body.get("timings") or {})
         return response
 
     def start_with_flash_attention(self: ServerProcess, *arguments: Any, **named: Any) -> None:
@@ -116,10 +118,10 @@ def fasa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "on":
         monkeypatch.setattr(ServerProcess, "start", start_with_flash_attention)
     yield
-    sparse = sum(counter.get("n_layers_sparse", 0) for counter in counters)
+    sparse = sum(counter.get("fasa_n_layers_sparse", 0) for counter in counters)
     if request.param == "off":
         assert sparse == 0
-    elif any(counter.get("n_steps_decode") for counter in counters):
+    elif any(counter.get("fasa_n_steps_decode") for counter in counters):
         assert sparse > 0, "nothing ran sparsely"
 
 
