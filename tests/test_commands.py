@@ -142,7 +142,7 @@ def test_convert_runs_the_model_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 def test_commands_are_listed_in_the_order_of_use() -> None:
     lines = run("--help").stdout.partition("Commands:")[2].splitlines()
     names = [line.split()[0] for line in lines if line[2:3].strip()]
-    assert names == ["convert", "inspect", "run", "chat", "bench", "eval", "doctor"]
+    assert names == ["convert", "inspect", "run", "chat", "serve", "bench", "eval", "doctor", "llama"]
 
 
 @pytest.mark.check

@@ -185,7 +185,7 @@ GIB = 1 << 30
 def test_what_a_device_keeps(monkeypatch: pytest.MonkeyPatch, n_free: int, n_left: int) -> None:
     """A gigabyte, or a quarter, for what ggml takes while it computes."""
     monkeypatch.setattr(capi, "device_memory", lambda device: n_free)
-    room = fit._Room(maps=True, n_threads=0)
+    room = fit._Room(maps=True, n_threads=0, is_loaded=True)
 
     def kind(context: int) -> capi.Memory:
         return capi.Memory(device=1, is_host=False, can_map=False, model=0, context=context, compute=0)

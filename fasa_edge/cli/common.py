@@ -297,7 +297,9 @@ threads_option = click.option(
     help="Of decoding; prompts take all CPUs.  [default: half of the CPUs]",
 )
 profile_option = click.option("--profile", type=_File(), help="In place of the model's own.")
-gpu_layers_option = click.option("-ngl", "--n-gpu-layers", type=int, default=0, help="Layers on the GPU; -1: all.")
+gpu_layers_option = click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=0, help="Layers on the GPU; -1: all."
+)
 
 
 _ROPE_SCALING = {"none": 0, "linear": 1, "yarn": 2}  # enum llama_rope_scaling_type (include/llama.h)
