@@ -121,7 +121,8 @@ def test_a_prefix_is_restored_in_every_memory(models, arch: str, type_kv: str, t
     assert llm.fasa.stats().n_layers_sparse > 0
 
     fresh = load(models(arch), **arguments)
-    for part in ((DOCUMENT + OTHER)[:n], (DOCUMENT + OTHER)[n:]):
+    for part in (DOCUMENT[:n], DOCUMENT[n:], OTHER):  # where the prompts part, a tail is taken
+        fresh._starts_prompt = True
         fresh.eval(part)
     wanted = [last_logits(fresh)]
     for token in QUESTION[:4]:
@@ -169,7 +170,7 @@ def test_where_prompts_part_a_tail_is_kept(models, tmp_path: Path) -> None:
     """So that a third question has nothing of the document to read."""
     fill(models("lfm2"), tmp_path, DOCUMENT + QUESTION)
     for n in (N_TAIL, N_DOCUMENT):
-        llm = load(models("lfm2"), DocumentStore(tmp_path, min_tokens=100))
+        llm = load(models("lfm2"), tmp_path)
         answer(llm, [*DOCUMENT, *TEXTS[2][n - 500 : n - 400]])
         assert llm.documents.report.n_restored == n
         llm.close()
@@ -831,10 +832,12 @@ def test_progress(model: Path, tmp_path: Path) -> None:
         assert done[-1][0] == done[-1][1]
 
 
-def test_tails_are_few() -> None:
-    llm_like = store.DocumentCache.__new__(store.DocumentCache)
-    llm_like._has_tail, llm_like._n_rows = True, 5000
-    assert llm_like._stops(0, 6000) == [1856, 5000, 5440, 5888, 5999]
-    assert llm_like._stops(5888, 6000) == [5999]
-    llm_like._has_tail = False
-    assert llm_like._stops(0, 6000) == [5999]
+def test_tails_are_few(tmp_path: Path) -> None:
+    cache = store.DocumentCache.__new__(store.DocumentCache)
+    cache.store, cache._has_tail, cache._n_rows = DocumentStore(tmp_path), True, 5000
+    assert cache._stops(0, 6000) == [1856, 5000, 5440, 5888, 5999]
+    assert cache._stops(5888, 6000) == [5999]
+    assert cache._parting(4960, 6000) == [5000]
+    assert cache._parting(4990, 6000) == []
+    cache._has_tail = False
+    assert (cache._stops(0, 6000), cache._parting(0, 6000)) == ([5999], [])

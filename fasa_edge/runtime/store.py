@@ -232,31 +232,36 @@ class DocumentCache(BaseLlamaCache):
         start = llm.n_tokens
         prompt = np.concatenate([llm.input_ids[:start], np.asarray(tokens, np.int32)])
         own = prompt[: self._n_own]
-        if not self._pays(len(own)):
-            yield tokens
-            return
+        pays = self._pays(len(own))
+        stops = self._stops(start, len(own)) if pays else self._parting(start, len(own))
         done = start
-        for stop in [*self._stops(start, len(own)), len(prompt)]:
+        for stop in [*stops, len(prompt)]:
             yield tokens[done - start : stop - start]
             done = stop
             if stop < len(prompt) and self._has_tail:
                 self._store(prompt[:stop], self._store_tail)
-        self._store(own, self._store_rows)
-        self._n_stored = len(own)
+        if pays:
+            self._store(own, self._store_rows)
+            self._n_stored = len(own)
 
     def _pays(self, n: int) -> bool:
         return n - self._n_stored >= self.store.min_tokens
 
+    def _parting(self, start: int, n: int) -> list[int]:
+        """Where a prompt parts from what was stored before, if a tail there saves others reading.
+
+        There a document ends and a question begins.
+        """
+        worth = max(start + _N_NEAREST // 2, self.store.min_tokens)
+        return [self._n_rows] if self._has_tail and worth <= self._n_rows < n else []
+
     def _stops(self, start: int, n: int) -> list[int]:
-        """After which tokens of a prompt reading stops; where there are tails, they are taken there.
+        """After which tokens of a prompt that is stored reading stops; where there are tails, they are taken there.
 
         Before its last token in any case: restored, it is read by itself, too, and has the same logits to the bit.
-        Tails also where it parts from what was stored before, for that is where a document ends and a question begins,
-        and ever fewer between.
+        Tails also where it parts, and ever fewer between.
         """
-        wanted, distance = {n - 1}, _N_NEAREST
-        if self._has_tail:
-            wanted.add(self._n_rows)
+        wanted, distance = {*self._parting(start, n), n - 1}, _N_NEAREST
         while distance < n and self._has_tail:
             wanted.add((n - distance) // _N_NEAREST * _N_NEAREST)
             distance *= _RATIO
