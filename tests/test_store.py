@@ -300,9 +300,10 @@ def test_the_class_of_the_bindings(model: Path, tmp_path: Path) -> None:
 def test_a_copy_shares_the_store(model: Path, tmp_path: Path) -> None:
     import pickle
 
-    llm = load(model, tmp_path)
+    llm = load(model, DocumentStore(tmp_path, capacity_bytes=10_000_000, min_tokens=100, progress=lambda *report: None))
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.documents.store.folder.path == tmp_path
+    assert (copy.documents.store.capacity_bytes, copy.documents.store.min_tokens) == (10_000_000, 100)
     assert copy.documents is not llm.documents
 
 

@@ -434,7 +434,7 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         drafts = self.draft_model.model if isinstance(self.draft_model, _Drafts) else self.draft_model
         ours = {"fasa_profile": self._fasa_profile, "draft_model": drafts, "fasa_configured": self._fasa_configured}
-        ours["cache"] = self.documents and self.documents.store.folder.path
+        ours["cache"] = self.documents and self.documents.store
         return super().__getstate__() | ours
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fasa_edge.errors import FasaError
@@ -84,6 +85,11 @@ class DocumentStore:
         self.capacity_bytes = capacity_bytes
         self.min_tokens = min_tokens
         self.progress = progress
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, also in other processes, have no progress."""
+        settings = {"capacity_bytes": self.capacity_bytes, "min_tokens": self.min_tokens}
+        return partial(DocumentStore, self.folder.path, **settings), ()
 
     @property
     def size(self) -> int:
