@@ -88,8 +88,8 @@ class DocumentStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies, also in other processes, have no progress."""
-        settings = {"capacity_bytes": self.capacity_bytes, "min_tokens": self.min_tokens}
-        return partial(DocumentStore, self.folder.path, **settings), ()
+        copy = partial(DocumentStore, self.folder.path, capacity_bytes=self.capacity_bytes, min_tokens=self.min_tokens)
+        return copy, ()
 
     @property
     def size(self) -> int:
