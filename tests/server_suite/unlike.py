@@ -5,6 +5,7 @@ EXCLUDED: dict[str, str] = {
     "test_rerank.py::test_rerank_tei_format": "the document that a trained model finds most relevant",
     "test_basic.py::test_no_ui": "the web UI, which is not built",
     "test_security.py::test_access_static_assets_without_api_key": "the web UI, which is not built",
+    "test_mcp_servers.py::test_mcp_tool_timeout": "half a second, in which Python must start, on a machine at work",
     "test_proxy.py::test_mcp_proxy": "a site on the internet, example.com",
 }
 """Not run: name, and what is missing. A name stands for all parameters, or for those with what is in its brackets."""
