@@ -39,7 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def served(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A running command, what it says first, and the address that it says next."""
-    heeds_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in the background
+    # in the background, too, where shells let Ctrl-C be ignored
+    heeds_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     start = f"{heeds_interrupts}; from fasa_edge.cli import main; main()"
     command = [sys.executable, "-c", start, "serve", "--port", "0", *arguments]
     pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
