@@ -12,7 +12,7 @@ from fasa_edge.runtime.library import llama_cpp
 import numpy as np
 import pytest
 from runtime import kl_divergence, last_logits, nmse
-from tiny_models import N_VOCAB, Shape, make_model
+from tiny_models import Shape, make_model
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 # each question changes all numbers
@@ -21,7 +21,8 @@ DOCUMENT = "The cat is called Wilhelmina. " * 5
 SAME = 1e-5  # tokens one by one or in one batch, keys turned once or twice; another token at the end makes 1e-2
 ASKING = {"max_tokens": 40, "temperature": 0.0, "seed": 0}
 
-OTHERS = np.where((np.arange(N_VOCAB) >= 3 + 32) & (np.arange(N_VOCAB) < 3 + 127), 0, -np.inf).astype(np.float32)
+IDS = np.arange(Shape.n_vocab)
+OTHERS = np.where((IDS >= 3 + 32) & (IDS < 3 + 127), 0, -np.inf).astype(np.float32)
 PRINTABLE = llama_cpp.LogitsProcessorList([lambda ids, logits: logits + OTHERS])
 """A random model writes bytes that are no text: the history would not be what it wrote."""
 

@@ -76,7 +76,7 @@ def test_it_says_what_runs_and_where_and_decodes_sparsely(model: Path) -> None:
     with served(model, "-t", 1) as (_, first, url):
         assert first == f"{model}: 4 slots of {N_CTX_TRAIN} cells, 1 thread ({os.cpu_count()} for prompts), budget 64\n"
         body = {"messages": [{"role": "user", "content": "word " * 40}], "max_tokens": 8, "ignore_eos": True}
-        assert ask(f"{url}/v1/chat/completions", body)["timings"]["fasa"]["n_layers_sparse"] == 7 * 2
+        assert ask(f"{url}/v1/chat/completions", body)["timings"]["fasa_n_layers_sparse"] == 7 * 2
         properties = ask(f"{url}/props")
         assert properties["total_slots"] == 4 and properties["default_generation_settings"]["n_ctx"] == N_CTX_TRAIN
 
