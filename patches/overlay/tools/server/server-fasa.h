@@ -54,6 +54,19 @@ public:
         return turn;
     }
 
+    // how many of n_tokens from off on go into one llama_decode: beside a part of a prompt, generated tokens would be dense
+    template <typename Tokens>
+    int32_t n_together(const Tokens & tokens, int32_t off, int32_t n_tokens) const {
+        if (!has_profile || !with(turn).enabled) {
+            return n_tokens;
+        }
+        int32_t n = 1;
+        while (n < n_tokens && tokens[off + n].is_prompt == tokens[off].is_prompt) {
+            ++n;
+        }
+        return n;
+    }
+
     // around llama_decode; is_prompt: the batch holds a part of a prompt, however short
     void             begin(bool is_prompt);
     llama_fasa_stats end();
