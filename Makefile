@@ -10,7 +10,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install programs stock model model-qwen model-gemma check test test-programs test-server test-bindings test-torch test-variants test-simt backend-test fuzz soak soak-server cuda-check gpu gpu-pack metal-check \
+.PHONY: help install programs ui test-ui stock model model-qwen model-gemma check test test-programs test-server test-bindings test-torch test-variants test-simt backend-test fuzz soak soak-server cuda-check gpu gpu-pack metal-check \
         demo bench speed quality lint format docs patches-tree patches-refresh patches-rebase patches-check wheel wheel-check clean FORCE
 
 PYTHON ?= python3
@@ -84,6 +84,11 @@ programs: ## build llama-server and others of llama.cpp's programs, too: .venv/b
 	@test -e $(VENV)/.programs || { mkdir -p $(VENV) && touch $(VENV)/.programs && rm -f $(VENV)/.installed; }
 	$(MAKE) --no-print-directory install
 
+# Kept likewise. npm gets its packages at the versions of upstream's package-lock.json.
+ui: $(VENV)/.node ## build them with llama-server's web UI, through npm: http://127.0.0.1:8080 of fasa-edge serve
+	@test -e $(VENV)/.ui || { touch $(VENV)/.ui && rm -f $(VENV)/.installed; }
+	$(MAKE) --no-print-directory programs
+
 stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same flags into .venv/stock/lib, for comparison
 
 model: $(MODEL) ## get the small real model, SmolLM2-135M-Instruct
@@ -144,6 +149,9 @@ test-variants: $(VENV)/.tools ## run the tests of our ops on each CPU variant, x
 
 test-torch: install $(VENV)/.torch ## run the tests that take PyTorch and transformers
 	PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/with_torch
+
+test-ui: ui $(SMALL_MODEL) $(VENV)/ui-tests/.installed ## talk to the web UI in a headless browser; screenshots in .venv/ui-tests/screenshots
+	OMP_WAIT_POLICY=passive FASA_TEST_MODEL=$(SMALL_MODEL) PYTHONPYCACHEPREFIX=$(VENV)/pycache $(BIN)/pytest tests/ui
 
 cuda-check: install ## compile the CUDA kernels for every architecture, print registers and spills; needs nvcc, no GPU
 	@$(BIN)/python $(TOOLS)/cuda_check.py $(if $(ARCH),--arch $(ARCH))
@@ -233,8 +241,10 @@ endif
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
+	$(if $(wildcard $(VENV)/.ui),PATH="$(CURDIR)/$(BIN):$$PATH") \
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON \
-	    $(if $(wildcard $(VENV)/.programs),--config-settings=cmake.define.FASA_PROGRAMS=ON) '.[test]'
+	    $(if $(wildcard $(VENV)/.programs),--config-settings=cmake.define.FASA_PROGRAMS=ON) \
+	    $(if $(wildcard $(VENV)/.ui),--config-settings=cmake.define.LLAMA_BUILD_UI=ON) '.[test]'
 	@touch $@
 
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.
@@ -285,6 +295,17 @@ $(VENV)/.torch: pyproject.toml | install
 # The sources as they lie when installed, for what reads them.
 $(VENV)/package: FORCE | $(VENV)/.tools
 	@rm -rf $@ && mkdir -p $@/fasa_edge && ln -s $(CURDIR)/fasa_edge/* $(CURDIR)/convert $@/fasa_edge
+
+# Into .venv, whatever the machine has.
+$(VENV)/.node: pyproject.toml | $(VENV)/.tools
+	$(PIP) install --group ui
+	@touch $@
+
+# A browser is among these packages.
+$(VENV)/ui-tests/.installed: tests/ui/package.json tests/ui/package-lock.json | $(VENV)/.node
+	mkdir -p $(@D) && cp $^ $(@D)
+	cd $(@D) && PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.tools
 	$(PIP) install --group docs

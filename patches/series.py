@@ -36,6 +36,9 @@ def git(tree: Path, *arguments: str) -> str:
 
 def commit_stock(tree: Path) -> None:
     """Commit what the folder holds as the pinned llama.cpp."""
+    # They come before .git/info/exclude: tools/ui/src has one by which our links there would be part of a commit.
+    for ignore in tree.rglob(".gitignore"):
+        ignore.unlink()
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--allow-empty", "--message=llama.cpp as it is")
     git(tree, "tag", "--force", BASE)

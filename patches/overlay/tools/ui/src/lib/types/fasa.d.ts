@@ -1,0 +1,20 @@
+/** What llama-server says of FASA: settings in /props, counters in an answer's timings. */
+
+export interface FasaSettings {
+	/** whether the model has a profile, without which it decodes dense */
+	profile: boolean;
+	enabled: boolean;
+	/** cells that a decoded token attends to in each sparse layer */
+	budget: number;
+}
+
+export interface FasaTimings {
+	/** layers summed over steps, here and below */
+	n_layers_sparse: number;
+	/** by reason */
+	n_layers_dense: Record<string, number>;
+	/** bytes that attention read for decoded tokens, over what dense attention would have read */
+	read_ratio: number;
+	/** cells that the request asked for; written here, not by the server */
+	budget?: number;
+}
