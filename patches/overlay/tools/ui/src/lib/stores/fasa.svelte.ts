@@ -9,6 +9,8 @@
 import { serverStore } from './server.svelte';
 import type { FasaSettings, FasaTimings } from '$lib/types/fasa';
 
+const DENSE = 'fasa_n_layers_dense_'; // a reason follows
+
 class FasaStore {
 	private budget: number | undefined;
 	private choice = $state<boolean | null>(null);
@@ -37,9 +39,22 @@ class FasaStore {
 		this.budget = body.fasa_budget ?? this.settings?.budget;
 	}
 
-	/** Adds to the counters of an answer what its request asked for, to be stored with them. */
+	/** Gathers the counters of an answer, to be stored with what its request asked for. */
 	answer(timings: { fasa?: FasaTimings }): void {
-		if (timings.fasa) timings.fasa.budget ??= this.budget;
+		const counters = timings as unknown as Record<string, number>;
+
+		if (!('fasa_read_ratio' in counters)) return;
+
+		timings.fasa = {
+			n_layers_sparse: counters.fasa_n_layers_sparse,
+			n_layers_dense: Object.fromEntries(
+				Object.entries(counters)
+					.filter(([name]) => name.startsWith(DENSE))
+					.map(([name, n]) => [name.slice(DENSE.length), n])
+			),
+			read_ratio: counters.fasa_read_ratio,
+			budget: this.budget
+		};
 	}
 }
 

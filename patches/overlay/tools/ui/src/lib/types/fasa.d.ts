@@ -8,6 +8,7 @@ export interface FasaSettings {
 	budget: number;
 }
 
+/** gathered from the numbers of timings whose names begin with fasa_ */
 export interface FasaTimings {
 	/** layers summed over steps, here and below */
 	n_layers_sparse: number;
