@@ -166,6 +166,14 @@ def test_a_prefix_that_is_read_by_blocks(tiny: Path, tiny_runner: Runner, fed: l
         assert sum(fed) == n_read + N_TOKENS
     dense = tiny_runner.decode(NEXT, DENSE).logits
     check(dense, found[1000].logits, 1e-5)
+    tiny_runner.prefill(TEXTS[0][:520])  # its end of 8 tokens is of a prompt, too
+    tiny_runner.decode(NEXT, Method("prompt", settings=(("prompt_mass", 1000),)))
+    check(
+        tiny_runner.decode(NEXT, DENSE).logits,
+        tiny_runner.decode(NEXT, Method("prompt", settings=(("prompt_mass", 1000),))).logits,
+        1e-5,
+    )
+    tiny_runner.prefill(PREFIX)
     assert kl_divergence(dense, found[1].logits) > 100 * SAME and found[1].kept is None
     with Runner(str(make_model(tiny.with_name("no-profile.gguf"))), 1024) as plain:
         with pytest.raises(FasaError, match="no FASA profile, which prompt take"):

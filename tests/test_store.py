@@ -209,19 +209,44 @@ def test_what_a_context_shift_has_moved_is_not_stored(model: Path, tmp_path: Pat
     llm = load(model, tmp_path)
     answer(llm, DOCUMENT[:200], 1)
     answer(llm, DOCUMENT[:400], 1)
-    llm.documents.moved(390)
+    llm.documents.spoil(390)
     answer(llm, DOCUMENT + QUESTION, 1)
     assert llm.documents.report.n_held == 400
     llm.close()
     llm = load(model, tmp_path)
     answer(llm, DOCUMENT + QUESTION, 1)
     assert llm.documents.report.n_restored == 400
-    llm.documents.moved(500)
+    llm.documents.spoil(500)
     answer(llm, DOCUMENT[:450] + TEXTS[1][:500], 1)  # of which nothing has moved
     llm.close()
     llm = load(model, tmp_path)
     answer(llm, DOCUMENT[:450] + TEXTS[1][:500], 1)
     assert llm.documents.report.n_restored == 949
+
+
+def test_what_was_decoded_sparsely_is_not_stored(model: Path, tmp_path: Path) -> None:
+    """Another budget, and none, would get it from there."""
+    llm = load(model, tmp_path)
+    said = answer(llm, DOCUMENT, 300)
+    assert llm.fasa.stats().n_layers_sparse
+    goes_on = [*DOCUMENT, *said[:-1], *QUESTION]
+    answer(llm, goes_on)
+    llm.close()
+    llm = load(model, tmp_path, fasa_enabled=False)
+    found = first_logits(llm, goes_on)
+    assert llm.documents.report.n_restored == N_DOCUMENT
+    check(first_logits(load(model, fasa_enabled=False), goes_on), found, 1e-4)  # batches of other shapes round
+
+
+def test_what_was_read_with_other_settings_is_not_stored(model: Path, tmp_path: Path) -> None:
+    llm = load(model, tmp_path, fasa_prompt_mass=1)
+    answer(llm, DOCUMENT, 1)
+    llm.fasa.configure(prompt_mass=1000)
+    answer(llm, DOCUMENT + OTHER * 20, 1)
+    llm.close()
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT + OTHER * 20, 1)
+    assert llm.documents.report.n_restored == 0
 
 
 def test_short_prompts_are_not_stored(model: Path, tmp_path: Path) -> None:

@@ -122,7 +122,12 @@ def _annotated(path: Path, may_convert: bool | None) -> Path:
     if convert.inspect(path).annotated:
         return path
     copy = convert.default_output(path)
-    if copy.is_file() and copy.stat().st_mtime >= path.stat().st_mtime and convert.inspect(copy).annotated:
+    if (
+        may_convert is not False
+        and copy.is_file()
+        and copy.stat().st_mtime >= path.stat().st_mtime
+        and convert.inspect(copy).annotated
+    ):
         echo(f"{path} has no FASA profile: its annotated copy is served", err=True)
         return copy
     if may_convert is None:

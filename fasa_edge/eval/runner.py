@@ -289,7 +289,11 @@ class Runner:
         return context
 
     def _read(self, context: _Context, tokens: Sequence[int]) -> None:
-        sequence.decode(context.llm.ctx, tokens, context.llm.n_batch, progress=self._read_progress)
+        capi.set_prompt(context.llm.ctx, True)  # its end, too, however short
+        try:
+            sequence.decode(context.llm.ctx, tokens, context.llm.n_batch, progress=self._read_progress)
+        finally:
+            capi.set_prompt(context.llm.ctx, False)
 
     def _context(self, method: Method) -> _Context:
         """Contexts stay open as long as there is memory for the next one."""

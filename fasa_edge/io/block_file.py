@@ -130,7 +130,7 @@ class BlockReader:
         try:
             header = json.loads(encoded)
             n_tokens, n_bytes = int(header.pop("n_tokens")), int(header.pop("n_bytes"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise self._damaged("its header is no JSON object of ours") from error
         n_start = len(start) + n_header + 4 * n_tokens
         expected, size = n_start + n_bytes + 2 * _UINT32.size, os.fstat(self._file.fileno()).st_size

@@ -34,7 +34,7 @@ class FasaStats:
     """Counters of a context since it was made or since :meth:`Fasa.reset_stats`.
 
     Attributes:
-        n_steps_prompt: micro-batches that were prompts, and attended to all cells.
+        n_steps_prompt: micro-batches that were prompts, dense unless ``prompt_mass`` says otherwise.
         n_steps_decode: all others, of at most ``max_batch`` tokens per sequence.
         n_layers_sparse: layers that ran sparse, summed over the steps.
         n_layers_dense: the same for all other layers, by reason (:data:`fasa_edge.runtime.capi.REASONS`).
@@ -368,6 +368,9 @@ class Llama(llama_cpp.Llama):
         is_prompt = starts_prompt or len(tokens) > n_decoded
         report = self.progress if is_prompt and len(tokens) and self.progress else lambda done, total: None
         capi.set_prompt(self.ctx, is_prompt)
+        if self.documents is not None and not is_prompt and params and params.enabled:
+            if 0 < capi.min_ctx(self.ctx) <= self.n_tokens + len(tokens):
+                self.documents.spoil(self.n_tokens)
         try:
             done = 0
             report(done, len(tokens))
@@ -399,7 +402,7 @@ class Llama(llama_cpp.Llama):
             rows[start : self.n_tokens] = rows[end:held].copy()
         self._requires_eval = True
         if self.documents is not None:
-            self.documents.moved(start)
+            self.documents.spoil(start)
         return True
 
     def close(self) -> None:

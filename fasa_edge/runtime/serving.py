@@ -88,6 +88,7 @@ def plan(
         model_params, context_params = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
         model_params.n_gpu_layers = n_layers
         context_params.n_threads, context_params.n_threads_batch = n_threads, n_cpus
+        context_params.swa_full = False  # as llama-server has it
         params = model_path, profile, model_params, context_params, _N_BATCH, _N_UBATCH, False
         return automatic_n_ctx(*params, n_slots=n_slots, is_loaded=False)
 
@@ -106,7 +107,14 @@ def plan(
         )
     if not n_slots:
         wanted = min(n_ctx or most, most)
-        n_slots = next((n for n in range(_MAX_SLOTS, 1, -1) if longest(n, n_layers or 0) >= wanted), 1)
+
+        def fits(n: int) -> bool:
+            try:
+                return longest(n, n_layers or 0) >= wanted
+            except ModelError:  # not even a few cells each
+                return False
+
+        n_slots = next((n for n in range(_MAX_SLOTS, 1, -1) if fits(n)), 1)
     free_mib = memory.available().n_bytes >> 20
     return Plan(
         n_ctx=n_ctx or most,
@@ -170,9 +178,11 @@ def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subproce
         process.terminate()
         try:
             process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # or it would outlive a second Ctrl-C
             process.kill()
             process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
 
 
 def _answers(host: str, port: int) -> bool:

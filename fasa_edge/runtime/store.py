@@ -137,7 +137,7 @@ class DocumentCache(BaseLlamaCache):
         self._states = self._open(prompt_settings(llm))
         self._n_rows = 0  # tokens of the latest prompt that the store has the rows of
         self._n_stored = 0  # tokens of it that the store can restore
-        self._n_own = sys.maxsize  # first tokens in memory that saw no others than those before them
+        self._n_own = sys.maxsize  # first tokens in memory whose K and V are those of a prompt that is read now
 
     def _open(self, settings: dict[str, Any] | None) -> StoredStates:
         """Open what was read with the settings of prompts, as :func:`prompt_settings` gives them."""
@@ -155,6 +155,7 @@ class DocumentCache(BaseLlamaCache):
         settings = prompt_settings(self._llm)
         if settings != self._settings:
             self._states = self._open(settings)
+            self._n_own = 0  # what memory holds was read otherwise
         self._states.start()
 
     @property
@@ -187,7 +188,7 @@ class DocumentCache(BaseLlamaCache):
         if not n or not sequence.cut(llm.ctx, n):
             n = 0
             sequence.clear(llm.ctx)
-        if report.n_restored or n <= self._n_own:
+        if report.n_restored or not n or n <= self._n_own:
             self._n_own = sys.maxsize
         llm.n_tokens = n
         llm._requires_eval = True
@@ -224,8 +225,9 @@ class DocumentCache(BaseLlamaCache):
         self.report.bytes_read = len(state)
         return n
 
-    def moved(self, start: int) -> None:
-        """Take note that tokens from ``start`` on have seen others than now stand before them: they are not stored."""
+    def spoil(self, start: int) -> None:
+        """Take note that tokens from ``start`` on are not stored: a shift left them with other tokens before them than
+        they have seen, or they were decoded sparsely."""
         self._n_own = min(self._n_own, start)
 
     def read(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -336,6 +338,6 @@ class DocumentCache(BaseLlamaCache):
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
         """Store what the model holds, if that pays; the value, which has it once more, is not looked at."""
-        if self._pays(self._llm.n_tokens):
+        if self._pays(min(self._llm.n_tokens, self._n_own)) and self._llm.n_tokens <= self._n_own:
             for store in (*([self._store_tail] if self._has_tail else []), self._store_rows):
                 self._store(self._llm._input_ids, store)

@@ -49,7 +49,7 @@ struct fasa_blocks_work {
     float        * end;
 
     fasa_blocks_work(const fasa_attend_op & op, float * base) {
-        n_blocks = (op.n_chunk + FASA_TILE_CELLS - 1)/FASA_TILE_CELLS;
+        n_blocks = (std::min(op.n_chunk, op.n_list) + FASA_TILE_CELLS - 1)/FASA_TILE_CELLS;
         n_quads  = op.tips ? 2*fasa_tips_n_pairs(op.dims->ne[0]) : 0;
         n_scores = op.tips ? n_blocks*FASA_TILE_CELLS : 0;
 

@@ -33,8 +33,11 @@ void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
                 throw std::invalid_argument("error: --fasa " + value + ": choose off, on or exact\n");
             }
             fasa_override(params, "fasa.enabled", value != "off");
-            if (value == "exact") {
-                fasa_override(params, "fasa.exact", true);
+            const bool is_given = std::any_of(params.kv_overrides.begin(), params.kv_overrides.end(), [](const auto & ovrd) {
+                return strcmp(ovrd.key, "fasa.exact") == 0; // by the environment, or by this option before
+            });
+            if (value == "exact" || is_given) {
+                fasa_override(params, "fasa.exact", value == "exact");
             }
         }
     ).set_env("LLAMA_ARG_FASA"));
