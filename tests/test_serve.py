@@ -138,6 +138,12 @@ def test_a_port_in_use(model: Path) -> None:
     assert serving.free_port("127.0.0.1", port) == port and serving.free_port("127.0.0.1", 0) > 0
 
 
+def test_a_port_where_nobody_looks_for_it(model: Path) -> None:
+    for option in ("--port", "--host=0.0.0.0"):
+        result = CliRunner().invoke(main, ["serve", str(model), "--", option, "1"])
+        assert result.exit_code == 2 and f"{option.partition('=')[0]} belongs before --" in result.output
+
+
 def test_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"no model at all")
     assert "x.gguf" in refused(tmp_path / "x.gguf", "--port", 0)

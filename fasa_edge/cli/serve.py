@@ -81,6 +81,8 @@ def command(
     What is after -- goes to llama-server, as in `fasa-edge serve model-fasa.gguf -- --api-key KEY`; `fasa-edge llama
     server --help` lists it. A request may set fasa_budget and fasa_enabled; its timings say what was read.
     """
+    if given := {"--host", "--port"} & {option.partition("=")[0] for option in server_options}:
+        raise click.UsageError(f"{', '.join(sorted(given))} belongs before --: the server is waited for there")
     if dense:
         refuse_ignored(ctx, ("budget", "exact", "profile"), "--dense")
     find_program("server")  # before a model is annotated for it
