@@ -81,6 +81,15 @@ def test_all_blocks_are_the_exact_attention(shape: Shape) -> None:
     assert ((everything - exact) ** 2).sum() <= NMSE_REFERENCE * (exact**2).sum()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_choice_that_leaves_out_none_is_the_exact_attention(shape: Shape) -> None:
+    """To the bit, though blocks were chosen: random queries give some of their attention to all of them."""
+    case = make_case(shape)
+    mass = 0.99999
+    assert (blocks_of(case, mass) >= 0).sum() == np.isfinite(case.mask).sum() * shape.n_head_kv
+    assert (run(case, mass) == run(case, 1.0)).all()
+
+
 def test_blocks_are_the_same_for_any_number_of_threads() -> None:
     case = make_prompt(SHAPES[0])
     alone = run(case, 0.7, n_threads=1)
