@@ -13,18 +13,18 @@
 
 namespace {
 
-constexpr int FASA_PANEL  = 3;           // vectors of query rows that are worked on together
-constexpr int FASA_BROADS = FASA_ACCS/2; // numbers that meet them: their products fill the registers
+constexpr int FASA_PANEL        = 3;           // vectors of query rows that are worked on together
+constexpr int FASA_PRODUCT_ROWS = FASA_ACCS/2; // numbers that meet them: their products fill the registers
 
 // c[i][j] = a(i, k)*b[k][j] summed over k, plus what is there if ADD; a(i, k) at a[i*a_i + k*a_k]
-// i: n_i of them, a multiple of FASA_BROADS; j: N vectors, of rows of b and c that are FASA_PANEL vectors apart
+// i: n_i of them, a multiple of FASA_PRODUCT_ROWS; j: N vectors, of rows of b and c that are FASA_PANEL vectors apart
 template <int N, bool ADD>
 void fasa_product(const float * a, int64_t a_i, int64_t a_k, int64_t n_i, const float * b, int64_t n_k, float * c) {
     constexpr int64_t stride = FASA_PANEL*FASA_LANES;
 
-    for (int64_t i0 = 0; i0 < n_i; i0 += FASA_BROADS) {
-        vec acc[FASA_BROADS][N];
-        for (int i = 0; i < FASA_BROADS; ++i) {
+    for (int64_t i0 = 0; i0 < n_i; i0 += FASA_PRODUCT_ROWS) {
+        vec acc[FASA_PRODUCT_ROWS][N];
+        for (int i = 0; i < FASA_PRODUCT_ROWS; ++i) {
             for (int j = 0; j < N; ++j) {
                 acc[i][j] = ADD ? v_load(c + (i0 + i)*stride + j*FASA_LANES) : v_set1(0.0f);
             }
@@ -34,14 +34,14 @@ void fasa_product(const float * a, int64_t a_i, int64_t a_k, int64_t n_i, const 
             for (int j = 0; j < N; ++j) {
                 x[j] = v_load(b + k*stride + j*FASA_LANES);
             }
-            for (int i = 0; i < FASA_BROADS; ++i) {
+            for (int i = 0; i < FASA_PRODUCT_ROWS; ++i) {
                 const vec y = v_set1(a[(i0 + i)*a_i + k*a_k]);
                 for (int j = 0; j < N; ++j) {
                     acc[i][j] = v_fma(x[j], y, acc[i][j]);
                 }
             }
         }
-        for (int i = 0; i < FASA_BROADS; ++i) {
+        for (int i = 0; i < FASA_PRODUCT_ROWS; ++i) {
             for (int j = 0; j < N; ++j) {
                 v_store(c + (i0 + i)*stride + j*FASA_LANES, acc[i][j]);
             }
@@ -89,16 +89,16 @@ void fasa_unpack_native(const fasa_rows & rows, int64_t first, int64_t n, float 
     }
 }
 
-// rows of n cells, and zeros up to a multiple of FASA_BROADS
+// rows of n cells, and zeros up to a multiple of FASA_PRODUCT_ROWS
 void fasa_unpack_rows(const fasa_rows & rows, int64_t first, int64_t n, float * dst) {
     if (rows.is_native) {
-        FASA_DISPATCH_TYPE(fasa_unpack_native, rows.t->type, rows, first, n, dst);
+        fasa_with_type(rows.t->type, [&](auto loader) { fasa_unpack_native<decltype(loader)>(rows, first, n, dst); });
     } else {
         for (int64_t i = 0; i < n; ++i) {
             rows.unpack(first + i, dst + i*rows.n);
         }
     }
-    std::fill(dst + n*rows.n, dst + GGML_PAD(n, FASA_BROADS)*rows.n, 0.0f);
+    std::fill(dst + n*rows.n, dst + GGML_PAD(n, FASA_PRODUCT_ROWS)*rows.n, 0.0f);
 }
 
 // logits of what the tokens of a panel do not see become -INFINITY
@@ -185,7 +185,7 @@ void fasa_attend_panel(const fasa_attend_op & op, const fasa_attend_op::unit & u
         int64_t ip, int64_t first, int64_t n, bool is_masked) {
     float * sums = work.panel_sums(ip);
 
-    fasa_product<N, false>(work.k, work.n_k, 1, GGML_PAD(n, FASA_BROADS), work.panel_q(ip), work.n_k, work.weights);
+    fasa_product<N, false>(work.k, work.n_k, 1, GGML_PAD(n, FASA_PRODUCT_ROWS), work.panel_q(ip), work.n_k, work.weights);
     if (op.softcap != 0.0f) {
         const vec cap = v_set1(op.softcap*FASA_LOG2_E);
         for (int64_t i = 0; i < n*fasa_tile_work::N_PANEL; i += FASA_LANES) {

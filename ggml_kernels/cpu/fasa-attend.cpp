@@ -144,24 +144,18 @@ void fasa_list_sums(const fasa_list_part & part, const fasa_row_reader & k, cons
     }
 }
 
-// f<type of the rows, number of query heads>
-#define FASA_DISPATCH_HEADS(f, T, n_heads, ...)      \
-    switch (n_heads) {                               \
-        case 1:  f<T, 1>(__VA_ARGS__); break;        \
-        case 2:  f<T, 2>(__VA_ARGS__); break;        \
-        case 3:  f<T, 3>(__VA_ARGS__); break;        \
-        default: f<T, 4>(__VA_ARGS__); break;        \
-    }
-
-#define FASA_DISPATCH(f, type, n_heads, ...)                                                        \
-    switch (type) {                                                                                 \
-        case GGML_TYPE_F32:  FASA_DISPATCH_HEADS(f, fasa_f32,  n_heads, __VA_ARGS__); break;        \
-        case GGML_TYPE_F16:  FASA_DISPATCH_HEADS(f, fasa_f16,  n_heads, __VA_ARGS__); break;        \
-        case GGML_TYPE_BF16: FASA_DISPATCH_HEADS(f, fasa_bf16, n_heads, __VA_ARGS__); break;        \
-        case GGML_TYPE_Q8_0: FASA_DISPATCH_HEADS(f, fasa_q8_0, n_heads, __VA_ARGS__); break;        \
-        case GGML_TYPE_Q4_0: FASA_DISPATCH_HEADS(f, fasa_q4_0, n_heads, __VA_ARGS__); break;        \
-        default: GGML_ABORT("unpacked rows are floats");                                            \
-    }
+// f of the type that loads the rows, and of the number of query heads
+template <typename F>
+void fasa_with_type_and_heads(ggml_type type, int64_t n_heads, F f) {
+    fasa_with_type(type, [&](auto loader) {
+        switch (n_heads) {
+            case 1:  f(loader, std::integral_constant<int, 1>()); break;
+            case 2:  f(loader, std::integral_constant<int, 2>()); break;
+            case 3:  f(loader, std::integral_constant<int, 3>()); break;
+            default: f(loader, std::integral_constant<int, 4>()); break;
+        }
+    });
+}
 
 // the logits become weights relative to the greatest so far, at sums[n_v]; their sum is kept behind it
 void fasa_list_soft_max(float * logits, int64_t n, float softcap, float * sums, int64_t n_v) {
@@ -268,11 +262,15 @@ void fasa_attend_list(const fasa_attend_op & op, const fasa_attend_op::unit & u,
             part.n_heads = std::min<int64_t>(FASA_LIST_HEADS, op.n_group - ig);
             part.sums    = partial + op.sums_offset(u, u.token, ig);
 
-            FASA_DISPATCH(fasa_list_logits, k.type(), part.n_heads, part, k, v);
+            fasa_with_type_and_heads(k.type(), part.n_heads, [&](auto loader, auto n_heads) {
+                fasa_list_logits<decltype(loader), n_heads>(part, k, v);
+            });
             for (int64_t ih = 0; ih < part.n_heads; ++ih) {
                 fasa_list_soft_max(logits + ih*part.stride, part.n_ids, op.softcap, part.sums + ih*op.n_sums, op.n_v);
             }
-            FASA_DISPATCH(fasa_list_sums, v.type(), part.n_heads, part, k, v);
+            fasa_with_type_and_heads(v.type(), part.n_heads, [&](auto loader, auto n_heads) {
+                fasa_list_sums<decltype(loader), n_heads>(part, k, v);
+            });
         }
     }
 }

@@ -166,16 +166,18 @@ struct fasa_q4_0 {
     }
 };
 
-// f<type of the rows>
-#define FASA_DISPATCH_TYPE(f, type, ...)                             \
-    switch (type) {                                                  \
-        case GGML_TYPE_F32:  f<fasa_f32 >(__VA_ARGS__); break;       \
-        case GGML_TYPE_F16:  f<fasa_f16 >(__VA_ARGS__); break;       \
-        case GGML_TYPE_BF16: f<fasa_bf16>(__VA_ARGS__); break;       \
-        case GGML_TYPE_Q8_0: f<fasa_q8_0>(__VA_ARGS__); break;       \
-        case GGML_TYPE_Q4_0: f<fasa_q4_0>(__VA_ARGS__); break;       \
-        default: GGML_ABORT("unpacked rows are floats");             \
+// f of an object of the type that loads rows of this one
+template <typename F>
+void fasa_with_type(ggml_type type, F f) {
+    switch (type) {
+        case GGML_TYPE_F32:  f(fasa_f32());  break;
+        case GGML_TYPE_F16:  f(fasa_f16());  break;
+        case GGML_TYPE_BF16: f(fasa_bf16()); break;
+        case GGML_TYPE_Q8_0: f(fasa_q8_0()); break;
+        case GGML_TYPE_Q4_0: f(fasa_q4_0()); break;
+        default: GGML_ABORT("unpacked rows are floats");
     }
+}
 
 // the rows of a KV head in a stream
 struct fasa_rows {

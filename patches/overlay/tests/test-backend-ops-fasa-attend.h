@@ -58,6 +58,10 @@ struct test_fasa_attend : public test_fasa {
         : hsk(hsk), hsv(hsv), nh(nh), nr23(nr23), kv(kv), nb(nb), n_fac(n_fac), sinks(sinks),
           logit_softcap(logit_softcap), type_K(type_K), type_V(type_V), hidden(hidden), by_head(by_head), n_inf(n_inf) {}
 
+    // cells that the mask shows
+    virtual bool is_part() const { return false; }
+    virtual void leave_out(ggml_context * ctx, ggml_tensor * out) { GGML_UNUSED(ctx); GGML_UNUSED(out); }
+
     int64_t n_sharing() const { return by_head ? 1 : nr23[0]; } // query heads
     int64_t n_lists()   const { return nh*nr23[0]/n_sharing(); } // of a token
 
@@ -86,9 +90,10 @@ struct test_fasa_attend : public test_fasa {
         }
 
         ggml_tensor * out = ggml_fasa_attend(ctx, q, k, v, idx, mask, s, scale, logit_softcap);
+        leave_out(ctx, out);
 
         if (is_compared()) {
-            seen = mask ? mask : ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb, nh*nr23[0], nr23[1]);
+            seen = mask && !is_part() ? mask : ggml_new_tensor_4d(ctx, GGML_TYPE_F16, kv, nb, nh*nr23[0], nr23[1]);
 
             // not by ggml_cast, whose node is its own source: a copy of the graph loses that
             const auto to_f32 = [&](ggml_tensor * t) { return ggml_cpy(ctx, t, ggml_new_tensor(ctx, GGML_TYPE_F32, 4, t->ne)); };
@@ -175,6 +180,139 @@ struct test_fasa_attend : public test_fasa {
             }
             set(seen, data);
         }
+    }
+};
+
+// GGML_OP_FASA_ATTEND with tips: some blocks of cells matter to a KV head, by queries of their own, and none else does
+// twin: as above, with all masked that is not in these blocks nor in those that are always attended to
+struct test_fasa_attend_blocks : public test_fasa_attend {
+    // as in ggml_kernels/cpu/fasa-attend.h
+    static constexpr int64_t BLOCK     = 64;  // cells
+    static constexpr int64_t TILE_ROWS = 144; // query heads
+
+    const int64_t n_dim;
+    const float   mass; // >= 1: all blocks
+
+    ggml_tensor * keys   = nullptr;
+    ggml_tensor * q_tip  = nullptr;
+    ggml_tensor * dims   = nullptr;
+    ggml_tensor * ranges = nullptr;
+    ggml_tensor * idxs   = nullptr;
+
+    std::string vars() override { return test_fasa_attend::vars() + "," + VARS_TO_STR2(n_dim, mass); }
+
+    // hidden: percentage of blocks of which nothing is visible
+    test_fasa_attend_blocks(int64_t hsk, int64_t hsv, int64_t nh, std::array<int64_t, 2> nr23, int64_t kv, int64_t nb, int64_t n_dim, float mass,
+                            bool sinks = false, float logit_softcap = 0.0f, ggml_type type_KV = GGML_TYPE_F16, int64_t hidden = 0)
+        : test_fasa_attend(hsk, hsv, nh, nr23, kv, nb, 0, sinks, logit_softcap, type_KV, type_KV, hidden), n_dim(n_dim), mass(mass) {}
+
+    bool is_part() const override { return true; }
+
+    void leave_out(ggml_context * ctx, ggml_tensor * out) override {
+        ggml_tensor * tips = ggml_fasa_new_tips(ctx, kv, n_dim, nh, nr23[1]);
+        ggml_set_name(tips, "tips");
+
+        keys   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hsk, nh, kv*nr23[1]);
+        q_tip  = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, hsk, nh*nr23[0], nb, nr23[1]);
+        idxs   = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, kv*nr23[1]);
+        dims   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_dim, nh);
+        ranges = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, 2, nh);
+
+        ggml_fasa_attend_set_tips(out, q_tip, ggml_fasa_store(ctx, tips, keys, dims, ranges, idxs, GGML_TYPE_F32), dims, ranges, mass);
+    }
+
+    bool is_important(int64_t is, int64_t ih, int64_t block) const { return (block + ih + is) % 3 == 0; }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_fasa_attend::initialize_tensors(ctx);
+
+        std::mt19937 rng(1);
+
+        set(ggml_get_tensor(ctx, "tips"), std::vector<uint8_t>(ggml_nbytes(ggml_get_tensor(ctx, "tips"))));
+
+        std::vector<int64_t> cells(kv*nr23[1]);
+        std::iota(cells.begin(), cells.end(), 0);
+        set(idxs, cells);
+
+        std::vector<int32_t> ids;
+        for (int64_t ih = 0; ih < nh; ++ih) {
+            for (int64_t i = 0; i < n_dim; ++i) {
+                ids.push_back((i + ih) % hsk);
+            }
+        }
+        set(dims, ids);
+
+        std::vector<float> centres_and_steps(ggml_nelements(ranges));
+        for (size_t i = 0; i < centres_and_steps.size(); ++i) {
+            centres_and_steps[i] = i/n_dim % 2 ? 0.125f : 0.0f;
+        }
+        set(ranges, centres_and_steps);
+
+        // keys of the greatest levels where a block matters, else of the least: what is left out has no attention by their scores
+        std::vector<float> values(ggml_nelements(keys));
+        for (size_t i = 0; i < values.size(); ++i) {
+            const int64_t cell = i/(hsk*nh);
+            values[i] = is_important(cell/kv, i/hsk % nh, cell % kv/BLOCK) ? 1.0f : -1.0f;
+        }
+        set(keys, values);
+
+        std::vector<float> queries(ggml_nelements(q_tip));
+        for (float & x : queries) {
+            x = 1000.0f/n_dim*fasa_random(rng, 5, 10);
+        }
+        set(q_tip, queries);
+
+        // what a sequence sees of its cache, but for some blocks
+        std::vector<char> is_visible(kv*(nb + 1)*nr23[1]);
+        for (size_t i = 0; i < is_visible.size(); ++i) {
+            const int64_t cell = i % kv;
+            const int64_t it   = i/kv % (nb + 1);
+            const int64_t is   = i/kv/(nb + 1);
+            is_visible[i] = cell <= kv - kv/8 - nb + it && (cell/BLOCK*37 + is*11) % 100 >= hidden;
+        }
+        std::vector<ggml_fp16_t> data(is_visible.size());
+        const auto to_mask = [](bool x) { return ggml_fp32_to_fp16(x ? 0.0f : -INFINITY); };
+        std::transform(is_visible.begin(), is_visible.end(), data.begin(), to_mask);
+        set(mask, data);
+
+        if (!seen) {
+            return;
+        }
+        const int64_t n_tile   = std::max<int64_t>(TILE_ROWS/nr23[0], 1);
+        const int64_t n_blocks = (kv + BLOCK - 1)/BLOCK;
+
+        std::vector<ggml_fp16_t> data_seen(ggml_nelements(seen), to_mask(false));
+        for (int64_t is = 0; is < nr23[1]; ++is) {
+            const char * visible = is_visible.data() + is*(nb + 1)*kv;
+
+            for (int64_t it = 0; it < nb; ++it) {
+                const int64_t it0 = it/n_tile*n_tile;
+                const int64_t it1 = std::min(it0 + n_tile, nb);
+
+                // share of a block's pairs of a token and a cell
+                std::vector<float> share(n_blocks + 1);
+                for (int64_t ib = 0; ib < n_blocks; ++ib) {
+                    const int64_t end = std::min((ib + 1)*BLOCK, kv);
+                    for (int64_t i = ib*BLOCK; i < end; ++i) {
+                        for (int64_t jt = it0; jt < it1; ++jt) {
+                            share[ib] += 1.0f/(end - ib*BLOCK)/(it1 - it0)*visible[jt*kv + i];
+                        }
+                    }
+                }
+                const auto is_some = [&](int64_t ib) { return share[ib] > 0.0f && share[ib] < 0.9999f; };
+                const int64_t first = std::find_if(share.begin(), share.end(), [](float x) { return x > 0.0f; }) - share.begin();
+
+                for (int64_t i = 0; i < kv; ++i) {
+                    const int64_t ib      = i/BLOCK;
+                    const bool    is_near = is_some(ib) || (ib + 1 < n_blocks && share[ib] > 0.0f && share[ib + 1] < 0.9999f);
+                    for (int64_t ih = 0; ih < nh*nr23[0]; ++ih) {
+                        const bool attended = mass >= 1.0f || ib == first || is_near || is_important(is, ih/nr23[0], ib);
+                        data_seen[((is*nh*nr23[0] + ih)*nb + it)*kv + i] = to_mask(attended && visible[it*kv + i]);
+                    }
+                }
+            }
+        }
+        set(seen, data_seen);
     }
 };
 

@@ -72,6 +72,22 @@ static void add_test_cases_fasa_prompt(std::vector<std::unique_ptr<test_case>> &
     }
 }
 
+// blocks of cells for many tokens
+static void add_test_cases_fasa_blocks(std::vector<std::unique_ptr<test_case>> & test_cases) {
+    for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 2 }, { 7, 1 } }) {
+        for (float mass : { 0.9f, 1.0f }) {
+            for (int64_t hidden : { 0, 30 }) {
+                test_cases.emplace_back(new test_fasa_attend_blocks( 64,  64, 2, nr23,  992, 100, 24, mass, false, 0.0f, GGML_TYPE_F16, hidden));
+                test_cases.emplace_back(new test_fasa_attend_blocks(128,  96, 1, nr23, 1216,  30, 48, mass, true,  5.0f, GGML_TYPE_F16, hidden));
+            }
+        }
+    }
+    for (ggml_type type_KV : { GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL }) {
+        test_cases.emplace_back(new test_fasa_attend_blocks(64, 64, 2, { 4, 1 }, 768, 33, 24, 0.9f, true, 0.0f, type_KV));
+    }
+    test_cases.emplace_back(new test_fasa_attend_blocks(80, 80, 4, { 1, 3 }, 544, 2, 26, 0.9f));
+}
+
 static void add_test_cases_fasa_decode(std::vector<std::unique_ptr<test_case>> & test_cases) {
     for (int64_t nb : { 1, 3 }) {
         for (std::array<int64_t, 2> nr23 : { std::array<int64_t, 2>{ 1, 1 }, { 3, 1 }, { 7, 2 }, { 12, 1 } }) {
@@ -164,6 +180,7 @@ static void add_test_cases_fasa_eval(std::vector<std::unique_ptr<test_case>> & t
     }
 
     add_test_cases_fasa_prompt(test_cases);
+    add_test_cases_fasa_blocks(test_cases);
     add_test_cases_fasa_decode(test_cases);
     add_test_cases_fasa_fuzz(test_cases);
 }
