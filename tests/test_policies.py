@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,20 +141,33 @@ def streaming(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
     return [np.r_[:N_SINK, token + 1 - TINY_BUDGET + N_SINK : token + 1] for token in tokens]
 
 
-def quest(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+def by_pages(
+    layer: Layer, heads: range, tokens: range, score: Callable[[np.ndarray, np.ndarray], float]
+) -> list[np.ndarray]:
+    """Whole pages by the score of a query, [n_embd_head], and a page's keys, [n_cells, n_embd_head]."""
     chosen = []
     for token in tokens:
         k = layer.k[: token + 1, heads[0] // (N_HEAD // N_HEAD_KV)]
         pages = np.array_split(k, range(PAGE, len(k), PAGE))
-        bounds = [
-            np.array([np.maximum(q * page.min(axis=0), q * page.max(axis=0)).sum() for page in pages]) / len(q) ** 0.5
-            for q in layer.q[token, heads]
-        ]
-        order = np.argsort(-group_scores(bounds), kind="stable")
+        scores = [np.array([score(q, page) for page in pages]) / len(q) ** 0.5 for q in layer.q[token, heads]]
+        order = np.argsort(-group_scores(scores), kind="stable")
         by_page = np.concatenate([np.arange(len(k))[page * PAGE : (page + 1) * PAGE] for page in order])
         forced = forced_cells(token)
         chosen.append(np.r_[forced, by_page[~np.isin(by_page, forced)]][:TINY_BUDGET])
     return chosen
+
+
+def quest(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    return by_pages(layer, heads, tokens, lambda q, page: np.maximum(q * page.min(axis=0), q * page.max(axis=0)).sum())
+
+
+def unique(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
+    return by_pages(
+        layer,
+        heads,
+        tokens,
+        lambda q, page: page.mean(axis=0) @ q + np.linalg.norm(q) * np.sqrt(page.var(axis=0).sum()) / 2,
+    )
 
 
 def snapkv(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
@@ -189,7 +202,7 @@ def h2o(layer: Layer, heads: range, tokens: range) -> list[np.ndarray]:
 @pytest.mark.check
 @pytest.mark.parametrize("batch", [1, N_STEPS])
 @pytest.mark.parametrize("select", ["group", "head"])
-@pytest.mark.parametrize("twin", [oracle, streaming, quest, snapkv, h2o])
+@pytest.mark.parametrize("twin", [oracle, streaming, quest, unique, snapkv, h2o])
 def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -> None:
     n_sel = N_HEAD if select == "head" else N_HEAD_KV
     tokens = range(N_PROMPT, N_PROMPT + N_STEPS)

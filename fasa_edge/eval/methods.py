@@ -32,6 +32,7 @@ METHODS = {
     "random": "the best cells by as many chunks drawn at random",
     "streaming": "the first and the last cells (StreamingLLM)",
     "quest": "pages of 16 cells by bounds of their keys (Quest)",
+    "unique": "pages of 16 cells by mean and deviation of their keys (UNIQUE)",
     "snapkv": "cells of the prefix by its last tokens' attention, and beyond the budget all that is decoded (SnapKV)",
     "h2o": "the cells with most attention so far, and recent ones; the others are lost (H2O)",
 }

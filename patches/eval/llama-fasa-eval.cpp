@@ -11,6 +11,7 @@ const char * llama_fasa_policy_name(llama_fasa_policy_type policy) {
         case LLAMA_FASA_POLICY_TYPE_RANDOM:    return "random";
         case LLAMA_FASA_POLICY_TYPE_STREAMING: return "streaming";
         case LLAMA_FASA_POLICY_TYPE_QUEST:     return "quest";
+        case LLAMA_FASA_POLICY_TYPE_UNIQUE:    return "unique";
         case LLAMA_FASA_POLICY_TYPE_SNAPKV:    return "snapkv";
         case LLAMA_FASA_POLICY_TYPE_H2O:       return "h2o";
         case LLAMA_FASA_POLICY_TYPE_COUNT:     break;
@@ -28,6 +29,7 @@ std::unique_ptr<llama_fasa_policy> make_policy(const llama_fasa_params & params,
         case LLAMA_FASA_POLICY_TYPE_RANDOM:    return llama_fasa_policy_random();
         case LLAMA_FASA_POLICY_TYPE_STREAMING: return llama_fasa_policy_streaming(params.n_sink);
         case LLAMA_FASA_POLICY_TYPE_QUEST:     return llama_fasa_policy_quest();
+        case LLAMA_FASA_POLICY_TYPE_UNIQUE:    return llama_fasa_policy_unique();
         case LLAMA_FASA_POLICY_TYPE_SNAPKV:    return llama_fasa_policy_snapkv(observed);
         case LLAMA_FASA_POLICY_TYPE_H2O:       return llama_fasa_policy_h2o(observed);
         case LLAMA_FASA_POLICY_TYPE_COUNT:     break;

@@ -30,6 +30,7 @@ extern "C" {
         LLAMA_FASA_POLICY_TYPE_RANDOM,    // n_tip chunks drawn at random
         LLAMA_FASA_POLICY_TYPE_STREAMING, // the first n_sink cells and the last ones
         LLAMA_FASA_POLICY_TYPE_QUEST,     // pages of 16 cells, by bounds of their keys
+        LLAMA_FASA_POLICY_TYPE_UNIQUE,    // the same pages, by mean and deviation of their keys
         LLAMA_FASA_POLICY_TYPE_SNAPKV,    // cells of the prompt, by the attention of its last tokens; and all that is decoded
         LLAMA_FASA_POLICY_TYPE_H2O,       // cells by the attention that they have had
         LLAMA_FASA_POLICY_TYPE_COUNT,

@@ -30,5 +30,6 @@ std::unique_ptr<llama_fasa_policy> llama_fasa_policy_oracle   ();
 std::unique_ptr<llama_fasa_policy> llama_fasa_policy_random   ();
 std::unique_ptr<llama_fasa_policy> llama_fasa_policy_streaming(uint32_t n_sink);
 std::unique_ptr<llama_fasa_policy> llama_fasa_policy_quest    ();
+std::unique_ptr<llama_fasa_policy> llama_fasa_policy_unique   ();
 std::unique_ptr<llama_fasa_policy> llama_fasa_policy_snapkv   (const llama_fasa_observed & observed);
 std::unique_ptr<llama_fasa_policy> llama_fasa_policy_h2o      (const llama_fasa_observed & observed);
