@@ -94,6 +94,12 @@ class FasaConfig:
         "Cells that a decoded token attends to in each sparse layer, sinks and recent ones included.",
         limits=(1, INT32_MAX),
     )
+    budget_ctx: int = _setting(
+        4096,
+        "Cells in use that the budget is for: with n times as many it grows by the square root of n; 0: never.",
+        limits=(0, INT32_MAX),
+        is_optional=True,
+    )
     n_sink: int = _setting(4, "First tokens, always attended to.", limits=(0, INT32_MAX))
     n_recent: int = _setting(32, "Last tokens, always attended to.", limits=(0, INT32_MAX))
     n_dense_layers: int = _setting(1, "First layers, which stay dense.", limits=(0, INT32_MAX), is_fixed=True)

@@ -213,6 +213,15 @@ def test_policy_is_its_definition(twin, select: str, batch: int, ctx: Context) -
                 assert cells[selector][cells[selector] >= 0].tolist() == sorted(expected.tolist())
 
 
+@pytest.mark.check
+@pytest.mark.parametrize("budget_ctx", [0, 128, 300, 1024])
+def test_the_budget_grows_by_the_root_of_the_cells(budget_ctx: int, ctx: Context) -> None:
+    n_kv = 512  # what is in use, as llama.cpp counts it: by 256
+    growth = max(1, n_kv / budget_ctx) ** 0.5 if budget_ctx else 1
+    for _, chosen, _ in decode(ctx, 1, budget_ctx=budget_ctx):
+        assert {(cells >= 0).sum() for token in chosen for cells in token} == {int(TINY_BUDGET * growth)}
+
+
 def tips_of(model: Path, n_layer: int = N_LAYER) -> list[tuple[np.ndarray, np.ndarray]]:
     """By layer, the dims of the dominant chunks, int32 [n_head_kv, n_dim], and their ranges [n_head_kv, 2, n_dim]."""
     profile = inspect(model).profile

@@ -68,9 +68,9 @@ def test_the_library_has_the_same_defaults(tmp_path: Path) -> None:
     """Where it has any: a file may lack what came later, and ``exact`` alone needs no file."""
     llm = fasa_edge.Llama(str(make_model(tmp_path / "plain.gguf")), n_ctx=256, fasa_exact=True, verbose=False)
     found = llm.fasa.settings
-    defaults = {name: getattr(FasaConfig, name) for name in ("max_batch", "select", "prompt_mass")}
+    defaults = {name: getattr(FasaConfig, name) for name in ("budget_ctx", "max_batch", "select", "prompt_mass")}
     assert found == found | defaults
-    settings = {f"fasa.{name}": getattr(FasaConfig, name) for name in ("exact", "select", "prompt_mass")}
+    settings = {f"fasa.{name}": getattr(FasaConfig, name) for name in ("exact", "budget_ctx", "select", "prompt_mass")}
     assert OPTIONAL == settings | {"fasa.calibration.clipped": None}
     llm.close()
 

@@ -291,9 +291,10 @@ def run(
     readers = [*dense, _Runner("fasa", llm, True, reading)]
     works = [_Work(n_prompt, 0, readers) for n_prompt in sorted(set(n_prompts))]
     if n_gen:
+        own = settings["budget"], settings["budget_ctx"]
         sparse = [
-            _Runner("fasa", llm, True, {"enabled": True, "exact": exact, "budget": budget})
-            for budget in sorted(set(budgets)) or [settings["budget"]]
+            _Runner("fasa", llm, True, {"enabled": True, "exact": exact, "budget": budget, "budget_ctx": grows})
+            for budget, grows in [(budget, 0) for budget in sorted(set(budgets))] or [own]
         ]
         works.append(_Work(0, n_gen, dense + sparse))
     models = [*(stock.llm for stock in stocks), llm]
@@ -323,7 +324,7 @@ def run(
                 yield from rows
     finally:
         llm.reset()
-        llm.fasa.configure(**{name: settings[name] for name in ("enabled", "exact", "budget")})
+        llm.fasa.configure(**{name: settings[name] for name in ("enabled", "exact", "budget", "budget_ctx")})
         for stock in stocks:
             stock.llm.close()
 

@@ -45,6 +45,7 @@ class _NTip(click.ParamType):
 @click.option("--top-k", type=int, default=convert.DEFAULT_TOP_K, help="K of the objectives `agreement` and `mass`.")
 @setting_option("n_tip", type=_NTip(), metavar="INTEGER|auto", default="24 of 32, half of more; auto: as few as pass")
 @setting_option("budget")
+@setting_option("budget_ctx")
 @setting_option("n_sink")
 @setting_option("n_recent")
 @setting_option("n_dense_layers")

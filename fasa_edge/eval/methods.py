@@ -82,12 +82,18 @@ class Method:
     def run_time_settings(self, n_ctx: int) -> dict[str, Value]:
         """Return what it changes of a context's settings; not ``n_tip``, which a context has from its making.
 
-        Every step is sparse, however few cells there are.
+        Every step is sparse, however few cells there are, and its budget does not grow with them.
         """
         if not self.sparse:
             return {"enabled": False, "exact": False, "policy": "fasa"}
-        policy = "fasa" if self.name == "all" else self.name
-        return {"enabled": True, "min_ctx": 1, "budget": self.budget or n_ctx, "policy": policy, **dict(self.settings)}
+        own = {
+            "enabled": True,
+            "min_ctx": 1,
+            "budget": self.budget or n_ctx,
+            "budget_ctx": 0,
+            "policy": "fasa" if self.name == "all" else self.name,
+        }
+        return own | dict(self.settings)
 
     def as_dict(self) -> dict[str, object]:
         """Return the method for JSON."""

@@ -30,6 +30,7 @@ class Params(ctypes.Structure):
         ("enabled", ctypes.c_bool),
         ("exact", ctypes.c_bool),
         ("budget", ctypes.c_uint32),
+        ("budget_ctx", ctypes.c_uint32),
         ("n_sink", ctypes.c_uint32),
         ("n_recent", ctypes.c_uint32),
         ("min_ctx", ctypes.c_uint32),

@@ -47,6 +47,7 @@ extern "C" {
         bool     enabled;
         bool     exact;          // what stays dense on the CPU, prompts as well, is attended to with FASA's kernels, all cells
         uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
+        uint32_t budget_ctx;     // cells that the budget is for: with n times as many it grows by sqrt(n); 0: it never grows
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to
         uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget, on a GPU from where it is faster on

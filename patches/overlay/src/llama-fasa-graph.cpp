@@ -160,7 +160,7 @@ ggml_tensor * llama_fasa_attn::build(
     if (reason == LLAMA_FASA_REASON_NONE && !by_blocks) {
         const bool by_head = fasa->params.select == LLAMA_FASA_SELECT_TYPE_HEAD;
 
-        inp->n_fac = std::min<int64_t>(fasa->params.budget, mctx->get_n_kv());
+        inp->n_fac = llama_fasa_n_fac(fasa->params, mctx->get_n_kv());
 
         args.ctx        = ctx0;
         args.il         = il;

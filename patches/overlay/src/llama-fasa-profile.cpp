@@ -25,6 +25,7 @@ static constexpr uint32_t FASA_MAX_BATCH = 64;
 
 static constexpr uint32_t FASA_EXACT_MAX_BATCH = 16;   // without a profile that says
 static constexpr uint32_t FASA_PROMPT_MASS     = 1000; // the same: all of it
+static constexpr uint32_t FASA_BUDGET_CTX      = 4096; // the same
 
 //
 // geometry
@@ -97,6 +98,11 @@ std::string llama_fasa_model_fingerprint(const llama_model & model) {
 // settings
 //
 
+int64_t llama_fasa_n_fac(const llama_fasa_params & params, int64_t n_kv) {
+    const double growth = params.budget_ctx ? std::sqrt(std::max(1.0, (double) n_kv/params.budget_ctx)) : 1.0;
+    return std::min<int64_t>(params.budget*growth, n_kv);
+}
+
 void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (params.budget < 1 || params.budget > INT32_MAX) {
         throw std::runtime_error(format("fasa.budget = %u is out of range: it must be from 1 to %d", params.budget, INT32_MAX));
@@ -110,6 +116,7 @@ void llama_fasa_params_validate(const llama_fasa_params & params) {
             throw std::runtime_error(format("%s = %u is out of range: it must be from 0 to %d", key, value, INT32_MAX));
         }
     };
+    check_count("fasa.budget_ctx",     params.budget_ctx);
     check_count("fasa.min_ctx",        params.min_ctx);
     check_count("fasa.n_dense_layers", params.n_dense_layers);
     if (params.max_batch < 1 || params.max_batch > FASA_MAX_BATCH) {
@@ -362,8 +369,9 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
         res->has_chunks = false;
         res->dims.resize(model.hparams.n_layer_all);
         res->ranges.resize(model.hparams.n_layer_all);
-        res->params.budget    = 1; // none is used, but all settings are valid ones
-        res->params.max_batch = FASA_EXACT_MAX_BATCH;
+        res->params.budget      = 1; // none is used, but all settings are valid ones
+        res->params.budget_ctx  = FASA_BUDGET_CTX;
+        res->params.max_batch   = FASA_EXACT_MAX_BATCH;
         res->params.prompt_mass = FASA_PROMPT_MASS;
         reader.override_bool("fasa.exact", res->params.exact);
 
@@ -392,6 +400,8 @@ std::shared_ptr<const llama_fasa_profile> llama_fasa_profile::load(const gguf_co
     reader.read("fasa.enabled",        params.enabled);
     reader.read_optional("fasa.exact", params.exact);
     reader.read("fasa.budget",         params.budget);
+    params.budget_ctx = FASA_BUDGET_CTX;
+    reader.read_optional("fasa.budget_ctx", params.budget_ctx);
     reader.read("fasa.n_sink",         params.n_sink);
     reader.read("fasa.n_recent",       params.n_recent);
     reader.read("fasa.min_ctx",        params.min_ctx);

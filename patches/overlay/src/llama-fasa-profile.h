@@ -44,3 +44,6 @@ std::string llama_fasa_model_fingerprint(const llama_model & model);
 
 // throws std::runtime_error: a value is out of range
 void llama_fasa_params_validate(const llama_fasa_params & params);
+
+// cells that a decoded token attends to out of n_kv
+int64_t llama_fasa_n_fac(const llama_fasa_params & params, int64_t n_kv);

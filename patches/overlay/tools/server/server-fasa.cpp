@@ -190,6 +190,7 @@ json server_fasa::settings() const {
         {"enabled",        params.enabled},
         {"exact",          params.exact},
         {"budget",         params.budget},
+        {"budget_ctx",     params.budget_ctx},
         {"n_sink",         params.n_sink},
         {"n_recent",       params.n_recent},
         {"min_ctx",        llama_fasa_min_ctx(ctx)},
