@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,20 @@ def model_path() -> Path:
     if not path.is_file():
         pytest.fail(f"{path}: no such model; run `make model`, or set FASA_TEST_MODEL to a GGUF file", pytrace=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Annotated random models of four layers by architecture."""
+    from runtime import annotated_tiny
+
+    return cache(lambda arch: annotated_tiny(tmp_path_factory.mktemp(arch), arch, n_layer=4))
+
+
+@pytest.fixture
+def model(models: Callable[[str], Path]) -> Path:
+    """The plainest of them."""
+    return models("llama")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,166 @@
+"""The document store: writing that is interrupted, fails, or is done by several processes at once."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fasa_edge import DocumentStore, FasaError
+from fasa_edge.io import block_file
+from fasa_edge.runtime import stored_states
+from fasa_edge.runtime.stored_states import N_BLOCK
+
+import numpy as np
+import pytest
+from documents import (
+    DOCUMENT,
+    N_DOCUMENT,
+    answer,
+    files,
+    fill,
+    load,
+    refused,
+)
+from runtime import TEXTS
+
+
+def write_documents(model: Path, folder: Path) -> subprocess.Popen:
+    """Another process that stores prompts for ever."""
+    code = """
+import itertools, sys
+import fasa_edge
+llm = fasa_edge.Llama(sys.argv[1], n_ctx=1024, verbose=False, cache=sys.argv[2])
+document = list(map(int, sys.argv[3].split()))
+for i in itertools.count():
+    next(llm.generate([*document[: 300 + i % 7], *document[: i % 3], *document[:300]], temp=0.0))
+    print(i, flush=True)
+"""
+    arguments = [sys.executable, "-c", code, str(model), str(folder), " ".join(map(str, DOCUMENT))]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_writers_of_whom_one_is_killed(model: Path, tmp_path: Path) -> None:
+    writers = [write_documents(model, tmp_path) for _ in range(2)]
+    try:
+        for _ in range(3):
+            for writer in writers:
+                assert writer.stdout.readline()
+        writers[0].send_signal(signal.SIGKILL)
+        writers[0].wait()
+        assert writers[1].stdout.readline()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+            writer.stdout.close()
+    assert files(tmp_path)
+    for path in files(tmp_path):
+        with block_file.BlockReader(path) as reader:
+            reader.read([np.empty(reader.block.n_bytes, np.uint8)])
+    fill(model, tmp_path)  # removes what they have left
+    assert {path.suffix for path in tmp_path.rglob("*") if not path.is_dir()} == {".rows"}
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_an_interrupted_write(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, n_writes = stored_states.write_block, itertools.count()
+
+    def interrupted(path: Path, *arguments: Any) -> int:
+        if next(n_writes) == 1:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        return write(path, *arguments)
+
+    monkeypatch.setattr(stored_states, "write_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer(load(model, tmp_path), DOCUMENT)
+    assert [path.suffix for path in tmp_path.rglob("*") if not path.is_dir()] == [".rows"]
+    refused(model, tmp_path, N_BLOCK)
+
+
+def full(monkeypatch: pytest.MonkeyPatch, n_bytes: int, number: int = errno.ENOSPC) -> None:
+    """Let all files of the store have so many bytes together."""
+    write = stored_states.write_block
+
+    def fails(path: Path, *arguments: Any) -> int:
+        size = write(path, *arguments)
+        if sum(file.stat().st_size for file in path.parents[2].rglob("*") if file.is_file()) > n_bytes:
+            raise OSError(number, os.strerror(number))
+        return size
+
+    monkeypatch.setattr(stored_states, "write_block", fails)
+
+
+def test_a_full_disk_has_room_for_what_was_not_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(model, tmp_path / "store", TEXTS[1][:700])
+    size = DocumentStore(tmp_path / "store").size
+    full(monkeypatch, size + size // 2)
+    fill(model, tmp_path / "store")
+    llm = load(model, tmp_path / "store")
+    answer(llm, DOCUMENT)
+    assert llm.documents.report.n_restored == N_DOCUMENT - 1
+
+
+def test_a_disk_full_of_other_things(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = answer(load(model), DOCUMENT)
+    with monkeypatch.context() as patch:
+        full(patch, 0)
+        llm = load(model, tmp_path)
+        assert answer(llm, DOCUMENT) == wanted
+        assert os.strerror(errno.ENOSPC) in llm.documents.report.problems[0]
+        assert not files(tmp_path)
+        # nothing is removed in vain where it is a file's size that is limited
+        patch.undo()
+        fill(model, tmp_path, TEXTS[1][:700])
+        full(patch, 0, errno.EFBIG)
+        answer(llm, TEXTS[2][:700])
+        assert os.strerror(errno.EFBIG) in llm.documents.report.problems[0]
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_limit_on_the_size_of_files(model: Path, tmp_path: Path) -> None:
+    import resource
+
+    llm = load(model, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        tokens = answer(llm, DOCUMENT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(tokens) == 8
+    assert os.strerror(errno.EFBIG) in llm.documents.report.problems[0]
+    assert not files(tmp_path)
+
+
+def test_a_folder_that_may_not_be_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But read, by root, too, if the whole file system is read-only."""
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    fill(model, tmp_path)
+    for name in ("tempfile.mkdtemp", "os.unlink", "os.utime"):
+        monkeypatch.setattr(name, refuse)
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT + TEXTS[1][:300])
+    assert llm.documents.report.n_restored == N_DOCUMENT
+    assert os.strerror(errno.EROFS) in llm.documents.report.problems[0]
+
+
+def test_folders_that_cannot_be(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(FasaError, match="cannot be made"):
+            load(model, path)
+    for name in ("capacity_bytes", "min_tokens"):
+        with pytest.raises(FasaError, match=f"{name} = 0: choose 1 or more"):
+            DocumentStore(tmp_path, **{name: 0})
