@@ -63,7 +63,7 @@ def refused(model: Path, folder: Path, n: int, *reasons: str, **arguments: Any) 
 def in_order(folder: Path) -> list[Path]:
     """The files of a prompt."""
     by_parent = {path.name.split("-")[0]: path for path in files(folder, "rows")}
-    res, parent = [], next(path.name for path in folder.iterdir())
+    res, (parent,) = [], by_parent.keys() - {path.stem.split("-")[1] for path in by_parent.values()}
     while parent in by_parent:
         res.append(by_parent[parent])
         parent = res[-1].stem.split("-")[1]

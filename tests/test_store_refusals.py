@@ -6,8 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from fasa_edge import DocumentCache, DocumentStore, FasaError
 from fasa_edge.io import block_file
 from fasa_edge.runtime import sequence, state_layout, stored_states
+from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.stored_states import N_BLOCK
 
 import numpy as np
@@ -23,7 +25,7 @@ from documents import (
     load,
     refused,
 )
-from runtime import TEXTS
+from runtime import TEXTS, annotated_tiny, check, last_logits
 from tiny_models import Shape, make_model
 
 
@@ -103,18 +105,18 @@ def test_files_of_another_model(model: Path, tmp_path: Path) -> None:
     """Which have another name, unless somebody renames them."""
     other = make_model(tmp_path / "other.gguf", "llama", Shape(n_layer=4), seed=1)
     fill(other, tmp_path / "store")
+    theirs = in_order(tmp_path / "store")
     llm = load(model, tmp_path / "store")
     answer(llm, DOCUMENT)
     assert (llm.documents.report.n_restored, llm.documents.report.problems) == (0, [])
     llm.close()
-    theirs, ours = in_order(tmp_path / "store"), {path.name: path for path in files(tmp_path / "store")}
+    ours = {path.name: path for path in files(tmp_path / "store")}
     assert len(theirs) == 3
     assert len(ours) == 6
     keys = {path.parent for path in ours.values()}
-    (own,) = [
-        path for path in ours.values() if path.parent != theirs[0].parent and path.name.startswith(path.parent.name)
-    ]
     assert len(keys) == 2
+    mine = [path for path in ours.values() if path.parent != theirs[0].parent]
+    (own,) = [path for path in mine if path.name.split("-")[0] not in {other.stem.split("-")[1] for other in mine}]
     own.write_bytes(theirs[0].read_bytes())
     refused(model, tmp_path / "store", 0, "is of another model, or made in another way: model")
 
@@ -144,9 +146,44 @@ def test_what_keys_depend_on(model: Path, tmp_path: Path, arguments: dict[str, A
     assert llm.documents.report.n_restored == 0
 
 
-def test_prompts_read_by_blocks_are_others(model: Path, tmp_path: Path) -> None:
+BY_BLOCKS = {"prompt_mass": 900, "min_ctx": 1}
+
+
+@pytest.mark.parametrize(
+    ("other", "is_another"),
+    [
+        ({"prompt_mass": 950}, True),
+        ({"prompt_mass": 1000}, True),
+        ({"min_ctx": 300}, True),
+        ({"min_ctx": 0}, True),  # twice the budget
+        ({"enabled": False}, True),
+        ({"budget": 300, "n_sink": 7, "n_recent": 70, "select": "head", "max_batch": 8, "exact": True}, False),
+    ],
+    ids=str,
+)
+def test_only_what_shapes_prompts_read_by_blocks_tells_them_apart(
+    model: Path, tmp_path: Path, other: dict[str, Any], is_another: bool
+) -> None:
+    settings = {f"fasa_{name}": value for name, value in BY_BLOCKS.items()}
+    fill(model, tmp_path, **settings)
+    llm = load(model, tmp_path, **settings)
+    llm.fasa.configure(**other)
+    answer(llm, DOCUMENT, 1)
+    assert llm.documents.report.n_restored == (0 if is_another else N_DOCUMENT - 1)
+    llm.close()
+    if "enabled" in other or "prompt_mass" in other and other["prompt_mass"] == 1000:  # of all who read densely
+        llm = load(model, tmp_path, fasa_enabled=False, fasa_prompt_mass=700)
+        answer(llm, DOCUMENT, 1)
+        assert llm.documents.report.n_restored == N_DOCUMENT - 1
+    else:
+        llm = load(model, tmp_path)
+        answer(llm, DOCUMENT, 1)
+        assert llm.documents.report.n_restored == 0
+
+
+def test_settings_that_change_find_their_own(model: Path, tmp_path: Path) -> None:
     fill(model, tmp_path)
-    llm = load(model, tmp_path)
+    llm = load(model, tmp_path, fasa_min_ctx=1)
     for prompt_mass, n_restored in ((900, 0), (1000, N_DOCUMENT - 1), (900, N_DOCUMENT - 1), (950, 0)):
         llm.fasa.configure(prompt_mass=prompt_mass)
         llm.reset()
@@ -184,12 +221,47 @@ def test_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(prints) == 6
 
 
-def test_a_profile_and_an_adapter_tell_models_apart(model: Path, tmp_path: Path) -> None:
+def test_models_that_differ_in_their_profile_share_what_is_read_densely(model: Path, tmp_path: Path) -> None:
+    """Their tips are made of K again."""
+    plain, other = model.with_name("tiny.gguf"), annotated_tiny(tmp_path, "llama", n_tip=2, n_layer=4)
+    wanted = []
+    for path in (model, other):
+        llm = load(path, fasa_budget=70)
+        answer(llm, DOCUMENT[:-1], 1)
+        llm.eval(DOCUMENT[-1:])
+        wanted.append(last_logits(llm))
+        llm.close()
+    assert not np.array_equal(*wanted)  # by other chunks
+    fill(plain, tmp_path / "store", DOCUMENT[:-1])
+    for path, logits in zip((model, other), wanted, strict=True):
+        llm = load(path, tmp_path / "store", fasa_budget=70)
+        answer(llm, DOCUMENT[:-1], 1)
+        assert llm.documents.report.n_restored == N_DOCUMENT - 2
+        llm.eval(DOCUMENT[-1:])
+        check(logits, last_logits(llm))
+        llm.close()
+    # but not what was read by blocks, which they choose
+    settings = {f"fasa_{name}": value for name, value in BY_BLOCKS.items()}
+    fill(model, tmp_path / "store", **settings)
+    for path, n_restored in ((other, 0), (model, N_DOCUMENT - 1)):
+        llm = load(path, tmp_path / "store", **settings)
+        answer(llm, DOCUMENT, 1)
+        assert llm.documents.report.n_restored == n_restored
+        llm.close()
+
+
+def test_profiles_are_told_apart(models) -> None:
+    from fasa_edge.runtime.identity import profile_fingerprint
+
+    assert profile_fingerprint(models("llama")) != profile_fingerprint(models("gemma3"))
+    assert profile_fingerprint(models("llama")) == profile_fingerprint(models("llama"))
+
+
+def test_an_adapter_tells_models_apart(model: Path) -> None:
     from fasa_edge.runtime.identity import identity
 
     llm = load(model)
     plain = identity(llm)
-    assert identity(llm, model)["profile"] != plain["profile"]
     llm.lora_path, llm.lora_scale = str(model), 0.5
     assert identity(llm)["lora"] != plain["lora"]
 
@@ -227,5 +299,16 @@ def test_a_state_that_the_library_refuses(model: Path, tmp_path: Path, monkeypat
 def test_memory_of_an_unknown_kind(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_layout, "parse", lambda *arguments: None)
     llm = load(model, tmp_path)
-    answer(llm, DOCUMENT)
+    with pytest.warns(UserWarning, match="a kind whose rows are not known") as warned:
+        answer(llm, DOCUMENT)
+        answer(llm, TEXTS[1][:600])
     assert "a kind whose rows are not known" in llm.documents.report.problems[0]
+    assert len(warned) == 1
+
+
+def test_transposed_values_are_refused(model: Path, tmp_path: Path) -> None:
+    llm = llama_cpp.Llama(str(model), n_ctx=512, verbose=False)
+    with pytest.raises(FasaError, match="without flash attention.*flash_attn=True"):
+        DocumentCache(DocumentStore(tmp_path), llm)
+    recurrent = make_model(tmp_path / "mamba.gguf", "mamba")
+    DocumentCache(DocumentStore(tmp_path), llama_cpp.Llama(str(recurrent), n_ctx=512, verbose=False))

@@ -11,17 +11,11 @@ from typing import Any
 
 from fasa_edge import DocumentStore
 from fasa_edge.io import block_file, block_folder
-from fasa_edge.runtime import sequence
+from fasa_edge.runtime import context_states, sequence
 from fasa_edge.runtime.stored_states import N_BLOCK
 
 import pytest
-from documents import (
-    DOCUMENT,
-    answer,
-    files,
-    fill,
-    load,
-)
+from documents import DOCUMENT, OTHER, QUESTION, answer, files, fill, load
 from runtime import TEXTS
 
 
@@ -42,10 +36,25 @@ def test_what_was_used_last_stays(model: Path, tmp_path: Path) -> None:
     assert found == [599, 599, N_BLOCK]  # of the second, what comes last went first
 
 
-def test_a_prompt_larger_than_the_store(model: Path, tmp_path: Path) -> None:
+def test_what_memory_has_is_used_too(model: Path, tmp_path: Path) -> None:
+    prompts = [text[:600] for text in TEXTS]
+    fill(model, tmp_path, prompts[1])
+    llm = load(model, tmp_path)
+    for prompt in (prompts[0], prompts[0] + OTHER, prompts[0] + QUESTION, prompts[0] + QUESTION):
+        answer(llm, prompt, 1)
+        for path in files(tmp_path):
+            os.utime(path, ns=(path.stat().st_mtime_ns - 10**10,) * 2)
+        before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
+        answer(llm, prompt, 1)  # from memory, once with its logits
+        used = {path for path, time in before.items() if path.stat().st_mtime_ns > time + 5 * 10**9}
+        assert len(used) == 3, prompt[-3:]
+
+
+def test_a_prompt_larger_than_the_store(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_states, "_SECONDS", 0)
     fill(model, tmp_path, TEXTS[1][:300])
     n_files = len(files(tmp_path))
-    llm = load(model, DocumentStore(tmp_path, capacity_bytes=1_000_000))
+    llm = load(model, DocumentStore(tmp_path, capacity_bytes=1_000_000), n_batch=128)
     answer(llm, DOCUMENT)
     assert "exceed the 1000000 of" in llm.documents.report.problems[0]
     assert len(files(tmp_path)) == n_files

@@ -13,21 +13,13 @@ from typing import Any
 
 from fasa_edge import DocumentStore, FasaError
 from fasa_edge.io import block_file
-from fasa_edge.runtime import stored_states
+from fasa_edge.runtime import context_states, state_layout, stored_states
 from fasa_edge.runtime.stored_states import N_BLOCK
 
 import numpy as np
 import pytest
-from documents import (
-    DOCUMENT,
-    N_DOCUMENT,
-    answer,
-    files,
-    fill,
-    load,
-    refused,
-)
-from runtime import TEXTS
+from documents import DOCUMENT, N_DOCUMENT, answer, files, fill, first_logits, load, refused
+from runtime import TEXTS, check
 
 
 def write_documents(model: Path, folder: Path) -> subprocess.Popen:
@@ -82,6 +74,96 @@ def test_an_interrupted_write(model: Path, tmp_path: Path, monkeypatch: pytest.M
         answer(load(model, tmp_path), DOCUMENT)
     assert [path.suffix for path in tmp_path.rglob("*") if not path.is_dir()] == [".rows"]
     refused(model, tmp_path, N_BLOCK)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read is stored after each batch."""
+    monkeypatch.setattr(context_states, "_SECONDS", 0)
+    monkeypatch.setattr(context_states, "_SHARE", 0)
+
+
+BATCHES = {"n_batch": 128}
+N_BROKEN = 384
+
+
+def read_on(model: Path, folder: Path, n_restored: int, tolerance: float) -> None:
+    """Another start reads only the rest, and has the logits that it would have had."""
+    fill(model, folder.with_name("whole"), **BATCHES)
+    wanted = first_logits(load(model, folder.with_name("whole"), **BATCHES), DOCUMENT)
+    reads: list[tuple[int, int]] = []
+    llm = load(model, folder, progress=lambda *step: reads.append(step), **BATCHES)
+    found = first_logits(llm, DOCUMENT)
+    assert (llm.documents.report.n_restored, llm.documents.report.problems) == (n_restored, [])
+    assert reads[0] == (0, N_DOCUMENT - n_restored)
+    check(wanted, found, tolerance)
+    llm.close()
+    # and what is stored is what would have been, but for a tail where it ended
+    names, wanted_names = ({path.name for path in files(path)} for path in (folder, folder.with_name("whole")))
+    assert wanted_names <= names
+    assert len(names - wanted_names) <= (n_restored > 0)
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+def test_a_reading_that_ends_early_goes_on(models, arch: str, error: type[BaseException], tmp_path: Path) -> None:
+    def end(done: int, total: int) -> None:
+        if done >= N_BROKEN:
+            raise error
+
+    llm = load(models(arch), tmp_path / "store", progress=end, **BATCHES)
+    with pytest.raises(error):
+        answer(llm, DOCUMENT)
+    if error is RuntimeError:  # the same process goes on from memory
+        llm.progress = None
+        answer(llm, DOCUMENT, 1)
+        assert llm.documents.report.n_held == N_BROKEN
+        return
+    llm.close()
+    names = {path.name for path in files(tmp_path / "store", "tail")}
+    read_on(models(arch), tmp_path / "store", N_BROKEN, 2e-3 if arch == "gemma3" else 0)
+    assert names <= {path.name for path in files(tmp_path / "store", "tail")}
+
+
+@pytest.mark.parametrize("arch", ["llama", "lfm2"])
+def test_a_reading_that_is_killed_goes_on(models, arch: str, tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+import fasa_edge
+from fasa_edge.runtime import context_states
+context_states._SECONDS = context_states._SHARE = 0
+def progress(done, total):
+    if done >= {N_BROKEN}:
+        print("there", flush=True)
+        time.sleep(600)
+llm = fasa_edge.Llama(sys.argv[1], n_ctx=2048, verbose=False, cache=sys.argv[2], progress=progress, n_batch=128)
+next(llm.generate(list(map(int, sys.argv[3].split())), temp=0.0))
+"""
+    arguments = [sys.executable, "-c", code, models(arch), tmp_path / "store", " ".join(map(str, DOCUMENT))]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "there\n"
+        reader.kill()
+    read_on(models(arch), tmp_path / "store", N_BLOCK, 0)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+def test_what_is_stored_on_the_way_leaves_nothing_behind(models, arch: str, tmp_path: Path) -> None:
+    read_on(models(arch), tmp_path / "store", 0, 0)
+
+
+@pytest.mark.usefixtures("always")
+def test_what_cannot_be_stored_on_the_way_is_not_tried_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_saved = itertools.count()
+    monkeypatch.setattr(state_layout, "parse", lambda *arguments: None if next(n_saved) >= 0 else ())
+    llm = load(model, tmp_path, **BATCHES)
+    with pytest.warns(UserWarning, match="a kind whose rows are not known"):
+        answer(llm, DOCUMENT)
+    assert len(llm.documents.report.problems) == 1
+    assert next(n_saved) == 2  # on the way, and in the end
 
 
 def full(monkeypatch: pytest.MonkeyPatch, n_bytes: int, number: int = errno.ENOSPC) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from fasa_edge import DocumentStore
 from fasa_edge.runtime import sequence, state_layout, store
@@ -65,7 +66,7 @@ def test_rows_lie_in_the_order_of_the_tokens(model: Path, tmp_path: Path) -> Non
     sequence.clear(llm.ctx)
     sequence.restore(llm.ctx, state)
     sequence.cut(llm.ctx, N_DOCUMENT)
-    llm.documents._store(np.array(DOCUMENT, np.int32), llm.documents._store_rows)
+    llm.documents._states.store_rows(np.array(DOCUMENT, np.int32), N_DOCUMENT)
     assert llm.documents.report.problems == []
     assert {path.name: path.read_bytes() for path in files(tmp_path)} == contents
     llm = load(model, tmp_path)
@@ -76,8 +77,7 @@ def test_positions_that_are_not_those_of_a_text(model: Path, tmp_path: Path) -> 
     llm = load(model, tmp_path)
     answer(llm, DOCUMENT)
     llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 10, 20)
-    llm.documents._n_stored = 0
-    llm.documents._store(llm._input_ids, llm.documents._store_rows)
+    llm.documents._states.store_rows(llm._input_ids, llm.n_tokens)
     assert "are not those of 707 tokens" in llm.documents.report.problems[0]
 
 
@@ -94,10 +94,10 @@ def test_progress(model: Path, tmp_path: Path) -> None:
 
 def test_tails_are_few(tmp_path: Path) -> None:
     cache = store.DocumentCache.__new__(store.DocumentCache)
-    cache.store, cache._has_tail, cache._n_rows = DocumentStore(tmp_path), True, 5000
+    cache.store, cache._states = DocumentStore(tmp_path), SimpleNamespace(has_tail=True, n_rows=5000)
     assert cache._stops(0, 6000) == [1856, 5000, 5440, 5888, 5999]
     assert cache._stops(5888, 6000) == [5999]
     assert cache._parting(4960, 6000) == [5000]
     assert cache._parting(4990, 6000) == []
-    cache._has_tail = False
+    cache._states.has_tail = False
     assert (cache._stops(0, 6000), cache._parting(0, 6000)) == ([5999], [])

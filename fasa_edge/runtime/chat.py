@@ -12,6 +12,7 @@ from fasa_edge.errors import ChatError
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.llama import Llama
 from fasa_edge.runtime.room import remedies
+from fasa_edge.runtime.sequence import n_common
 
 import numpy as np
 from jinja2 import TemplateError
@@ -103,7 +104,7 @@ class Chat:
             ChatError: it leaves no room for a question, or the chat format refuses it; nothing was read.
         """
         prompts = [np.array(self._request([], question, _GREEDY)["prompt"]) for question in _BEGINNINGS]
-        tokens = prompts[0][: min(_n_common(prompts[0], prompt) for prompt in prompts[1:])].tolist()
+        tokens = prompts[0][: min(n_common(prompts[0], prompt) for prompt in prompts[1:])].tolist()
         if not tokens:
             return
         if len(tokens) + _ROOM > self._llm.n_ctx():
@@ -192,9 +193,9 @@ class Chat:
         A chat format writes the whole history anew: what it writes in another way is read again, as is all after it.
         """
         held = self._llm.input_ids[: self._llm.n_tokens].copy()
-        start = _n_common(held, prompt)
+        start = n_common(held, prompt)
         lengths = {
-            int(end): _n_common(held[end:], prompt[start:])
+            int(end): n_common(held[end:], prompt[start:])
             for end in (np.flatnonzero(held[start:] == prompt[start]) + start if start < len(prompt) else ())
         }
         end = max(lengths, key=lambda end: (lengths[end], end), default=start)
@@ -251,13 +252,6 @@ class _Completed:
     def create_completion(self, prompt: Any, **arguments: Any) -> Any:
         self.arguments = {"prompt": prompt, **arguments}
         return iter(())
-
-
-def _n_common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
 
 
 def _whole(llm: llama_cpp.Llama, tokens: list[int]) -> list[int]:

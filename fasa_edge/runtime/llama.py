@@ -320,7 +320,7 @@ class Llama(llama_cpp.Llama):
                 neither.
 
         Raises:
-            FasaError: the folder cannot be made.
+            FasaError: the folder cannot be made, or a file of the model not be read.
         """
         if isinstance(cache, str | os.PathLike):
             cache = DocumentStore(cache)
@@ -339,7 +339,9 @@ class Llama(llama_cpp.Llama):
         n_held = self.n_tokens
         if self._starts_prompt and self.documents is not None:
             prompt = bound.arguments["tokens"] = list(tokens)
-            if not self._has_logits_of(prompt):
+            if self._has_logits_of(prompt):
+                self.documents.touch(prompt)
+            else:
                 n_held = self.documents.restore(prompt)
                 bound.arguments |= {"tokens": prompt[n_held:], "reset": False}
         elif self._starts_prompt and sequence.is_recurrent(self.ctx) and 0 < n_held < len(tokens):
@@ -385,6 +387,8 @@ class Llama(llama_cpp.Llama):
             if not sequence.cut(self.ctx, self.n_tokens):
                 sequence.clear(self.ctx)
                 self.n_tokens = 0
+            elif starts_prompt and self.documents is not None:
+                self.documents.break_off()
             raise
         finally:
             capi.set_prompt(self.ctx, False)

@@ -60,6 +60,13 @@ def logits(ctx: int, n: int) -> np.ndarray:
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits(ctx), (n, n_vocab)).copy()
 
 
+def n_common(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Count the tokens with which two sequences begin alike."""
+    n = min(len(a), len(b))
+    differs = np.asarray(a[:n]) != np.asarray(b[:n])
+    return int(differs.argmax()) if differs.any() else n
+
+
 def cut(ctx: int, n_tokens: int) -> bool:
     """Forget all but the first ``n_tokens``; False: a memory that cannot forget a part, and did not."""
     return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, n_tokens, -1)

@@ -4,6 +4,9 @@ The rows of K and V of every 256 tokens are a file, named by a hash of the model
 share what they have in common, and the longest stored prefix of a prompt is found by its tokens alone. The last file of
 a prompt has fewer tokens. Of a memory that cannot forget a part of a sequence (sliding windows, recurrent states) a
 whole copy at some token is a file besides, a tail.
+
+Rows of the same tokens differ by what batches of other sizes round. Where that matters a file has the tokens of a
+batch, and is used as a whole or not at all (``batch``): then its name says in which batches it was computed.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +25,17 @@ from fasa_edge.io.block_file import BlockError, BlockReader, block_size, write_b
 from fasa_edge.io.block_folder import BlockFolder, Name
 from fasa_edge.runtime import memory
 from fasa_edge.runtime.library import LLAMA_COMMIT
+from fasa_edge.runtime.sequence import n_common
 from fasa_edge.runtime.state_layout import HEAD, Layout
 
 import numpy as np
 
 N_BLOCK = 256
 """Tokens of a file."""
+
+N_FIRST = 64
+"""Tokens that prompts have in common at least, or none of them is looked for in files of the other: those that begin
+alike are found by name, however many others there are."""
 
 _N_READERS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -79,13 +88,21 @@ class StoredStates:
         has_rows: whether K and V are kept for each token.
         has_tail: whether there is memory that cannot forget a part of a sequence.
         progress: see :data:`Progress`.
+        batch: tokens of a batch, where only what was computed in the same batches will do; None: whatever the batches.
 
     Attributes:
         problems: what could not be used or written, and why.
     """
 
     def __init__(
-        self, folder: BlockFolder, identity: dict[str, Any], *, has_rows: bool, has_tail: bool, progress: Progress
+        self,
+        folder: BlockFolder,
+        identity: dict[str, Any],
+        *,
+        has_rows: bool,
+        has_tail: bool,
+        progress: Progress,
+        batch: int | None = None,
     ) -> None:
         self._folder = folder
         self._identity = identity
@@ -93,6 +110,8 @@ class StoredStates:
         self._has_rows = has_rows
         self._has_tail = has_tail
         self._progress = progress
+        self._n_block = batch or N_BLOCK
+        self._only_whole = batch is not None
         self._unusable: set[Name] = set()
         self.problems: list[str] = []
 
@@ -111,11 +130,12 @@ class StoredStates:
             names = [name for name in files.get(parent, []) if name not in self._unusable]
             for name in names:
                 if name.n_tail is not None and name == _tail_name(parent, block[: name.n_tail]):
-                    tails.append((name, start + name.n_tail))
+                    if not self._only_whole or name.n_tail in (0, len(block)):
+                        tails.append((name, start + name.n_tail))
             if goes_on and (best := self._best(names, parent, block)):
                 rows.append(best)
                 n_rows += best[1]
-            goes_on = n_rows == start + N_BLOCK
+            goes_on = n_rows == start + self._n_block
         return Found(rows, n_rows, sorted(tails, key=lambda tail: tail[1]))
 
     def choose(self, found: Found, n_max: int) -> tuple[Name | None, int]:
@@ -140,13 +160,16 @@ class StoredStates:
             self._exclude(error)
             return None
 
-    def write_rows(self, tokens: np.ndarray, layout: Layout, sections: Sequence[np.ndarray], capacity: int) -> int:
+    def write_rows(
+        self, tokens: np.ndarray, layout: Layout, sections: Sequence[np.ndarray], n_prompt: int, capacity: int
+    ) -> int:
         """Write what is not there yet of the rows of tokens.
 
         Args:
             tokens: int32 [n_tokens].
             layout: of the state.
-            sections: its sections in the order of the tokens, each uint8 [n_tokens, row_size].
+            sections: its sections in the order of the tokens, each uint8 [n_tokens or more, row_size].
+            n_prompt: tokens that are to be written in the end: if they do not fit, nothing gives way to some of them.
             capacity: bytes of the whole store.
 
         Returns:
@@ -155,6 +178,8 @@ class StoredStates:
         Raises:
             FasaError: they do not all fit; what fits stays, and is of use.
         """
+        if (size := layout.size(n_prompt)) > capacity:
+            raise FasaError(f"{size} bytes of a prompt exceed the {capacity} of {self._folder.path}: raise its size")
         files = self._folder.list(self._key)
         header, names, parts, superseded = self._header(layout=layout.as_dict()), [], [], []
         for parent, start, block in self._blocks(tokens):
@@ -163,7 +188,7 @@ class StoredStates:
             if best and best[1] == len(block):
                 names.append(best[0])
                 continue
-            if best and best[1] == self._n_tokens(best[0]):
+            if best and best[1] == len(self._tokens(best[0])):
                 superseded.append(best[0])
             names.append(Name(parent, _hash(parent, block)))
             data = [section[start : start + len(block)] for section in sections]
@@ -174,31 +199,50 @@ class StoredStates:
         self._folder.touch(self._key, names)
         return n_written
 
-    def write_tail(self, tokens: np.ndarray, state: np.ndarray, capacity: int) -> int:
-        """Write what memory holds, but for the rows, after these tokens; as :meth:`write_rows`.
+    def write_tail(self, tokens: np.ndarray, save: Callable[[], np.ndarray], capacity: int) -> tuple[Name, int]:
+        """Write what memory holds, but for the rows, after these tokens, if it is not there yet; as :meth:`write_rows`.
 
         Args:
             tokens: int32 [n_tokens].
-            state: the partial state of the sequence, uint8 [n_bytes].
+            save: returns the partial state of the sequence, uint8 [n_bytes].
             capacity: bytes of the whole store.
+
+        Returns:
+            The file, and bytes written.
         """
         names = [Name(parent, _hash(parent, block)) for parent, _, block in self._blocks(tokens)]
-        n_tail = len(tokens) % N_BLOCK
-        parent = ([self._key] + [name.own for name in names])[len(tokens) // N_BLOCK]
-        rest = tokens[len(tokens) - n_tail :]
-        part = _Part(_tail_name(parent, rest), self._header(), rest, [state])
-        return self._write([part], names, capacity)
+        n_before = len(tokens) // self._n_block
+        parent = [self._root(tokens), *(name.own for name in names)][n_before]
+        rest = tokens[n_before * self._n_block :]
+        name = _tail_name(parent, rest)
+        if name not in self._unusable and os.path.exists(self._folder.file(self._key, name)):
+            self._folder.touch(self._key, [name])
+            return name, 0
+        return name, self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
+
+    def remove(self, name: Name) -> None:
+        """Remove a file that is of no more use."""
+        self._folder.remove(self._key, name)
+
+    def touch(self, found: Found, n: int) -> None:
+        """Note that what was found of the first ``n`` tokens is used, though another has it, too."""
+        rows = [name for i, (name, _) in enumerate(found.rows) if i * self._n_block < n]
+        self._folder.touch(self._key, [*rows, *(name for name, n_before in found.tails if n_before <= n)])
 
     def _header(self, **more: Any) -> dict[str, Any]:
         return {"llama_cpp": LLAMA_COMMIT, "identity": self._identity, **more}
 
     def _blocks(self, tokens: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
         """Yield for every file the hash of what goes before, where it starts, and its tokens."""
-        parent = self._key
-        for start in range(0, len(tokens), N_BLOCK):
-            block = tokens[start : start + N_BLOCK]
+        parent = self._root(tokens)
+        for start in range(0, len(tokens), self._n_block):
+            block = tokens[start : start + self._n_block]
             yield parent, start, block
             parent = _hash(parent, block)
+
+    def _root(self, tokens: np.ndarray) -> str:
+        """What stands for the hash of what goes before the first file."""
+        return _hash(self._key, tokens[:N_FIRST])
 
     def _best(self, names: Sequence[Name], parent: str, block: np.ndarray) -> tuple[Name, int] | None:
         """Find which of the files after ``parent`` has most of a block's tokens, and how many."""
@@ -206,6 +250,8 @@ class StoredStates:
         exact = Name(parent, _hash(parent, block))
         if exact in names and len(self._tokens(exact)):
             return exact, len(block)
+        if self._only_whole:
+            return None
         matching = [(name, n) for name in names if (n := n_common(self._tokens(name), block))]
         return max(matching, key=lambda match: match[1], default=None)
 
@@ -216,9 +262,6 @@ class StoredStates:
         except _Unusable as error:
             self._exclude(error)
             return np.empty(0, np.int32)
-
-    def _n_tokens(self, name: Name) -> int:
-        return len(self._tokens(name))
 
     def _exclude(self, error: _Unusable) -> None:
         self._unusable.add(error.name)
@@ -358,13 +401,6 @@ class StoredStates:
                 raise
             write_block(path, part.header, part.tokens, part.data)
         self._folder.publish(path, self._key, part.name)
-
-
-def n_common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two sequences of tokens."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(different[0]) if len(different) else n
 
 
 def _digest(data: bytes) -> str:
