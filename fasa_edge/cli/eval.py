@@ -10,7 +10,10 @@ from typing import Any
 
 from fasa_edge.cli.common import (
     List,
+    cache_options,
     check_results,
+    document_store,
+    echo,
     force_option,
     json_option,
     load_arguments,
@@ -135,6 +138,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     metavar="FILE",
     help="Keep all that is measured here, and do not measure again what is there.",
 )
+@cache_options
 @output_option
 @plot_option("Draw quality over budget, and heatmaps of depth and length.")
 @force_option
@@ -152,6 +156,8 @@ def command(
     seed: int,
     n_seeds: int,
     resume: Path | None,
+    cache: Path | None,
+    cache_size: float,
     output: Path | None,
     plot: Path | None,
     force: bool,
@@ -193,10 +199,14 @@ def command(
     profile = options["profile"]
     inputs = [*model_files(Path(model)), *(Path(path) for path in (profile, prompts, *texts, resume) if path)]
     check_results([output], inputs, plot, force=force)
+    store = document_store(ctx, cache, cache_size)
     own = {name: options.pop(name) for name in _OWN}
     with progress_bars() as progress:
+        if store is not None:
+            store.progress = progress
         found = evaluate(
             model,
+            cache=store,
             tasks=names,
             n_tips=n_tips or (),
             settings=dict(settings),
@@ -208,6 +218,9 @@ def command(
             **own,
             **load_arguments(**options),
         )
+    if store is not None:
+        n_prefixes = found.n_read + found.n_restored
+        echo(f"{found.n_restored} of {n_prefixes} tokens of prefixes from the cache", err=True)
     print_result(found.as_dict(), _tables(found, of_texts, settings), as_json=as_json, output=output, force=force)
     measure = next((field for task, field in _MEASURES.items() if task in of_texts), "kl")
     write_plot(plot, lambda: draw(found.text, found.by_depth, measure), force=force)

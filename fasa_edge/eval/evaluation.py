@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from fasa_edge.io.text import read_text
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import quiet_log
 from fasa_edge.runtime.sequence import READING
+from fasa_edge.runtime.store import DocumentStore
 
 TASKS = ("ppl", "kld")
 METHODS = ("fasa",)
@@ -53,6 +55,8 @@ class Evaluation:
         batch: tokens of a window decoded at once.
         n_threads: threads that decoded single tokens.
         n_threads_batch: threads that decoded more.
+        n_read: tokens of prefixes that were read.
+        n_restored: tokens of prefixes that came from ``cache`` instead.
         text: a row for each prefix and method, over all texts.
         by_text: the same for each text.
         answers: a row for each task of prompts, length and method.
@@ -66,6 +70,8 @@ class Evaluation:
     batch: int
     n_threads: int
     n_threads_batch: int
+    n_read: int
+    n_restored: int
     text: list[TextRow]
     by_text: list[TextRow]
     answers: list[AnswerRow]
@@ -102,6 +108,7 @@ def evaluate(
     only_if_dense: bool = False,
     resume: str | os.PathLike[str] | None = None,
     n_ctx: int = 0,
+    cache: str | os.PathLike[str] | DocumentStore | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     **options: Any,
 ) -> Evaluation:
@@ -130,6 +137,9 @@ def evaluate(
         only_if_dense: spare the other methods the prompts that dense attention fails.
         resume: file that keeps all that is measured; what is there is not measured again.
         n_ctx: cells of a context; 0: as many as are needed.
+        cache: folder, or a store with settings, that keeps the prefixes that are read: those that begin alike have the
+            rest read only, also in a later run with other methods, budgets or settings. What is measured is the same to
+            the bit; only with methods that observe the prompt it is read anyway.
         progress: called with a stage, what is done and what there is to do; within the others, stage ``"reading"`` is
             a prefix being read, in tokens.
         options: other arguments of :class:`fasa_edge.Llama`.
@@ -172,7 +182,8 @@ def evaluate(
     vocabulary.close()
 
     read_progress = partial(progress, READING)
-    with Runner(os.fspath(model), n_ctx, read_progress=read_progress, **options, **at_load) as runner:
+    store = DocumentStore(cache) if isinstance(cache, str | os.PathLike) else cache
+    with Runner(os.fspath(model), n_ctx, read_progress=read_progress, store=store, **options, **at_load) as runner:
         batch = batch or min(_MAX_BATCH, runner.max_batch)
         runner.check(chosen, batch if blocks else 1)
         key = identity(runner, weights) if resume is not None else {}
@@ -192,6 +203,8 @@ def evaluate(
             progress=partial(progress, "prompts"),
         )
         order = {id(item): i for i, item in enumerate(items)}
+        for problem in runner.problems:
+            warnings.warn(problem, stacklevel=2)
         answered = sorted(unordered, key=lambda cell: order[id(cell.item)])
         return Evaluation(
             model=Path(model).name,
@@ -201,6 +214,8 @@ def evaluate(
             batch=batch,
             n_threads=runner.llm.n_threads,
             n_threads_batch=runner.llm.n_threads_batch,
+            n_read=runner.n_read,
+            n_restored=runner.n_restored,
             text=text.summarize(windows),
             by_text=text.summarize(windows, by_text=True),
             answers=answers.summarize(answered),

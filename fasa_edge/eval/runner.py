@@ -2,20 +2,28 @@
 
 Methods that differ in what is fixed when a context is made (``n_tip``) run in contexts of their own, which get the
 prefix as a saved state.
+
+A prefix is read in batches that begin at multiples of their size, whatever of it is there already: what a method makes
+of it does not depend, to the bit, on what was read before, nor on what a store had of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fasa_edge.errors import FasaError
+from fasa_edge.eval.engine import engine
 from fasa_edge.eval.methods import DENSE, Method
 from fasa_edge.runtime import capi, memory, sequence
 from fasa_edge.runtime.capi import Capture
+from fasa_edge.runtime.context_states import ContextStates
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.llama import Llama, kv_bytes_per_cell
+from fasa_edge.runtime.sequence import n_common
+from fasa_edge.runtime.store import DocumentStore
 
 import numpy as np
 
@@ -58,6 +66,8 @@ class _Context:
     base: dict[str, Any]
     tokens: list[int]
     """Prefix in its cache."""
+    states: ContextStates | None = None
+    """What a store has of prefixes, if there is one for this context."""
 
 
 class Runner:
@@ -67,7 +77,13 @@ class Runner:
         model_path: as in :class:`fasa_edge.Llama`.
         n_ctx: cells of a context.
         read_progress: called with the tokens of a prefix that are read and those to read.
+        store: has prefixes, and gets those that are read.
         options: other arguments of :class:`fasa_edge.Llama`.
+
+    Attributes:
+        n_read: tokens of prefixes that were read.
+        n_restored: tokens of prefixes that came from the store instead.
+        problems: what of the store could not be used, or stored, and why.
 
     Raises:
         FasaError: as :class:`fasa_edge.Llama`.
@@ -79,12 +95,17 @@ class Runner:
         n_ctx: int = 0,
         *,
         read_progress: Callable[[int, int], None] = lambda done, total: None,
+        store: DocumentStore | None = None,
         **options: Any,
     ) -> None:
         options.setdefault("verbose", False)
+        self._store = store
+        self._profile = options.get("fasa_profile")
+        self.n_read = self.n_restored = 0
+        self.problems: list[str] = []
         self._load: Callable[..., Llama] = lambda **more: Llama(model_path, n_ctx=n_ctx, **options, **more)
         self._read_progress = read_progress
-        self._main = self._open()
+        self._main = self._open_reader()
         self._others: dict[int, _Context] = {}  # by n_tip, the latest used last
         self._reader: _Context | None = None  # of the method "prompt"
         self._read_mass: int | None = None  # with which it read its prefix
@@ -94,6 +115,15 @@ class Runner:
     def _open(self, **options: Any) -> _Context:
         llm = self._load(**options)
         return _Context(llm, llm.fasa.settings, [])
+
+    def _open_reader(self) -> _Context:
+        """Open a context that reads prefixes."""
+        context = self._open()
+        if self._store is not None:
+            batch, ubatch = context.llm.n_batch, context.llm.context_params.n_ubatch
+            reading = engine(context.llm) | {"n_batch": batch, "n_ubatch": ubatch}
+            context.states = ContextStates(self._store, context.llm, self._profile, {"reading": reading}, batch)
+        return context
 
     def __enter__(self) -> Runner:
         return self
@@ -171,15 +201,12 @@ class Runner:
         if context.tokens == tokens and (self._observed or not observe):
             return
         self._require(len(tokens))
-        n_same = 0 if observe else _n_common(context.tokens, tokens)
         self._state = None
+        if observe != self._observed:
+            context.tokens = []  # read with other attention
         self._configure(context, DENSE, **({"policy": "h2o"} if observe else {}))
-        if not sequence.cut(context.llm.ctx, n_same):
-            n_same = 0
-            sequence.clear(context.llm.ctx)
-        context.tokens = tokens[:n_same]
-        self._read(context, tokens[n_same:])
-        context.tokens, self._observed = tokens, observe
+        self._read(context, tokens, observe=observe)
+        self._observed = observe
         if sequence.is_recurrent(context.llm.ctx):
             self._state = sequence.save(context.llm.ctx)
 
@@ -276,24 +303,82 @@ class Runner:
 
     def _read_by_blocks(self, method: Method) -> _Context:
         """Return a context that has read the prefix with the mass of a method."""
-        context = self._reader = self._reader or self._open()
+        context = self._reader = self._reader or self._open_reader()
         tokens = self._main.tokens
         known = context.tokens == tokens and self._read_mass == method.prompt_mass
         if not (known and sequence.cut(context.llm.ctx, len(tokens))):
             self._configure(context, method, enabled=True, prompt_mass=method.prompt_mass)
             context.tokens = []
-            sequence.clear(context.llm.ctx)
             self._read(context, tokens)
-            context.tokens, self._read_mass = list(tokens), method.prompt_mass
+            self._read_mass = method.prompt_mass
         self._configure(context, method)
         return context
 
-    def _read(self, context: _Context, tokens: Sequence[int]) -> None:
-        capi.set_prompt(context.llm.ctx, True)  # its end, too, however short
+    def _read(self, context: _Context, tokens: list[int], *, observe: bool = False) -> None:
+        """Let a context hold a prefix: what it holds of it already, what the store has, and the rest read.
+
+        Args:
+            context: one that reads prefixes.
+            tokens: the prefix.
+            observe: read it whole, with attention that is not that of other readers.
+        """
+        ctx, n_batch, states = context.llm.ctx, context.llm.n_batch, context.states
+        n_held = 0 if observe else n_common(context.tokens, tokens) // n_batch * n_batch
+        if not (n_held and sequence.holds(ctx, n_held)):
+            n_held = 0
+        context.tokens, start = [], 0  # whatever happens now
+        array = np.array(tokens, np.int32)
+        if states is not None and not observe:
+            states.start(len(tokens))
+            start = states.restore(array, len(tokens), n_held + 1)
+            self.n_restored += start
+        # where nothing was restored, for whatever reason, what is held may be gone
+        start = start or (n_held if sequence.holds(ctx, n_held) else 0)
+        if not sequence.cut(ctx, start):
+            start = 0
+            sequence.clear(ctx)
+        keep: Callable[[int], None] = lambda done: None  # noqa: E731
+        if states is not None and not observe and max(states.store.min_tokens, states.n_stored + 1) <= len(tokens):
+            keep = partial(self._keep, states, array)
+        self._decode(context, tokens, start, keep)
+        if states is not None and not observe:
+            self.problems += [problem for problem in states.report.problems if problem not in self.problems]
+
+    @staticmethod
+    def _keep(states: ContextStates, tokens: np.ndarray, done: int) -> None:
+        """Store what was read of a prefix: all in the end, and on the way what others may go on from."""
+        n = len(tokens)
+        if done == n or (states.has_tail and done == states.n_rows):
+            if states.has_tail:
+                states.store_tail(tokens[:done])
+        if done == n:
+            states.finish(tokens)
+        else:
+            states.checkpoint(tokens[:done], n)
+
+    def _decode(self, context: _Context, tokens: list[int], start: int, keep: Callable[[int], None]) -> None:
+        """Read the tokens of a prefix from ``start`` on; ``keep`` is called with those that the context then holds."""
+        ctx, done = context.llm.ctx, start
+        context.tokens = tokens[:start]
+
+        def progress(n: int, total: int) -> None:
+            nonlocal done
+            done = start + n
+            context.tokens = tokens[:done]
+            if n:
+                keep(done)
+            self._read_progress(n, total)
+
+        capi.set_prompt(ctx, True)  # its end, too, however short
         try:
-            sequence.decode(context.llm.ctx, tokens, context.llm.n_batch, progress=self._read_progress)
+            sequence.decode(ctx, tokens[start:], context.llm.n_batch, progress=progress)
+        except BaseException:
+            if context.states is not None and sequence.cut(ctx, done):
+                context.states.break_off(np.array(tokens[:done], np.int32))
+            raise
         finally:
-            capi.set_prompt(context.llm.ctx, False)
+            capi.set_prompt(ctx, False)
+            self.n_read += done - start
 
     def _context(self, method: Method) -> _Context:
         """Contexts stay open as long as there is memory for the next one."""
@@ -355,8 +440,3 @@ class Runner:
             raise FasaError(f"{method.name} ran dense in all layers ({reasons}), so there is nothing to compare")
         by_layer = [np.concatenate(parts) if parts else None for parts in masses] if mass and method.sparse else []
         return Steps(logits, n_cells / n_lists if n_lists else None, by_layer)
-
-
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
