@@ -25,6 +25,10 @@ class ChatError(FasaError, ValueError):
     """A chat cannot go on: its context is full, or the model's chat format refuses it."""
 
 
+class ContextFullError(FasaError, RuntimeError):
+    """There are more tokens than the context has cells; a ``RuntimeError`` as ``llama_cpp.Llama`` raises."""
+
+
 class LibraryError(FasaError):
     """The patched llama.cpp library is missing, or it is not the one that these Python files were made for."""
 

@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import fasa_edge
 from fasa_edge.bench import BenchRow, OpRow, PromptOpRow, measure, measure_ops, measure_prompt_ops
 from fasa_edge.bench.geometry import Geometry, Heads
 from fasa_edge.cli import main
@@ -221,3 +222,18 @@ def test_a_result_that_cannot_be_written_is_printed(monkeypatch: pytest.MonkeyPa
     args = ("bench", "--op", "--geometry", "2/1x64", "-d", 256, "-r", 1, "--layers", 1, "-o", tmp_path / "ops.txt")
     done = run(*args, code=1)
     assert "fasa_select" in done.stdout and "no space left" in done.stderr
+
+
+def test_run_says_where_the_context_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, smile = make_model(tmp_path / "tiny.gguf"), "🙂".encode()
+    monkeypatch.setattr(fasa_edge.Llama, "sample", lambda self, **_: 3 + smile[(self.n_tokens - 220) % len(smile)])
+    prompt = "a" * (220 - 2)  # and what begins a text
+    arguments = ("run", model, "-c", 256, "-p", prompt, "-n")
+    result = run(*arguments, 256 - 220)
+    assert result.stdout == "🙂" * 9 + "\n" and "context of 256" not in result.stderr
+    result = run(*arguments, 256 - 221)
+    assert result.stdout == "🙂" * 9 + "\n" and "context of 256" not in result.stderr  # the last one was finished
+    monkeypatch.setattr(fasa_edge.Llama, "sample", lambda self, **_: 3 + smile[(self.n_tokens - 219) % len(smile)])
+    result = run(*arguments, 256 - 220)
+    assert "the text ends where the context of 256 tokens does, within a character" in result.stderr
+    assert json.loads(run(*arguments, 256 - 220, "--json").stdout)["context_full"]

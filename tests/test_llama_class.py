@@ -209,6 +209,31 @@ def test_all_of_the_context_can_be_used(model: Path, logits_all: bool, ending: s
     assert pickle.loads(pickle.dumps(llm)).n_ctx() == 512
 
 
+def test_text_ends_where_the_context_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a character: the parent goes on to its end, and fails where no cell is left for it."""
+    smile = "🙂".encode()
+    llm = load(model, n_ctx=256)
+    prompt = TEXTS[0][: 256 - 4 * 9 - 1]  # tokens are bytes
+    monkeypatch.setattr(
+        fasa_edge.Llama, "sample", lambda self, **_: 3 + smile[(self.n_tokens - len(prompt)) % len(smile)]
+    )
+    for stream in (False, True):
+        found = llm.create_completion(prompt, max_tokens=None, stream=stream)
+        choices = [chunk["choices"][0] for chunk in (found if stream else [found])]
+        assert "".join(choice["text"] for choice in choices) == "🙂" * 9
+        assert choices[-1]["finish_reason"] == "length"
+        assert llm.is_full and llm.n_tokens == 256
+    tokens = list(llm.generate(prompt[:-100]))
+    assert len(tokens) == 256 - len(prompt) + 100 + 2 and tokens == [*llm.sampled, llm.token_eos()]
+    llm.create_completion(prompt, max_tokens=8)
+    assert not llm.is_full
+    for error in (fasa_edge.FasaError, RuntimeError):
+        with pytest.raises(error, match="257 tokens exceed the context of 256: use fewer, or raise n_ctx"):
+            llm.eval(TEXTS[0][: 257 - llm.n_tokens])
+        with pytest.raises(error, match="300 tokens exceed"):
+            next(llm.generate(TEXTS[1][:300]))
+
+
 @pytest.mark.parametrize("n_ctx", [-1, 2**31, 2**32 + 512])
 def test_a_context_out_of_range_is_refused(model: Path, n_ctx: int) -> None:
     with pytest.raises(fasa_edge.SchemaError, match=f"n_ctx = {n_ctx} is out of range: choose 0"):

@@ -78,5 +78,7 @@ def command(
         err=True,
     )
     echo(attention_text(report, model["model"]), err=True)
+    if report["context_full"]:
+        echo(f"the text ends where the context of {llm.n_ctx()} tokens does, within a character", err=True)
     if kept:
         echo(kept, err=True)

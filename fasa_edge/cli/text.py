@@ -48,6 +48,7 @@ def generate(llm: fasa_edge.Llama, pieces: Iterable[str], quiet: bool = False) -
         "prompt_seconds": first - start,
         "n_tokens": n_tokens,
         "tokens_per_second": n_tokens / seconds if seconds > 0 else 0.0,
+        "context_full": llm.is_full,
         "layers_sparse": stats.n_layers_sparse,
         "layers_dense": stats.n_layers_dense,
         "layers_exact": stats.n_layers_exact,

@@ -24,7 +24,7 @@ _ROOM_WISHED = 512
 """Tokens that a document is told to leave, or a quarter of the context if that is less."""
 
 _CHARACTER = 4
-"""Tokens of a character at most: the bindings' completion goes on to its end, be there room or not."""
+"""Tokens of a character: the bindings' completion goes on to its end, and beyond where others follow at once."""
 
 _MOVED = 16
 """Tokens worth moving up: fewer are as soon read again."""
@@ -143,10 +143,9 @@ class Chat:
                         pieces.append(choice["text"])
                         yield choice["text"]
                 said += self._llm.sampled
-                if choice["finish_reason"] != "length" or len(said) >= max_tokens:
-                    return
-                if not turns:
-                    self.is_cut = True
+                is_over = choice["finish_reason"] != "length" or len(said) >= max_tokens
+                self.is_cut = not turns and (self._llm.is_full or not is_over)
+                if is_over or self.is_cut:
                     return
                 said = _whole(self._llm, said)
         except (ValueError, TemplateError) as error:

@@ -6,13 +6,13 @@ import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any, NoReturn
 
 from fasa_edge.config import INT32_MAX, SETTINGS, FasaConfig, Setting
-from fasa_edge.errors import AdapterError, FasaError, ModelError, SchemaError
+from fasa_edge.errors import AdapterError, ContextFullError, FasaError, ModelError, SchemaError
 from fasa_edge.runtime import capi, capi_eval, memory, sequence
 from fasa_edge.runtime.fit import N_CTX_STEP, automatic_n_ctx
 from fasa_edge.runtime.identity import ROPE_ARGUMENTS as ROPE_ARGUMENTS
@@ -215,6 +215,8 @@ class Llama(llama_cpp.Llama):
 
     progress: Callable[[int, int], None] | None = None
     n_tokens: int
+    is_full = False
+    """Whether the latest :meth:`generate` ended because the context was full."""
     _starts_prompt = False  # what is evaluated next
     documents: DocumentCache | None = None
     """The model's part of the store that was given as its cache; its ``report`` tells what came of a prompt."""
@@ -333,7 +335,11 @@ class Llama(llama_cpp.Llama):
         return Fasa(self)  # kept, it would be a cycle, and the model stay in memory until that is collected
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
-        """Generate as the parent does. What the cache lacks of a prompt is read as one, however short it is."""
+        """Generate as the parent does. What the cache lacks of a prompt is read as one, however short it is.
+
+        Where the context is full it ends with the token that ends a text, see :attr:`is_full`: completions go on beyond
+        ``max_tokens`` to the end of a character.
+        """
         bound = inspect.signature(super().generate).bind(tokens, *args, **kwargs)
         self._starts_prompt = bound.arguments.get("reset", True)
         n_held = self.n_tokens
@@ -348,12 +354,27 @@ class Llama(llama_cpp.Llama):
             # the parent would have it forget nothing, take the refusal for a loss, and read all again
             if list(tokens[:n_held]) == self.input_ids[:n_held].tolist():
                 bound.arguments |= {"tokens": list(tokens[n_held:]), "reset": False}
-        self.sampled = []
+        self.sampled, self.is_full = [], False
         generator, sent = super().generate(*bound.args, **bound.kwargs), None
-        with contextlib.suppress(StopIteration):
+        try:
             while True:
                 self.sampled.append(token := generator.send(sent))
                 sent = yield token
+        except StopIteration:
+            return
+        except ContextFullError:
+            if not self.sampled:  # the prompt has no room
+                raise
+        self.is_full = True
+        if (end := self.token_eos()) >= 0:
+            yield end
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Complete as the parent does, which takes for the model's end what is the context's."""
+        for part in super()._create_completion(*args, **kwargs):
+            for choice in part["choices"] if self.is_full else ():
+                choice["finish_reason"] = choice["finish_reason"] and "length"
+            yield part
 
     def _has_logits_of(self, prompt: list[int]) -> bool:
         """Whether the prompt is what was evaluated last."""
@@ -363,7 +384,12 @@ class Llama(llama_cpp.Llama):
         """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches.
 
         If it ends before all are evaluated, by whatever exception, :attr:`n_tokens` are those that the memory holds.
+
+        Raises:
+            ContextFullError: they exceed the context; none is evaluated.
         """
+        if (n_tokens := self.n_tokens + len(tokens)) > self._n_ctx:
+            raise ContextFullError(f"{n_tokens} tokens exceed the context of {self._n_ctx}: use fewer, or raise n_ctx")
         starts_prompt, self._starts_prompt = self._starts_prompt, False
         params = capi.get_params(self.ctx)
         n_decoded = params.max_batch if params else FasaConfig.max_batch
