@@ -127,6 +127,33 @@ def test_layers_on_a_device_decode_as_on_the_cpu(model: Path, device: int, n_gpu
         assert ctx.reasons() == {"none": N_LAYER * len(STEPS)}
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What llama.cpp logs."""
+    lines: list[str] = []
+    callback, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+    ours = llama_cpp.llama_log_callback(lambda level, text, _: lines.append(text.decode()))
+    llama_cpp.llama_log_set(ours, None)
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(callback, user_data)
+
+
+@pytest.mark.parametrize("n_gpu_layers", [0, 2])
+def test_prompts_that_are_not_read_by_blocks_say_so_once(model: Path, device: int, n_gpu_layers: int) -> None:
+    with called(device, b"GPU"), on_device(model, device, n_gpu_layers) as ctx, logged() as lines:
+        ctx.read(TEXTS[0][:300])
+        ctx.configure(prompt_mass=900)
+        for start in (300, 400):
+            ctx.read(TEXTS[0][start : start + 100], start=start)
+        n_there = max(n_gpu_layers - 1, 0)
+        assert ctx.reasons() == {"prompt": N_LAYER + 2 * n_there, "none": 2 * (N_LAYER - n_there)}
+    said = [line for line in lines if "fasa.prompt_mass has no effect on layer" in line]
+    assert len(said) == bool(n_gpu_layers)
+
+
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "bf16"), ("f16", "q8_0")])
 @pytest.mark.parametrize("n_gpu_layers", [3, N_LAYER + 1])
 def test_cuda_launches_of_a_decode_step(

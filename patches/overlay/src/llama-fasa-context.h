@@ -41,6 +41,7 @@ struct llama_fasa_context {
 
     bool logged[LLAMA_FASA_REASON_COUNT] = {};
     bool logged_exact = false;
+    bool logged_prompt_mass = false;
 
     // of the graph that ran last in this run, or in the one before
     const llama_fasa_graph_input * last_run = nullptr;

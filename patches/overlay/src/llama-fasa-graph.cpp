@@ -151,9 +151,15 @@ ggml_tensor * llama_fasa_attn::build(
         ggml_build_forward_expand(gf, fasa->chooser().observe(ctx0, il, split_streams(q), weights, kq_mask));
     }
 
-    const bool   by_blocks = inp->is_prompt && fasa->params.prompt_mass < 1000 && fasa->params.policy == 0 && fasa_is_on_host(k);
-    auto         reason    = reason_dense(tips, mctx->get_n_kv(), inp->is_prompt && !by_blocks, v, kq_b);
-    const size_t row_bytes = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
+    const bool   wants_blocks = inp->is_prompt && fasa->params.prompt_mass < 1000 && fasa->params.policy == 0;
+    const bool   by_blocks    = wants_blocks && fasa_is_on_host(k);
+    auto         reason       = reason_dense(tips, mctx->get_n_kv(), inp->is_prompt && !by_blocks, v, kq_b);
+    const size_t row_bytes    = k->ne[1]*(ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, graph.hparams.n_embd_head_v(il)));
+
+    if (reason == LLAMA_FASA_REASON_PROMPT && wants_blocks && !fasa->logged_prompt_mass) {
+        LLAMA_LOG_WARN("fasa: fasa.prompt_mass has no effect on layer %d, whose K is not in host memory: its prompts are read densely\n", il);
+        fasa->logged_prompt_mass = true;
+    }
 
     llama_fasa_chooser_args args = {};
 
