@@ -15,7 +15,8 @@ from fasa_edge.runtime.library import llama_cpp
 import gguf
 import numpy as np
 import pytest
-from tiny_models import SWA_WINDOW, Shape, make_model
+from tiny_models import Shape, make_model
+from tiny_recipes import SWA_WINDOW
 
 pytestmark = pytest.mark.check
 

@@ -19,7 +19,8 @@ from fasa_edge.runtime.library import llama_cpp
 import numpy as np
 import pytest
 from runtime import decode_embeddings
-from tiny_models import MROPE_SECTIONS, Shape, make_model
+from tiny_models import Shape, make_model
+from tiny_recipes import MROPE_SECTIONS
 
 pytestmark = pytest.mark.check
 

@@ -18,7 +18,8 @@ import pytest
 from test_architectures import CASES
 from test_cli import fasa
 from test_convert_splice import array, gguf_bytes, header_of, pair, string
-from tiny_models import RECIPES, Shape, make_model
+from tiny_models import Shape, make_model
+from tiny_recipes import RECIPES
 from unchecked import convert
 
 COMMANDS = {"convert": (), "run": ("-p", "x"), "chat": (), "bench": (), "eval": ()}
