@@ -190,6 +190,20 @@ def test_what_was_decoded_sparsely_is_not_stored(model: Path, tmp_path: Path) ->
     check(first_logits(load(model, fasa_enabled=False), goes_on), found, 1e-4)  # batches of other shapes round
 
 
+def test_what_was_loaded_is_not_stored(model: Path, tmp_path: Path) -> None:
+    """A saved state may have been decoded sparsely."""
+    llm = load(model)
+    said = answer(llm, DOCUMENT, 300)
+    state = llm.save_state()
+    llm.close()
+    llm = load(model, tmp_path)
+    llm.load_state(state)
+    goes_on = [*DOCUMENT, *said[:-1], *TEXTS[1][:300]]
+    answer(llm, goes_on, 1)
+    assert llm.documents.report.n_held > N_DOCUMENT
+    assert files(tmp_path) == []
+
+
 def test_what_was_read_with_other_settings_is_not_stored(model: Path, tmp_path: Path) -> None:
     llm = load(model, tmp_path, fasa_prompt_mass=1)
     answer(llm, DOCUMENT, 1)

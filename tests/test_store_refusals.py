@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def test_damaged_files(model: Path, tmp_path: Path, no: int, how: str) -> None:
     changed = {"cut": content[:-1], "longer": content + b"\0", "empty": b""}.get(how, content)
     path.write_bytes(changed)
     refused(model, tmp_path, no * N_BLOCK if no else 0, "damaged")
+
+
+def test_what_is_no_file(model: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    fill(model, tmp_path)
+    path = in_order(tmp_path)[1]
+    path.unlink()
+    os.mkfifo(path)
+    refused(model, tmp_path, N_BLOCK, "is no file but a pipe")
 
 
 def test_files_cut_anywhere(model: Path, tmp_path: Path) -> None:

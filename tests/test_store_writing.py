@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fasa_edge.runtime.stored_states import N_BLOCK
 
 import numpy as np
 import pytest
-from documents import DOCUMENT, N_DOCUMENT, answer, files, fill, first_logits, load, refused
+from documents import DOCUMENT, N_DOCUMENT, answer, files, fill, first_logits, in_order, load, refused
 from runtime import TEXTS, check
 
 
@@ -191,6 +192,23 @@ def test_a_full_disk_has_room_for_what_was_not_used(
     assert llm.documents.report.n_restored == N_DOCUMENT - 1
 
 
+def test_a_disk_too_full_for_a_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which files are made: there is room for it once others have left."""
+    fill(model, tmp_path, TEXTS[1][:700])
+    make, size = tempfile.mkdtemp, DocumentStore(tmp_path).size
+
+    def fails(*arguments: Any, **more: Any) -> str:
+        if DocumentStore(tmp_path).size >= size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(*arguments, **more)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fails)
+    fill(model, tmp_path)
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT)
+    assert llm.documents.report.n_restored == N_DOCUMENT - 1
+
+
 def test_a_disk_full_of_other_things(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = answer(load(model), DOCUMENT)
     with monkeypatch.context() as patch:
@@ -236,6 +254,14 @@ def test_a_folder_that_may_not_be_written(model: Path, tmp_path: Path, monkeypat
     answer(llm, DOCUMENT + TEXTS[1][:300])
     assert llm.documents.report.n_restored == N_DOCUMENT
     assert os.strerror(errno.EROFS) in llm.documents.report.problems[0]
+    llm.close()
+    path = in_order(tmp_path)[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT)
+    assert llm.documents.report.n_restored == N_BLOCK
+    assert "damaged: it has" in llm.documents.report.problems[0]
+    assert "it cannot be removed, and is passed over" in llm.documents.report.problems[0]
 
 
 def test_folders_that_cannot_be(model: Path, tmp_path: Path) -> None:

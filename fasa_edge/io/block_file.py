@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ VERSION = 1
 MAGIC = b"FASA-KV" + bytes([VERSION])
 _UINT32 = struct.Struct("<I")
 _MAX_HEADER = 1 << 24
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
 class BlockError(FasaError):
@@ -97,8 +99,11 @@ class BlockReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO = path.open("rb")
+        # a pipe that nobody writes to would block
+        self._file: BinaryIO = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))
         try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise BlockError(f"{path} is no file but a pipe, a device or the like")
             self.block = self._read_start()
         except BaseException:
             self._file.close()

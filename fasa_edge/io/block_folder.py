@@ -90,10 +90,13 @@ class BlockFolder:
         """Move a finished file to its place; another process' of the same name is replaced by its like."""
         os.replace(temporary, self.file(key, name))
 
-    def remove(self, key: str, name: Name) -> None:
-        """Remove a file, if that is possible."""
-        with suppress(OSError):
-            self.file(key, name).unlink()
+    def remove(self, key: str, name: Name) -> bool:
+        """Remove a file; whether that was possible."""
+        try:
+            self.file(key, name).unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
 
     def touch(self, key: str, names: Sequence[Name]) -> None:
         """Note that files are used now, those of a prefix in their order."""

@@ -435,6 +435,12 @@ class Llama(llama_cpp.Llama):
             self.documents.spoil(start)
         return True
 
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Hold what a saved state does, as the parent does; nobody knows how that was computed, so it is not stored."""
+        super().load_state(state)
+        if self.documents is not None:
+            self.documents.spoil(0)
+
     def close(self) -> None:
         """Free the model; what needs it raises :class:`FasaError` from then on."""
         super().close()

@@ -17,8 +17,9 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from fasa_edge.errors import FasaError
 from fasa_edge.io.block_file import BlockError, BlockReader, block_size, write_block
@@ -39,6 +40,8 @@ alike are found by name, however many others there are."""
 
 _N_READERS = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_T = TypeVar("_T")
 
 Progress = Callable[[str, int, int], None]
 """A function that is called with "restoring" or "storing", the bytes done and the bytes to do."""
@@ -284,8 +287,8 @@ class StoredStates:
         return reader
 
     def _useless(self, name: Name, reason: str) -> _Unusable:
-        self._folder.remove(self._key, name)
-        return _Unusable(name, f"{reason}; removed")
+        removed = self._folder.remove(self._key, name)
+        return _Unusable(name, f"{reason}; {'removed' if removed else 'it cannot be removed, and is passed over'}")
 
     def _foreign(self, header: dict[str, Any], tokens: np.ndarray, name: Name) -> str:
         if (commit := header.get("llama_cpp")) != LLAMA_COMMIT:
@@ -379,9 +382,14 @@ class StoredStates:
                 raise FasaError(
                     f"{size} bytes more of a prompt exceed the {capacity} of {self._folder.path}: raise its size"
                 )
-            with self._folder.staging(self._key) as staging:
+            with ExitStack() as stack:
+                enter = lambda: stack.enter_context(self._folder.staging(self._key))  # noqa: E731
+                staging = self._with_room(enter, 1, size, keep)
                 for part in parts:
-                    self._write_part(part, staging, size - done, keep)
+                    path = staging / str(part.name)
+                    write = partial(write_block, path, part.header, part.tokens, part.data)
+                    self._with_room(write, part.size, size - done, keep)
+                    self._folder.publish(path, self._key, part.name)
                     done += part.size
                     self._unusable.discard(part.name)
                     self._progress("storing", done, size)
@@ -389,18 +397,18 @@ class StoredStates:
             raise FasaError(f"{size - done} bytes cannot be stored in {self._folder.path}: {error.strerror}") from error
         return done
 
-    def _write_part(self, part: _Part, staging: Path, n_left: int, keep: Collection[Name]) -> None:
-        path = staging / str(part.name)
+    def _with_room(self, write: Callable[[], _T], n_now: int, n_left: int, keep: Collection[Name]) -> _T:
+        """Write something; on a full disk make room for all that is left to be written, if that frees enough for now.
+
+        Once: whoever else fills the disk is not to be outdone.
+        """
         try:
-            write_block(path, part.header, part.tokens, part.data)
+            return write()
         except OSError as error:
-            path.unlink(missing_ok=True)
-            # once: whoever else fills the disk is not to be outdone
             size = self._folder.size()
-            if error.errno not in _FULL or self._folder.evict(size - n_left, self._key, keep) > size - part.size:
+            if error.errno not in _FULL or self._folder.evict(size - n_left, self._key, keep) > size - n_now:
                 raise
-            write_block(path, part.header, part.tokens, part.data)
-        self._folder.publish(path, self._key, part.name)
+            return write()
 
 
 def _digest(data: bytes) -> str:
