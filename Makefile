@@ -79,15 +79,20 @@ help: ## this list
 
 install: $(VENV)/.installed ## build the patched llama.cpp and install all into .venv; leaves .venv/bin/fasa-edge
 
-# What was asked for once is kept, and so built by `make install` as well: programs and libraries are always of one build.
+# What was built once is kept, and so built by `make install` as well: programs and libraries are always of one build.
+WITH_PROGRAMS := $(if $(wildcard $(VENV)/.programs),ON,OFF)
+WITH_UI       := $(if $(wildcard $(VENV)/.ui),ON,OFF)
+
 programs: ## build llama-server and others of llama.cpp's programs, too: .venv/bin/fasa-llama-server, ...
-	@test -e $(VENV)/.programs || { mkdir -p $(VENV) && touch $(VENV)/.programs && rm -f $(VENV)/.installed; }
-	$(MAKE) --no-print-directory install
+	@test -e $(VENV)/.programs || rm -f $(VENV)/.installed
+	$(MAKE) --no-print-directory install WITH_PROGRAMS=ON
+	@touch $(VENV)/.programs
 
 # Kept likewise. npm gets its packages at the versions of upstream's package-lock.json.
 ui: $(VENV)/.node ## build them with llama-server's web UI, through npm: http://127.0.0.1:8080 of fasa-edge serve
-	@test -e $(VENV)/.ui || { touch $(VENV)/.ui && rm -f $(VENV)/.installed; }
-	$(MAKE) --no-print-directory programs
+	@test -e $(VENV)/.ui || rm -f $(VENV)/.installed
+	$(MAKE) --no-print-directory programs WITH_UI=ON
+	@touch $(VENV)/.ui
 
 stock: $(VENV)/stock/.installed ## build the unpatched llama.cpp with the same flags into .venv/stock/lib, for comparison
 
@@ -241,10 +246,9 @@ endif
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.cmake-args $(VENV)/.bindings
 	@echo "compiling llama.cpp with FASA: some minutes on two cores the first time, seconds later on"
-	$(if $(wildcard $(VENV)/.ui),PATH="$(CURDIR)/$(BIN):$$PATH") \
+	$(if $(filter ON,$(WITH_UI)),PATH="$(CURDIR)/$(BIN):$$PATH") \
 	$(PIP_BUILD) --config-settings=build-dir=$(VENV)/build --config-settings=cmake.define.FASA_EVAL=ON \
-	    $(if $(wildcard $(VENV)/.programs),--config-settings=cmake.define.FASA_PROGRAMS=ON) \
-	    $(if $(wildcard $(VENV)/.ui),--config-settings=cmake.define.LLAMA_BUILD_UI=ON) '.[test]'
+	    --config-settings=cmake.define.FASA_PROGRAMS=$(WITH_PROGRAMS) --config-settings=cmake.define.LLAMA_BUILD_UI=$(WITH_UI) '.[test]'
 	@touch $@
 
 # With the flags of the installed library, but on demand: test-backend-ops takes longer to compile than any other file.
