@@ -1,4 +1,7 @@
-"""llama.cpp's programs, built on these libraries, where the build was asked for them (``FASA_PROGRAMS``)."""
+"""llama.cpp's programs, built on these libraries, where the build was asked for them (``FASA_PROGRAMS``).
+
+As the libraries, they are those of ``FASA_LIB_PATH`` where that is set.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,11 @@ def find_program(name: str) -> Path:
     """
     path = lib_dir() / f"fasa-llama-{name}{'.exe' if os.name == 'nt' else ''}"
     if not path.is_file():
-        raise LibraryError(
-            f"{path.name} is not at {path.parent}: build it with `make programs` in the clone of fasa-edge, or with "
-            "`CMAKE_ARGS=-DFASA_PROGRAMS=ON pip install` where pip compiles fasa-edge"
+        remedy = (
+            "build it with `make programs` in the clone of fasa-edge, or with `CMAKE_ARGS=-DFASA_PROGRAMS=ON pip "
+            "install` where pip compiles fasa-edge; wheels have no programs"
         )
+        if given := os.environ.get("FASA_LIB_PATH"):
+            remedy = f"FASA_LIB_PATH={given} says where: unset it, or build the programs there"
+        raise LibraryError(f"{path.name} is not at {path.parent}: {remedy}")
     return path
