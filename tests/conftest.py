@@ -76,6 +76,43 @@ def simt_devices() -> dict[str, int]:
 
 
 @pytest.fixture
+def offload_device(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
+    """``ggml_backend_dev_t`` on which models are loaded, those layers that are to be on a GPU."""
+    from fasa_edge.runtime.library import llama_cpp
+
+    device = simt_devices["SIMT-CUDA"]
+    devices = (ctypes.c_void_p * 2)(device, None)
+    default_params = llama_cpp.llama_model_default_params
+
+    def on_device() -> llama_cpp.llama_model_params:
+        params = default_params()
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        return params
+
+    for module in (llama_cpp, llama_cpp.llama_cpp):
+        monkeypatch.setattr(module, "llama_model_default_params", on_device)
+        monkeypatch.setattr(module, "llama_supports_gpu_offload", lambda: True)
+    return device
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says how many bytes the host and devices have left; plenty unless said."""
+    from fasa_edge.runtime import capi, memory
+
+    plenty = 1 << 40
+
+    def say(*, host: int = plenty, address_space: int = plenty, on_device: int = plenty) -> None:
+        virtual = [memory.Available(address_space, "the address space limit", is_virtual=True, by_thread=72 << 20)]
+        limits = [memory.Available(host, "the machine's memory"), *virtual]
+        monkeypatch.setattr(memory, "limits", lambda: limits)
+        monkeypatch.setattr(capi, "device_memory", lambda device: on_device)
+
+    say()
+    return say
+
+
+@pytest.fixture
 def gpu(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes one of these devices the GPU that graphs run on."""
 

@@ -6,13 +6,12 @@ Devices are emulated GPUs, whose free memory is made up, and so is the host's; u
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge.runtime import capi, fit, memory
-from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime import capi, fit
 
 import pytest
 from runtime import annotated_tiny
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.check
 
 N_LAYER = 4
 N_CTX_TRAIN = 1 << 16
-PLENTY = 1 << 40
 _IGPU = 2  # GGML_BACKEND_DEVICE_TYPE_IGPU
 
 
@@ -36,34 +34,9 @@ def load(path: Path, **kwargs) -> fasa_edge.Llama:
 
 
 @pytest.fixture
-def device(simt_devices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> int:
+def device(offload_device: int) -> int:
     """``ggml_backend_dev_t`` on which models are loaded."""
-    device = simt_devices["SIMT-CUDA"]
-    devices = (ctypes.c_void_p * 2)(device, None)
-    default_params = llama_cpp.llama_model_default_params
-
-    def on_device() -> llama_cpp.llama_model_params:
-        params = default_params()
-        params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        return params
-
-    for module in (llama_cpp, llama_cpp.llama_cpp):
-        monkeypatch.setattr(module, "llama_model_default_params", on_device)
-    return device
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Says how many bytes the host and devices have."""
-
-    def say(*, host: int = PLENTY, address_space: int = PLENTY, on_device: int = PLENTY) -> None:
-        virtual = [memory.Available(address_space, "the address space limit", is_virtual=True, by_thread=72 << 20)]
-        limits = [memory.Available(host, "the machine's memory"), *virtual]
-        monkeypatch.setattr(memory, "limits", lambda: limits)
-        monkeypatch.setattr(capi, "device_memory", lambda device: on_device)
-
-    say()
-    return say
+    return offload_device
 
 
 @contextmanager
@@ -182,13 +155,12 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("n_free, n_left", [(8 * GIB, GIB), (4 * GIB, GIB), (2 * GIB, GIB // 2), (0, 0)])
-def test_what_a_device_keeps(monkeypatch: pytest.MonkeyPatch, n_free: int, n_left: int) -> None:
+def test_what_a_device_keeps(n_free: int, n_left: int) -> None:
     """A gigabyte, or a quarter, for what ggml takes while it computes."""
-    monkeypatch.setattr(capi, "device_memory", lambda device: n_free)
-    room = fit._Room(maps=True, n_threads=0, is_loaded=True)
+    room = fit.Room([], lambda device: n_free, maps=True, n_threads=0, is_loaded=True)
 
     def kind(context: int) -> capi.Memory:
         return capi.Memory(device=1, is_host=False, can_map=False, model=0, context=context, compute=0)
 
-    assert room.holds([kind(n_free - n_left)], 0, 0)
-    assert not room.holds([kind(n_free - n_left + 1)], 0, 0)
+    assert room.holds([kind(n_free - n_left)])
+    assert not room.holds([kind(n_free - n_left + 1)])

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import http.server
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import sysconfig
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasa_edge import convert
 from fasa_edge.cli import main, serve
-from fasa_edge.errors import FasaError, ModelError
-from fasa_edge.runtime import memory, serving
+from fasa_edge.errors import FasaError
+from fasa_edge.runtime import memory, serving, tied
+from fasa_edge.runtime.library import lib_dir
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from runtime import annotated_tiny
-from tiny_models import Shape, make_model
 
 pytestmark = pytest.mark.programs
 
 N_CTX_TRAIN = 4096  # of the model
 NO_WAITING = ("--poll", "0", "--no-warmup")
+PATIENCE = 120  # seconds; nothing takes so long
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +46,63 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def served(*arguments: object, options: Sequence[object] = ()) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A running command, what it says first, and the address that it says next."""
     # in the background, too, where shells let Ctrl-C be ignored
     heeds_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     start = f"{heeds_interrupts}; from fasa_edge.cli import main; main()"
-    command = [sys.executable, "-c", start, "serve", "--port", "0", *arguments]
+    command = [sys.executable, "-c", start, "serve", "--port", "0", *arguments, "--", *NO_WAITING, *options]
     pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(list(map(str, [*command, "--", *NO_WAITING])), **pipes) as process:
+    with subprocess.Popen(list(map(str, command)), **pipes) as process:
+        # reading what it says has no limit of its own
+        too_late = threading.Timer(PATIENCE, process.kill)
+        too_late.start()
         try:
             first, second = process.stdout.readline(), process.stdout.readline()
-            assert second.startswith("http://127.0.0.1:"), first + process.stderr.read()
+            assert second.startswith("http"), first + second + process.stderr.read()
             yield process, first, second.split("/v1")[0]
         finally:
             if process.poll() is None:
                 process.terminate()
+                process.wait(PATIENCE)
+            too_late.cancel()
+
+
+def open_url(url: str, body: object = None, **headers: str) -> Any:
+    """The answer, to be read; of a server that need not be known."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
+    return urllib.request.build_opener(*handlers).open(request, timeout=PATIENCE)
 
 
 def ask(url: str, body: object = None, **headers: str) -> Any:
-    request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as answer:
+    with open_url(url, body, **headers) as answer:
         return json.load(answer)
 
 
 def pids_of(url: str) -> list[int]:
     """Processes that were told to listen on the port of an address."""
-    port = url.rsplit(":", 1)[1]
+    port = url.split(":")[2].partition("/")[0]
     found = subprocess.run(
         ["pgrep", "-f", f"fasa-llama-server.*--port {port}"], capture_output=True, text=True, check=False
     )
     return [int(pid) for pid in found.stdout.split()]
+
+
+def drain(answer: Any) -> None:
+    """Read to the end, or the server would wait for it in the middle."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while answer.read(1 << 16):
+            pass
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # A running one
@@ -81,48 +117,175 @@ def test_it_says_what_runs_and_where_and_decodes_sparsely(model: Path) -> None:
         assert properties["total_slots"] == 4 and properties["default_generation_settings"]["n_ctx"] == N_CTX_TRAIN
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    "n_ctx, options, n_cells",
+    [
+        (1000, [], 1024),
+        (2 * N_CTX_TRAIN, ["--rope-scaling", "yarn", "--rope-scale", "2"], 2 * N_CTX_TRAIN),
+    ],
+)
+def test_slots_have_the_cells_that_it_says(model: Path, n_ctx: int, options: list[str], n_cells: int) -> None:
+    with served(model, "-c", n_ctx, "--slots", 2, options=options) as (_, first, url):
+        assert f": 2 slots of {n_cells} cells, " in first
+        assert {slot["n_ctx"] for slot in ask(f"{url}/slots")} == {n_cells}
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize(
+    "number, busy", [*((number, False) for number in SIGNALS), *((number, True) for number in SIGNALS[:2])]
+)
 def test_signals_end_the_server_too(model: Path, number: int, busy: bool) -> None:
-    with served(model, "-t", 1) as (process, _, url):
+    endless = ["--context-shift"]
+    with served(model, "-t", 1, options=endless) as (process, _, url), contextlib.ExitStack() as stack:
         assert len(pids_of(url)) == 1
         if busy:
             body = {"prompt": "x", "n_predict": 10**6, "ignore_eos": True, "stream": True}
-            request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode())
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).readline()
+            answer = stack.enter_context(open_url(f"{url}/completion", body))
+            answer.readline()
+            threading.Thread(target=drain, args=[answer], daemon=True).start()
+        assert [slot["is_processing"] for slot in ask(f"{url}/slots")].count(True) == busy
         process.send_signal(number)
-        assert process.wait() == (0 if number == signal.SIGINT else -number)
+        assert process.wait(PATIENCE) == (0 if number == signal.SIGINT else -number)
         assert pids_of(url) == []
         assert "Traceback" not in process.stderr.read()
+
+
+def test_nothing_outlives_it(model: Path) -> None:
+    """It is killed, by the system, say, which is short of memory."""
+    with served(model, "-t", 1) as (process, _, url):
+        (pid,) = pids_of(url)
+        process.kill()
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+        wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_nothing_outlives_it_elsewhere(tmp_path: Path) -> None:
+    """Where no system call ties a process to another, one more process does."""
+    tie = f"import sys; sys.platform = 'darwin'; sys.argv[0] = {tied.__file__!r}"
+    run = f"{tie}; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    start = f"""
+import os, subprocess, sys
+command = [sys.executable, "-c", {run!r}, str(os.getpid()), "/bin/sh", "-c", "echo $$; read x; exec sleep 600"]
+subprocess.Popen(command, stdin=subprocess.PIPE).wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        wait_until(lambda: psutil.Process(pid).name() == "sleep")  # it reads nothing of that pipe itself
+        process.kill()
+    wait_until(lambda: not psutil.pid_exists(pid))
 
 
 def test_a_server_that_dies(model: Path) -> None:
     with served(model, "-t", 1) as (process, _, url):
         os.kill(pids_of(url)[0], signal.SIGKILL)
-        assert process.wait() == 1
+        assert process.wait(PATIENCE) == 1
         assert "llama-server ended by itself, with status -9" in process.stderr.read()
 
 
 def test_options_for_the_server(model: Path) -> None:
     NO_KEY = {"prompt": "x", "n_predict": 1}
-    command = [sys.executable, "-c", "from fasa_edge.cli import main; main()", "serve", "--port", "0", str(model), "--"]
-    with subprocess.Popen([*command, "--api-key", "k", *NO_WAITING], stdout=subprocess.PIPE, text=True) as process:
-        url = [process.stdout.readline() for _ in range(2)][1].split("/v1")[0]
+    with served(model, options=["--api-key", "k"]) as (_, _, url):
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(f"{url}/completion", NO_KEY)
         assert ask(f"{url}/completion", NO_KEY, Authorization="Bearer k")["tokens_predicted"] == 1
-        process.terminate()
-    done = subprocess.run([*command, "--no-such-option"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", "from fasa_edge.cli import main; main()", "serve", "--port", "0", str(model), "--"]
+    done = subprocess.run([*command, "--no-such-option"], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 1 and "--no-such-option" in done.stderr
     assert "llama-server ended with status 1 before it could answer" in done.stderr.splitlines()[-1]
+
+
+def test_it_is_waited_for_where_it_is(model: Path, tmp_path: Path) -> None:
+    """Below a prefix, and behind a certificate of its own."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    options = ["--api_prefix", "/below", "--ssl-key-file", key, "--ssl-cert-file", certificate]
+    with served(model, options=options) as (_, _, url):
+        assert url.startswith("https://127.0.0.1:") and url.endswith("/below")
+        assert ask(f"{url}/v1/models")["data"]
+
+
+def test_a_folder_for_slots_is_made(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "slots"
+    with served(model, options=["--slot-save-path", folder]) as (_, _, url):
+        ask(f"{url}/completion", {"prompt": "x", "n_predict": 1, "id_slot": 0})
+        assert ask(f"{url}/slots/0?action=save", {"filename": "a.bin"})["n_saved"] > 0
+        assert (folder / "a.bin").is_file()
+    (tmp_path / "file").touch()
+    said = refused(model, "--port", 0, "--", "--slot-save-path", tmp_path / "file" / "slots")
+    assert "slots cannot be made" in said and "--slot-save-path" in said
+
+
+# Waiting for it
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a program of Python in the place of llama-server."""
+
+    def put(text: str) -> None:
+        path = tmp_path / "llama-server"
+        path.write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
+        path.chmod(0o755)
+        monkeypatch.setattr(serving, "find_program", lambda name: path)
+
+    return put
+
+
+def test_one_that_hangs(program: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    program("import time; time.sleep(600)")
+    monkeypatch.setattr(serving, "_PATIENCE", 1)
+    port = serving.free_port("127.0.0.1", 0)
+    with pytest.raises(FasaError, match=f"neither answers on port {port} of 127.0.0.1 nor does anything since 1 sec"):
+        with serving.running("127.0.0.1", port, []):
+            pass
+
+
+def test_one_that_takes_long_but_works(program: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for as long as it works: here it allocates until it has had its way with patience several times."""
+    program("import sys, time\nfor i in range(40): kept = bytearray(4 << 20) * (i + 1); time.sleep(0.1)\nsys.exit(7)")
+    monkeypatch.setattr(serving, "_PATIENCE", 1)
+    with pytest.raises(FasaError, match="ended with status 7 before it could answer"):
+        with serving.running("127.0.0.1", serving.free_port("127.0.0.1", 0), []):
+            pass
+
+
+def test_another_server_is_not_taken_for_it(program: Callable[[str], None]) -> None:
+    """It came between the look whether the port is free and the start, and answers at once."""
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    program("import sys, time; time.sleep(2); sys.exit(9)")  # until it finds that
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(FasaError, match="ended with status 9 before it could answer"):
+                with serving.running("127.0.0.1", other.server_address[1], []):
+                    pass
+        finally:
+            other.shutdown()
 
 
 # What it refuses
 
 
 def refused(*arguments: object) -> str:
-    """The one line that it says."""
-    result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
+    """The one line that it says; it must not come to starting a server, which would run on."""
+
+    def start(*_: object) -> None:
+        raise AssertionError("it was not refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "running", start)
+        result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
     assert result.exit_code == 1 and result.output.count("\n") == 1, result.output
     return result.output
 
@@ -138,10 +301,27 @@ def test_a_port_in_use(model: Path) -> None:
     assert serving.free_port("127.0.0.1", port) == port and serving.free_port("127.0.0.1", 0) > 0
 
 
-def test_a_port_where_nobody_looks_for_it(model: Path) -> None:
-    for option in ("--port", "--host=0.0.0.0"):
-        result = CliRunner().invoke(main, ["serve", str(model), "--", option, "1"])
-        assert result.exit_code == 2 and f"{option.partition('=')[0]} belongs before --" in result.output
+@pytest.mark.parametrize(
+    "option, ours",
+    [
+        ("--port", "--port"),
+        ("--host=0.0.0.0", "--host"),
+        ("--ctx_size", "-c"),
+        ("-np", "--slots"),
+        ("--n-gpu-layers", "-ngl"),
+        ("--threads", "-t"),
+        ("--model", "MODEL"),
+    ],
+)
+def test_what_is_said_of_it_belongs_before_its_options(model: Path, option: str, ours: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(model), "--", option, "1"])
+    assert result.exit_code == 2 and f" belongs before --, as {ours}:" in result.output
+
+
+def test_more_context_than_the_model_was_trained_for(model: Path) -> None:
+    said = refused(model, "--port", 0, "-c", N_CTX_TRAIN + 1)
+    assert f"{N_CTX_TRAIN + 1} cells is more than the {N_CTX_TRAIN} that" in said
+    assert f"lower -c to {N_CTX_TRAIN}" in said and "--rope-scaling yarn --rope-scale 2" in said
 
 
 def test_no_gguf(tmp_path: Path) -> None:
@@ -158,43 +338,20 @@ def test_too_little_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_server_that_was_not_built(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasa_edge.runtime.programs.lib_dir", lambda: tmp_path)
     assert "make programs" in refused(model, "--port", 0)
+    monkeypatch.setenv("FASA_LIB_PATH", str(tmp_path))
+    assert f"FASA_LIB_PATH={tmp_path} says where: unset it" in refused(model, "--port", 0)
 
 
-# What it chooses
-
-
-def limit(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
-    monkeypatch.setattr(memory, "limits", lambda: [memory.Available(n_bytes, "the machine's memory")])
-
-
-def test_slots_and_context_by_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many slots of the whole context as fit, then one of what fits."""
-    n_ctx = 1 << 16
-    model = make_model(tmp_path / "long.gguf", shape=Shape(n_ctx=n_ctx))
-    found = []
-    for n_bytes in (1 << 40, *range(2000 << 20, 200 << 20, -(100 << 20)), 160 << 20):
-        limit(monkeypatch, n_bytes)
-        found.append(serving.plan(model))
-    assert (found[0].n_slots, found[0].n_ctx, found[0].cache_mib) == (4, n_ctx, 8192)
-    assert [plan.n_slots for plan in found] == sorted((plan.n_slots for plan in found), reverse=True)
-    assert {plan.n_slots for plan in found} == {1, 2, 3, 4}
-    assert all(plan.n_ctx == n_ctx for plan in found if plan.n_slots > 1) and found[-1].n_ctx < n_ctx
-    assert found[-1].cache_mib < 100
-
-    assert serving.plan(model, n_slots=8).n_ctx < found[-1].n_ctx
-    with pytest.raises(ModelError, match=r"65536 cells for each of 8 slots: .* room for \d+; lower the context or the"):
-        serving.plan(model, n_ctx=n_ctx, n_slots=8)
-
-
-def test_what_is_given_stays(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit(monkeypatch, 1 << 40)
-    plan = serving.plan(model, n_ctx=512, n_slots=3, n_threads=7, n_gpu_layers=-1)
-    words = plan.arguments()
-    given = dict(zip(words[::2], words[1::2], strict=True))
-    assert given["--ctx-size"] == "1536" and given["--parallel"] == "3"
-    assert given["--threads"] == "7" and given["--gpu-layers"] == "999"
-    assert serving.plan(model, n_ctx=2 * N_CTX_TRAIN).n_ctx == 2 * N_CTX_TRAIN  # RoPE may be scaled
-    assert "--gpu-layers" not in serving.plan(model).arguments() or serving.plan(model).n_gpu_layers == 999
+def test_programs_are_of_the_build_that_is_asked_for(tmp_path: Path) -> None:
+    """With `FASA_LIB_PATH`: of another, by each of the two that start programs."""
+    other = tmp_path / "lib"
+    shutil.copytree(lib_dir(), other)
+    (other / "fasa-llama-server").write_text("#!/bin/sh\necho another build: $@", encoding="utf-8")
+    for command in (["fasa-llama-server"], ["fasa-edge", "llama", "server"]):
+        words = [Path(sysconfig.get_path("scripts"), command[0]), *command[1:], "--help"]
+        environment = os.environ | {"FASA_LIB_PATH": str(other)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        assert done.stdout == "another build: --help\n"
 
 
 # A model without a profile
@@ -256,6 +413,25 @@ def test_it_asks_on_a_terminal(plain: Path, started: list[str], monkeypatch: pyt
     assert result.exit_code == 0 and "Write an annotated copy" in result.output
     name = "plain-fasa.gguf" if answer == "y" else "plain.gguf"
     assert Path(started[started.index("--model") + 1]).name == name
+
+
+def test_what_is_given_goes_to_the_server(model: Path, started: list[str], free: Callable[..., None]) -> None:
+    given = ["-c", "512", "--slots", "3", "-t", "7", "-ngl", "1"]
+    result = CliRunner().invoke(main, ["serve", str(model), "--port", "0", *given, "--", "--cors_origins", "*"])
+    assert result.exit_code == 0, result.output
+    wanted = {"--ctx-size": 1536, "--parallel": 3, "--threads": 7, "--threads-batch": os.cpu_count(), "--gpu-layers": 1}
+    assert {name: started[started.index(name) + 1] for name in wanted} == {k: str(v) for k, v in wanted.items()}
+    assert "--cors-origins" not in started
+
+
+@pytest.mark.parametrize("n_mib, said", [(1 << 20, "all layers on the GPU"), (1, "1 of 3 layers on the GPU")])
+def test_it_says_what_is_on_a_gpu(
+    model: Path, started: list[str], free: Callable[..., None], offload_device: int, n_mib: int, said: str
+) -> None:
+    free(on_device=n_mib << 20)
+    result = CliRunner().invoke(main, ["serve", str(model), "--port", "0"])
+    assert result.exit_code == 0 and f" of {N_CTX_TRAIN} cells, {said}, " in result.output
+    assert started[started.index("--gpu-layers") + 1] == ("999" if said.startswith("all") else "1")
 
 
 def test_a_profile_beside_it(model: Path, plain: Path, tmp_path: Path, started: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,10 +17,24 @@ from fasa_edge.cli.common import (
     threads_option,
 )
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.planning import N_CTX_ON_GPU, Plan, plan
 from fasa_edge.runtime.programs import find_program
-from fasa_edge.runtime.serving import Plan, free_port, plan, running
+from fasa_edge.runtime.server_options import ServerOptions
+from fasa_edge.runtime.serving import free_port, running
 
 import click
+
+_OURS = {
+    "--host": ("--host",),
+    "--port": ("--port",),
+    "MODEL": ("-m", "--model"),
+    "-c": ("-c", "--ctx-size"),
+    "--slots": ("-np", "--parallel"),
+    "-t": ("-t", "--threads"),
+    "-ngl": ("-ngl", "--gpu-layers", "--n-gpu-layers"),
+}
+"""What is said of the server, and so belongs before --: our option, and llama-server's names of it."""
 
 
 @click.command(name="serve")
@@ -41,7 +56,7 @@ import click
     type=click.IntRange(0),
     default=0,
     show_default=False,
-    help="Cells of each slot.  [default: the model's own context, as far as memory allows]",
+    help="Cells of each slot.  [default: the model's own context, as far as memory allows beside its layers]",
 )
 @click.option(
     "--slots",
@@ -51,7 +66,11 @@ import click
 )
 @threads_option
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), help="Layers on the GPU; -1: all.  [default: all that fit]"
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    show_default=False,
+    help=f"Layers on the GPU; -1: all.  [default: as many as leave room for the context of -c, or of {N_CTX_ON_GPU}]",
 )
 @setting_option("budget", default="the model's own")
 @profile_option
@@ -81,38 +100,59 @@ def command(
     What is after -- goes to llama-server, as in `fasa-edge serve model-fasa.gguf -- --api-key KEY`; `fasa-edge llama
     server --help` lists it. A request may set fasa_budget and fasa_enabled; its timings say what was read.
     """
-    if given := {"--host", "--port"} & {option.partition("=")[0] for option in server_options}:
-        raise click.UsageError(f"{', '.join(sorted(given))} belongs before --: the server is waited for there")
+    options = ServerOptions(server_options)
+    for ours, theirs in _OURS.items():
+        if given := options.given(*theirs):
+            raise click.UsageError(f"{given[0]} belongs before --, as {ours}: what is planned and said depends on it")
     if dense:
         refuse_ignored(ctx, ("budget", "exact", "profile"), "--dense")
     find_program("server")  # before a model is annotated for it
     port = free_port(host, port)
     path = Path(model) if dense or profile else _annotated(Path(model), may_convert)
-    wanted = plan(path, profile, n_ctx=n_ctx, n_slots=n_slots or 0, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    n_cpus = os.cpu_count() or 1
+    n_threads = n_threads or max(n_cpus // 2, 1)
+    wanted = plan(
+        path,
+        profile,
+        n_ctx=n_ctx,
+        n_slots=n_slots or 0,
+        n_threads=max(n_threads, n_cpus) - 1,
+        n_gpu_layers=n_gpu_layers,
+        options=options,
+    )
+    options.make_folders()
     arguments = ["--model", str(path), *wanted.arguments(), "--metrics"]
+    arguments += ["--threads", str(n_threads), "--threads-batch", str(n_cpus)]
     for name, value in {"--fasa-budget": budget, "--fasa-profile": profile}.items():
         arguments += [name, str(value)] if value is not None else []
     if dense or exact:
         arguments += ["--fasa", "off" if dense else "exact"]
-    if "--cors-origins" not in server_options:
+    if not options.given("--cors-origins"):
         arguments += ["--cors-origins", "localhost"]  # or any page in a browser on this machine may ask it
     if not verbose:
         arguments += ["--log-verbosity", "2"]  # errors and warnings
     source = convert.inspect(profile or path).profile
-    echo(_what(path, wanted, "dense" if dense or not source else f"budget {budget or source.config.budget}"))
+    how = "dense" if dense or not source else f"budget {budget or source.config.budget}"
+    echo(f"{path}: {_of(wanted)}, {_counted(n_threads, 'thread')} ({n_cpus} for prompts), {how}")
     try:
         with running(host, port, [*arguments, *server_options]) as server:
-            echo(f"http://{host}:{port}/v1 (OpenAI's API; Ctrl-C ends it)")
+            echo(f"{options.scheme}://{host}:{port}{options.api_prefix}/v1 (OpenAI's API; Ctrl-C ends it)")
             status = server.wait()
             raise FasaError(f"llama-server ended by itself, with status {status}: see what it says above")
     except KeyboardInterrupt:
         echo(err=True)  # behind the terminal's ^C
 
 
-def _what(path: Path, wanted: Plan, how: str) -> str:
-    slots = "1 slot" if wanted.n_slots == 1 else f"{wanted.n_slots} slots"
-    threads = "1 thread" if wanted.n_threads == 1 else f"{wanted.n_threads} threads"
-    return f"{path}: {slots} of {wanted.n_ctx} cells, {threads} ({wanted.n_threads_batch} for prompts), {how}"
+def _of(wanted: Plan) -> str:
+    res = f"{_counted(wanted.n_slots, 'slot')} of {wanted.n_ctx} cells"
+    if llama_cpp.llama_supports_gpu_offload():
+        n, n_all = wanted.n_gpu_layers, wanted.n_layers
+        res += ", all layers on the GPU" if n >= n_all else f", {n} of {n_all} layers on the GPU"
+    return res
+
+
+def _counted(n: int, what: str) -> str:
+    return f"1 {what}" if n == 1 else f"{n} {what}s"
 
 
 def _is_terminal() -> bool:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 _AGAIN_AFTER = 0.05  # seconds
 
 
@@ -20,7 +20,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def unwound_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the block as Ctrl-C does; then the process dies of them."""
+    """Let SIGTERM, SIGHUP and SIGQUIT unwind the block as Ctrl-C does; then the process dies of them."""
     if threading.current_thread() is not threading.main_thread():  # Python's signals are of the main thread
         yield
         return

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from fasa_edge.errors import ModelError
 from fasa_edge.runtime import capi, memory
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.log import unheard
@@ -32,11 +31,8 @@ def automatic_n_ctx(
     n_batch: int,
     n_ubatch: int,
     logits_all: bool,
-    *,
-    n_slots: int = 1,
-    is_loaded: bool = True,
 ) -> int:
-    """Choose the context that a model was trained for, as far as memory allows: the host's, and that of each device.
+    """Choose the context that a loaded model was trained for, as far as memory allows: the host's, and each device's.
 
     Args:
         model_path: of the model.
@@ -46,85 +42,123 @@ def automatic_n_ctx(
         n_batch: tokens of a batch, if the context holds as many.
         n_ubatch: tokens of a micro-batch, likewise.
         logits_all: whether ``llama_cpp.Llama`` keeps the logits of all cells, not of a batch.
-        n_slots: sequences, each of which gets a context of its own.
-        is_loaded: whether the model is: its weights no longer count as free memory then.
 
     Returns:
-        A multiple of :data:`N_CTX_STEP`, the cells of each slot.
-
-    Raises:
-        ModelError: the model is not loaded, and cannot be, or memory does not hold it with any context.
+        A multiple of :data:`N_CTX_STEP`.
     """
-    with _weightless(model_path, model_params) as model:
+    with weightless(model_path, model_params, profile) as model:
         if not model:
-            if not is_loaded:
-                raise ModelError(
-                    f"{os.fspath(model_path)} cannot be loaded: `fasa-edge run -v` shows what llama.cpp says of it"
-                )
             return N_CTX_STEP  # it was loaded before: there is no memory left for even this
-        if profile is not None:
-            capi.load_profile(model, profile, model_params.kv_overrides)
-        n_most = -(-(llama_cpp.llama_model_n_ctx_train(model) or _N_CTX_UNKNOWN) // N_CTX_STEP) * N_CTX_STEP
+        room = Room(
+            memory.limits(),
+            capi.device_memory,
+            maps=maps(model_params),
+            n_threads=max(context_params.n_threads, context_params.n_threads_batch) - 1,
+            is_loaded=True,
+        )
         logits_row = 4 * llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-        def usage(n_ctx: int) -> list[capi.Memory] | None:
-            params = type(context_params).from_buffer_copy(context_params)
-            params.n_ctx, params.n_batch = n_ctx * n_slots, min(n_ctx, n_batch)
-            params.n_ubatch = min(params.n_batch, n_ubatch)
-            params.n_seq_max = n_slots
-            if params.embeddings:  # the bindings say so as late as the sizes
-                params.n_seq_max = min(params.n_batch, llama_cpp.llama_max_parallel_sequences())
-                params.kv_unified = True
-            if not (ctx := llama_cpp.llama_init_from_model(model, params)):
-                return None
-            try:
-                return capi.memory(ctx)
-            finally:
-                llama_cpp.llama_free(ctx)
-
         def fits(n_ctx: int) -> bool:
-            kinds = usage(n_ctx)
+            kinds = usage(model, context_params, n_ctx, n_batch, n_ubatch)
             n_batched = min(n_ctx, n_batch)
             # of all cells in the bindings, and of a batch in the library, which makes room for them as they come
             kept = (n_ctx + n_batched) * logits_row if logits_all else 0
             # each token of the bindings' batch has room for as many sequences as there are cells
-            untouched = (0 if logits_all else n_batch * logits_row) + 4 * n_batched * n_ctx * n_slots
+            untouched = (0 if logits_all else n_batch * logits_row) + 4 * n_batched * n_ctx
             return kinds is not None and room.holds(kinds, kept, untouched)
 
-        room = _Room(
-            maps=model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP),
-            n_threads=max(context_params.n_threads, context_params.n_threads_batch) - 1,
-            is_loaded=is_loaded,
-        )
-        sizes = range(N_CTX_STEP, n_most + 1, N_CTX_STEP)
-        if fits(n_most):
-            return n_most
-        if not is_loaded and not fits(N_CTX_STEP):
-            n_bytes = sum(kind.model for kind in usage(N_CTX_STEP) or ())
-            raise ModelError(
-                f"memory does not hold {os.fspath(model_path)}: {n_bytes} bytes of weights, {memory.available()}; end "
-                "what else takes memory, or choose a smaller quantization or model"
-            )
-        return sizes[max(bisect_left(sizes, True, key=lambda n_ctx: not fits(n_ctx)) - 1, 0)]
+        return longest(n_ctx_train(model), fits) or N_CTX_STEP
 
 
-class _Room:
+def longest(n_most: int, fits: Callable[[int], bool]) -> int:
+    """Find the most cells that fit, a multiple of :data:`N_CTX_STEP` up to what holds ``n_most``; 0: none do."""
+    sizes = range(N_CTX_STEP, padded(n_most) + 1, N_CTX_STEP)
+    if fits(sizes[-1]):
+        return sizes[-1]
+    return N_CTX_STEP * bisect_left(sizes, True, key=lambda n_ctx: not fits(n_ctx))
+
+
+def padded(n_ctx: int) -> int:
+    """Round up to cells that a context can have."""
+    return -(-n_ctx // N_CTX_STEP) * N_CTX_STEP
+
+
+def n_ctx_train(model: int) -> int:
+    """Return the context that a model (``llama_model *``) was trained for: with YaRN, once a context was made of it."""
+    return llama_cpp.llama_model_n_ctx_train(model) or _N_CTX_UNKNOWN
+
+
+def usage(
+    model: int,
+    context_params: llama_cpp.llama_context_params,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    n_slots: int = 1,
+) -> list[capi.Memory] | None:
+    """Ask llama.cpp what a context takes, and the model that it is made of.
+
+    Args:
+        model: ``llama_model *``, best without weights.
+        context_params: of the context, but for the sizes; ``n_outputs_max`` is that of a slot.
+        n_ctx: cells of each slot.
+        n_batch: tokens of a batch, if all slots together hold as many.
+        n_ubatch: tokens of a micro-batch, likewise.
+        n_slots: sequences, each of which gets cells of its own.
+
+    Returns:
+        Bytes by kind of memory; None: no context can be made.
+    """
+    params = type(context_params).from_buffer_copy(context_params)
+    params.n_ctx = n_ctx * n_slots
+    params.n_batch = min(params.n_ctx, n_batch)  # llama.cpp does the same, but not where attention is not causal
+    params.n_ubatch = min(params.n_batch, n_ubatch)
+    params.n_seq_max = n_slots
+    params.n_outputs_max *= n_slots
+    if params.embeddings:  # the bindings say so as late as the sizes
+        params.n_seq_max = min(params.n_batch, llama_cpp.llama_max_parallel_sequences())
+        params.kv_unified = True
+    if not (ctx := llama_cpp.llama_init_from_model(model, params)):
+        return None
+    try:
+        return capi.memory(ctx)
+    finally:
+        llama_cpp.llama_free(ctx)
+
+
+def maps(model_params: llama_cpp.llama_model_params) -> bool:
+    """Say whether weights that can stay in the mapped file do."""
+    return model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_AUTO, llama_cpp.LLAMA_LOAD_MODE_MMAP)
+
+
+class Room:
     """Memory of the host and of devices, looked at once.
 
     Args:
+        limits: what each limit of the host leaves.
+        device_memory: says how many bytes a device (``ggml_backend_dev_t``) has left.
         maps: weights that can stay in the mapped file do.
         n_threads: that will be started.
         is_loaded: whether weights are in memory already.
     """
 
-    def __init__(self, maps: bool, n_threads: int, is_loaded: bool) -> None:
+    def __init__(
+        self,
+        limits: Sequence[memory.Available],
+        device_memory: Callable[[int], int],
+        *,
+        maps: bool,
+        n_threads: int,
+        is_loaded: bool,
+    ) -> None:
+        self._limits = limits
+        self._device_memory = device_memory
         self._maps = maps
         self._is_loaded = is_loaded
         self._n_threads = n_threads
-        self._limits = memory.limits()
         self._on_device: dict[int, int] = {}
 
-    def holds(self, kinds: list[capi.Memory], logits: int, untouched: int) -> bool:
+    def holds(self, kinds: Sequence[capi.Memory], logits: int = 0, untouched: int = 0) -> bool:
         """Say whether a context fits.
 
         Args:
@@ -132,30 +166,50 @@ class _Room:
             logits: bytes of logits that are kept besides.
             untouched: bytes that are allocated and hardly written to, but for threads'.
         """
+        context = _context(kinds) + logits
+        return self.devices_hold(kinds) and all(
+            context <= _HOST_SHARE * beside_weights for beside_weights in self._beside_weights(kinds, untouched)
+        )
+
+    def devices_hold(self, kinds: Sequence[capi.Memory]) -> bool:
+        """Say whether what a context takes of devices fits there."""
+        return all(
+            sum(self._of_device(kind) for kind in kinds if kind.device == device) <= self._free(device)
+            for device in {kind.device for kind in kinds if kind.device}
+        )
+
+    def left(self, kinds: Sequence[capi.Memory]) -> int:
+        """Return the bytes of the host that a context leaves, and its weights and compute buffers."""
+        return max(0, min(self._beside_weights(kinds, 0)) - _context(kinds))
+
+    def describe(self, kinds: Sequence[capi.Memory]) -> str:
+        """Say what there is: of the host the least, and of the devices that a context takes memory of."""
+        least = min(self._limits, key=lambda limit: limit.n_bytes)
+        devices = {kind.device: None for kind in kinds if kind.device}
+        return ", ".join([str(least), *(f"{max(self._free(device), 0)} of a GPU's" for device in devices)])
+
+    def _beside_weights(self, kinds: Sequence[capi.Memory], untouched: int) -> Iterator[int]:
+        """Bytes that each limit of the host leaves beside weights and compute buffers."""
         host = [kind for kind in kinds if kind.is_host]
         mapped = sum(kind.model for kind in host if kind.can_map) if self._maps else 0
-        computing = sum(kind.compute for kind in host)
-        context = sum(kind.context for kind in host) + logits
         weights = 0 if self._is_loaded else sum(kind.model for kind in host) - mapped
-        devices = {kind.device for kind in kinds if kind.device}
-
-        def besides(limit: memory.Available) -> int:
+        computing = sum(kind.compute for kind in host)
+        for limit in self._limits:
             by_kind = untouched + self._n_threads * limit.by_thread if limit.is_virtual else mapped
-            return computing + weights + by_kind
-
-        return all(context <= _HOST_SHARE * (limit.n_bytes - besides(limit)) for limit in self._limits) and all(
-            sum(self._of_device(kind) for kind in kinds if kind.device == device) <= self._free(device)
-            for device in devices
-        )
+            yield limit.n_bytes - computing - weights - by_kind
 
     def _of_device(self, kind: capi.Memory) -> int:
         return kind.context + kind.compute + (0 if self._is_loaded else kind.model)
 
     def _free(self, device: int) -> int:
         if device not in self._on_device:
-            free = capi.device_memory(device)
+            free = self._device_memory(device)
             self._on_device[device] = free - min(_DEVICE_RESERVE, free // 4)
         return self._on_device[device]
+
+
+def _context(kinds: Sequence[capi.Memory]) -> int:
+    return sum(kind.context for kind in kinds if kind.is_host)
 
 
 @contextlib.contextmanager
@@ -165,12 +219,16 @@ def without_weights(model_path: str | os.PathLike[str]) -> Iterator[int | None]:
     overrides = (llama_cpp.llama_model_kv_override * 2)()  # fasa.version = 0, and an empty one at the end
     overrides[0].key, overrides[0].tag = b"fasa.version", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
     params.kv_overrides = overrides
-    with _weightless(model_path, params) as model:
+    with weightless(model_path, params) as model:
         yield model
 
 
 @contextlib.contextmanager
-def _weightless(model_path: str | os.PathLike[str], model_params: llama_cpp.llama_model_params) -> Iterator[int | None]:
+def weightless(
+    model_path: str | os.PathLike[str],
+    model_params: llama_cpp.llama_model_params,
+    profile: str | os.PathLike[str] | None = None,
+) -> Iterator[int | None]:
     """Load a ``llama_model *`` that is given no memory; None for a file that does not load. Nobody hears of it."""
     params = type(model_params).from_buffer_copy(model_params)
     params.no_alloc = True
@@ -179,6 +237,8 @@ def _weightless(model_path: str | os.PathLike[str], model_params: llama_cpp.llam
         params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_LAYER  # much the same on each device, and can be asked about
     with unheard():
         model = llama_cpp.llama_model_load_from_file(os.fsencode(model_path), params)
+        if model and profile is not None:
+            capi.load_profile(model, profile, model_params.kv_overrides)
     try:
         with unheard():
             yield model

@@ -1,4 +1,4 @@
-"""llama-server with FASA: what of it fits this machine, and a running one."""
+"""A running llama-server: its address, its start, its end."""
 
 from __future__ import annotations
 
@@ -6,124 +6,24 @@ import contextlib
 import http.client
 import os
 import socket
+import ssl
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-from fasa_edge.errors import FasaError, ModelError
-from fasa_edge.runtime import memory
-from fasa_edge.runtime.fit import automatic_n_ctx, without_weights
-from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.errors import FasaError
 from fasa_edge.runtime.programs import find_program
+from fasa_edge.runtime.server_options import ServerOptions
 
-_N_BATCH, _N_UBATCH = 2048, 512  # of llama-server
-_MAX_SLOTS = 4  # as llama-server has them unless told otherwise
-_ALL_LAYERS = 999
-_CACHE_SHARE = 4  # contexts leave half of the memory: half of that for prompts that no slot holds any more
-_MAX_CACHE_MIB = 8192  # of llama-server
+import psutil
+
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens there is found here
 _POLL = 0.05  # seconds
 _GRACE = 10  # seconds for what the server is computing when it is to end
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a server takes of the machine.
-
-    Attributes:
-        n_ctx: cells of each slot.
-        n_slots: requests that are answered at once.
-        n_threads: of decoding.
-        n_threads_batch: of prompts.
-        n_gpu_layers: layers on the GPU, all if as many as 999; None where llama-server is to fit them.
-        cache_mib: memory for prompts that no slot holds any more.
-    """
-
-    n_ctx: int
-    n_slots: int
-    n_threads: int
-    n_threads_batch: int
-    n_gpu_layers: int | None
-    cache_mib: int
-
-    def arguments(self) -> list[str]:
-        """Return the options of llama-server that say so."""
-        options = {
-            "--ctx-size": self.n_ctx * self.n_slots,
-            "--parallel": self.n_slots,
-            "--threads": self.n_threads,
-            "--threads-batch": self.n_threads_batch,
-            "--gpu-layers": self.n_gpu_layers,
-            "--cache-ram": self.cache_mib,
-        }
-        return [word for name, value in options.items() if value is not None for word in (name, str(value))]
-
-
-def plan(
-    model_path: str | os.PathLike[str],
-    profile: str | os.PathLike[str] | None = None,
-    *,
-    n_ctx: int = 0,
-    n_slots: int = 0,
-    n_threads: int | None = None,
-    n_gpu_layers: int | None = None,
-) -> Plan:
-    """Choose what was not chosen: the longest context that memory holds, then slots of it, up to 4.
-
-    Args:
-        model_path: a GGUF file.
-        profile: FASA profile that replaces the model's own.
-        n_ctx: cells of each slot; 0: what the model was trained for, or less where memory does not hold it.
-        n_slots: requests that are answered at once; 0: as many as fit.
-        n_threads: of decoding; None: half of the CPUs.
-        n_gpu_layers: layers on the GPU, -1 for all; None: all if they fit there.
-
-    Raises:
-        ModelError: the model cannot be loaded, or memory does not hold it, or not with such a context.
-    """
-    n_cpus = os.cpu_count() or 1
-    n_threads = n_threads or max(n_cpus // 2, 1)
-
-    def longest(n_slots: int, n_layers: int) -> int:
-        model_params, context_params = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
-        model_params.n_gpu_layers = n_layers
-        context_params.n_threads, context_params.n_threads_batch = n_threads, n_cpus
-        context_params.swa_full = False  # as llama-server has it
-        params = model_path, profile, model_params, context_params, _N_BATCH, _N_UBATCH, False
-        return automatic_n_ctx(*params, n_slots=n_slots, is_loaded=False)
-
-    n_layers = _ALL_LAYERS if n_gpu_layers == -1 else n_gpu_layers
-    if n_layers is None and llama_cpp.llama_supports_gpu_offload():
-        with contextlib.suppress(ModelError):
-            longest(n_slots or 1, _ALL_LAYERS)
-            n_layers = _ALL_LAYERS
-    most = longest(n_slots or 1, n_layers or 0)
-    with without_weights(model_path) as model:
-        is_memory_short = most < llama_cpp.llama_model_n_ctx_train(model)
-    if n_ctx > most and is_memory_short:
-        raise ModelError(
-            f"memory does not hold {n_ctx} cells for each of {n_slots or 1} slots: {memory.available()}, which is room "
-            f"for {most}; lower the context or the slots"
-        )
-    if not n_slots:
-        wanted = min(n_ctx or most, most)
-
-        def fits(n: int) -> bool:
-            try:
-                return longest(n, n_layers or 0) >= wanted
-            except ModelError:  # not even a few cells each
-                return False
-
-        n_slots = next((n for n in range(_MAX_SLOTS, 1, -1) if fits(n)), 1)
-    free_mib = memory.available().n_bytes >> 20
-    return Plan(
-        n_ctx=n_ctx or most,
-        n_slots=n_slots,
-        n_threads=n_threads,
-        n_threads_batch=n_cpus,
-        n_gpu_layers=n_layers,
-        cache_mib=min(free_mib // _CACHE_SHARE, _MAX_CACHE_MIB),
-    )
+_PATIENCE = 120  # seconds in which a server that does not answer yet has to get on with something
+_STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of a file or of memory: less than that is no progress
 
 
 def free_port(host: str, port: int) -> int:
@@ -150,7 +50,9 @@ def free_port(host: str, port: int) -> int:
 def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Start llama-server, wait until it answers, and end it with the block.
 
-    What it logs goes to standard error. Signals of the terminal do not reach it: it ends when it is told to, once.
+    What it logs goes to standard error. Signals of the terminal do not reach it: it ends when it is told to, once. It
+    is killed when this process is, also by SIGKILL, and on Linux already when the thread that entered the block ends;
+    on Windows it is not.
 
     Args:
         host: address to listen on.
@@ -159,20 +61,15 @@ def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subproce
 
     Raises:
         LibraryError: the program was not built.
-        FasaError: it ended before it answered.
+        FasaError: it ended before it answered, or it does not get there.
     """
     command = [str(find_program("server")), "--host", host, "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    if os.name == "posix":
+        tied = Path(__file__).with_name("tied.py")
+        command = [sys.executable, "-I", "-S", str(tied), str(os.getpid()), *command]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        while not _answers(host, port):
-            try:
-                status = process.wait(_POLL)
-            except subprocess.TimeoutExpired:
-                continue
-            raise FasaError(
-                f"llama-server ended with status {status} before it could answer: see what it says above, -v shows all "
-                "of it; where memory is short, lower -c or --slots"
-            )
+        _wait_for(process, host, port, ServerOptions(arguments))
         yield process
     finally:
         process.terminate()
@@ -183,12 +80,62 @@ def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subproce
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
 
 
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(_ANY.get(host, host), port, timeout=5)
+def _wait_for(process: subprocess.Popen[bytes], host: str, port: int, options: ServerOptions) -> None:
+    """Wait until the server answers, for as long as it lives and gets on."""
+    moved, last = time.monotonic(), (0.0, 0, 0)
+    while not (_answers(host, port, options) and _listens(process, port)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(_POLL)
+            raise FasaError(
+                f"llama-server ended with status {status} before it could answer: see what it says above, -v shows all "
+                "of it; where memory is short, lower -c or --slots"
+            )
+        now = _work(process)
+        if any(
+            abs(a - b) >= step for a, b, step in zip(now, last, (_STRIDE_SECONDS, *2 * [_STRIDE_BYTES]), strict=True)
+        ):
+            moved, last = time.monotonic(), now
+        elif time.monotonic() - moved > _PATIENCE:
+            raise FasaError(
+                f"llama-server neither answers on port {port} of {host} nor does anything since {_PATIENCE} seconds: "
+                "see what it says above, -v shows all of it"
+            )
+
+
+def _work(process: subprocess.Popen[bytes]) -> tuple[float, int, int]:
+    """What grows while a process gets on: seconds of CPU time, bytes that it read, bytes of memory."""
     try:
-        connection.request("GET", "/health")
+        seen = psutil.Process(process.pid)
+        times = seen.cpu_times()
+        n_read = seen.io_counters().read_bytes if hasattr(seen, "io_counters") else 0  # not on macOS
+        return times.user + times.system, n_read, seen.memory_info().rss
+    except (OSError, psutil.Error):  # it has just ended
+        return 0.0, 0, 0
+
+
+def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether it is this process that listens: who came first may answer while it is about to find the port taken."""
+    try:
+        listening = psutil.Process(process.pid).net_connections("tcp")
+    except (OSError, psutil.Error):
+        return process.poll() is None  # the system does not say
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in listening)
+
+
+def _answers(host: str, port: int, options: ServerOptions) -> bool:
+    address = _ANY.get(host, host), port
+    if options.scheme == "https":
+        context = ssl.create_default_context()  # of a certificate that this machine may not know, and that it made
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(*address, timeout=5, context=context)
+    else:
+        connection = http.client.HTTPConnection(*address, timeout=5)
+    try:
+        connection.request("GET", f"{options.api_prefix}/health")
         return connection.getresponse().status == 200  # 503: it loads the model
     except (OSError, http.client.HTTPException):
         return False
