@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 # one thread, which does not spin: the machine is shared
 QUIET = ("--threads", "1", "--poll", "0", "--no-warmup", "--log-verbosity", "2", "--metrics", "--slots")
 
+PATIENCE = 600  # seconds, of what else would be waited for without end
 
 N_PROBS = 4
 TIE = 0.05  # of log probabilities: products of several rows differ from those of one, and cells are chosen by them
@@ -95,6 +98,17 @@ def fasa(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def program(name: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run one of llama.cpp's programs to its end."""
+    """Run one of llama.cpp's programs to its end, which a server has only where it refuses to run."""
     command = [find_program(name), *map(str, arguments)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options)
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": PATIENCE} | options
+    return subprocess.run(command, check=False, **options)
+
+
+def wait_until(happens: Callable[[], object], what: str) -> None:
+    """Fails where it has not happened after PATIENCE, of which only the pauses count: the machine may be stopped."""
+    pause = 0.02
+    for _ in range(int(PATIENCE / pause)):
+        if happens():
+            return
+        time.sleep(pause)
+    pytest.fail(f"{what}: not within {PATIENCE} seconds")

@@ -38,24 +38,24 @@ def write_repositories(folder: Path) -> dict[str, Path]:
         return out
 
     stories = path("ggml-org/test-model-stories260K", "stories260K-F32.gguf")
-    _decoder(stories, STORIES)
+    write_decoder(stories, STORIES)
     path("ggml-org/test-model-router-download", "stories260K-F16.gguf").write_bytes(stories.read_bytes())
-    _decoder(path("ggml-org/test-model-stories260K-infill", "stories260K-infill-F32.gguf"), INFILL, **FIM_IDS)
+    write_decoder(path("ggml-org/test-model-stories260K-infill", "stories260K-infill-F32.gguf"), INFILL, **FIM_IDS)
 
     split = path("ggml-org/models", "tinyllamas/split/stories15M-q8_0")
     _run("gguf-split", "--split", "--split-max-tensors", "8", stories, split)
-    _encoder(path("ggml-org/models", "bert-bge-small/ggml-model-f16.gguf"))
-    _encoder(path("ggml-org/models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"), ranks=True)
+    write_encoder(path("ggml-org/models", "bert-bge-small/ggml-model-f16.gguf"))
+    write_encoder(path("ggml-org/models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"), ranks=True)
 
-    _decoder(path("ggml-org/stories15M_MOE", "stories15M_MOE-F16.gguf"), WORDS, arch="llama-moe")
+    write_decoder(path("ggml-org/stories15M_MOE", "stories15M_MOE-F16.gguf"), WORDS, arch="llama-moe")
     _write_lora(path("ggml-org/stories15M_MOE", "moe_shakespeare15M.gguf"))
-    _decoder(path("ggml-org/tiny-llamas", "stories15M-q4_0.gguf"), WORDS)
+    write_decoder(path("ggml-org/tiny-llamas", "stories15M-q4_0.gguf"), WORDS)
 
     gemma = path("ggml-org/tinygemma3-GGUF", "tinygemma3-Q8_0.gguf")
-    _decoder(gemma, IMAGES, arch="gemma3", quantization="Q8_0", tokenizer__ggml__add_space_prefix=False)
-    _write_mmproj(gemma.with_name("mmproj-tinygemma3.gguf"))
+    write_decoder(gemma, IMAGES, arch="gemma3", quantization="Q8_0", tokenizer__ggml__add_space_prefix=False)
+    write_mmproj(gemma.with_name("mmproj-tinygemma3.gguf"))
     for seed, name in enumerate(("11_truck.png", "91_cat.png")):
-        _write_png(path("ggml-org/tinygemma3-GGUF", f"test/{name}"), seed)
+        write_png(path("ggml-org/tinygemma3-GGUF", f"test/{name}"), seed)
 
     path("ggml-org/test-preset-ci", "preset.ini").write_text(
         "[tinygemma3-preset]\nhf-repo = ggml-org/tinygemma3-GGUF:Q8_0\n\n"
@@ -87,7 +87,7 @@ WORDS = sentencepiece(list(dict.fromkeys(_prefixes("▁Hello", "▁hello") + PIE
 IMAGES = _with_control(WORDS, "<start_of_image>", "<end_of_image>")
 
 
-def _decoder(
+def write_decoder(
     path: Path, vocabulary: Vocabulary, arch: str = "llama", quantization: str | None = None, **keys: bool | int
 ) -> None:
     """A model annotated for FASA that, unless a grammar makes it, says letters only: no end, no tool call.
@@ -125,7 +125,7 @@ ENCODER_WORDS = (
 )
 
 
-def _encoder(path: Path, *, ranks: bool = False) -> None:
+def write_encoder(path: Path, *, ranks: bool = False) -> None:
     """A BERT that embeds, or ranks, with words, letters, and letters within words for tokens; it has no KV cache."""
     tokens = [
         "[PAD]",
@@ -168,7 +168,7 @@ def _write_lora(path: Path, rank: int = 4) -> None:
     _close(writer)
 
 
-def _write_mmproj(path: Path) -> None:
+def write_mmproj(path: Path) -> None:
     """A vision encoder of one layer: an image becomes 36 tokens."""
     n_embd, n_ff, n_head, patch, side, merge = 32, 64, 2, 4, 96, 4
     rng = np.random.default_rng(0)
@@ -215,7 +215,7 @@ def _close(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _write_png(path: Path, seed: int, side: int = 32) -> None:
+def write_png(path: Path, seed: int, side: int = 32) -> None:
     """Random pixels, RGB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:

@@ -6,21 +6,6 @@
 using json = common_json;
 
 //
-// server_fasa_request
-//
-
-json server_fasa_request::to_json(const server_fasa_stats & stats) const {
-    json res = stats.to_json();
-    if (budget > 0) {
-        res["fasa_budget"] = budget;
-    }
-    if (enabled >= 0) {
-        res["fasa_enabled"] = enabled != 0;
-    }
-    return res;
-}
-
-//
 // server_fasa_stats
 //
 
@@ -45,7 +30,7 @@ void server_fasa_stats::add(const llama_fasa_stats & steps) {
 }
 
 bool server_fasa_stats::empty() const {
-    return sum.n_steps_prompt + sum.n_steps_decode == 0;
+    return !is_shown && sum.n_steps_prompt + sum.n_steps_decode == 0;
 }
 
 static double fasa_read_ratio(const llama_fasa_stats & sum) {
@@ -126,33 +111,38 @@ std::string server_fasa_stats::to_metrics() const {
 // server_fasa
 //
 
-void server_fasa::init(llama_context * ctx_of_model) {
+bool server_fasa::init(llama_context * ctx_of_model) {
     ctx         = ctx_of_model;
     has_profile = llama_fasa_model_has_profile(llama_get_model(ctx));
     has_params  = llama_fasa_get_params(ctx, &params);
-    applied     = {};
+    turn        = defaults();
+    applied     = turn;
+
+    return has_params;
 }
 
-llama_fasa_params server_fasa::with(const server_fasa_request & request) const {
-    auto res = params;
-    if (request.budget > 0) {
-        res.budget = request.budget;
-    }
-    if (request.enabled >= 0) {
-        res.enabled = request.enabled != 0;
-    }
+server_fasa_request server_fasa::defaults() const {
+    server_fasa_request res;
+    res.budget  = has_profile ? params.budget : 0;
+    res.enabled = has_profile && params.enabled;
     return res;
 }
 
-std::string server_fasa::check(const server_fasa_request & request) const {
+std::string server_fasa::complete(server_fasa_request & request) const {
     if (!has_profile && (request.budget > 0 || request.enabled > 0)) {
         return "fasa_budget and fasa_enabled: the model has no FASA profile; make one with `fasa-edge convert`";
     }
-    const auto wanted = with(request);
-    if (has_profile && uint64_t(wanted.n_sink) + wanted.n_recent > wanted.budget) {
-        return "fasa_budget = " + std::to_string(wanted.budget) + " is below the " + std::to_string(wanted.n_sink) + " first and " +
-            std::to_string(wanted.n_recent) + " last tokens that are always attended to: choose " +
-            std::to_string(uint64_t(wanted.n_sink) + wanted.n_recent) + " or more";
+    const auto own = defaults();
+    if (request.budget == 0) {
+        request.budget = own.budget;
+    }
+    if (request.enabled == -1) {
+        request.enabled = own.enabled;
+    }
+    const uint64_t n_always = uint64_t(params.n_sink) + params.n_recent;
+    if (has_profile && n_always > uint64_t(request.budget)) {
+        return "fasa_budget = " + std::to_string(request.budget) + " is below the " + std::to_string(params.n_sink) + " first and " +
+            std::to_string(params.n_recent) + " last tokens that are always attended to: choose " + std::to_string(n_always) + " or more";
     }
     return "";
 }
@@ -162,9 +152,11 @@ void server_fasa::begin(bool is_prompt) {
         return;
     }
     if (has_profile && turn != applied) {
-        const auto wanted = with(turn);
+        auto wanted = params;
+        wanted.budget  = turn.budget;
+        wanted.enabled = turn.enabled != 0;
         if (!llama_fasa_set_params(ctx, &wanted)) {
-            throw std::runtime_error("the FASA settings of a request were refused"); // server_fasa::check let them pass
+            throw std::runtime_error("the FASA settings of a request were refused"); // server_fasa::complete let them pass
         }
         applied = turn;
     }

@@ -11,33 +11,37 @@
 struct server_fasa_stats {
     llama_fasa_stats sum = {};
 
+    bool is_shown = false; // also before the first step
+
     void add(const llama_fasa_stats & steps);
 
-    bool empty() const; // nothing ran where FASA could
+    bool empty() const; // nothing to show: nothing ran where FASA could
 
     common_json to_json() const;
     void        add_to_timings(common_json & timings) const; // flat, since clients take each of them for a number
     std::string to_metrics() const; // Prometheus
 };
 
-// what a request sets in place of the server's settings
+// what a request sets in place of the server's settings; once it has a slot: what is in force for it
 struct server_fasa_request {
-    int32_t budget  = 0;  // 0: the server's
+    int32_t budget  = 0;  // 0: the server's, or the model has no profile
     int32_t enabled = -1; // -1: the server's
 
     bool operator==(const server_fasa_request & other) const { return budget == other.budget && enabled == other.enabled; }
     bool operator!=(const server_fasa_request & other) const { return !(*this == other); }
-
-    common_json to_json(const server_fasa_stats & stats) const; // both
 };
 
 // Settings are of the context, so all of a batch have the same. Requests with different ones take turns, batch by batch.
 class server_fasa {
 public:
-    void init(llama_context * ctx_of_model);
+    bool init(llama_context * ctx_of_model); // whether the model has settings of FASA
 
-    // why the model cannot do what a request wants; "": it can
-    std::string check(const server_fasa_request & request) const;
+    // gives a request the server's settings where it has none
+    // why the model cannot do what it wants; "": it can
+    std::string complete(server_fasa_request & request) const;
+
+    // of requests that set nothing
+    server_fasa_request defaults() const;
 
     // the settings of the next batch: others than those of the last one, where slots wait that have them
     template <typename Slots>
@@ -57,7 +61,7 @@ public:
     // how many of n_tokens from off on go into one llama_decode: beside a part of a prompt, generated tokens would be dense
     template <typename Tokens>
     int32_t n_together(const Tokens & tokens, int32_t off, int32_t n_tokens) const {
-        if (!has_profile || !with(turn).enabled) {
+        if (!turn.enabled) {
             return n_tokens;
         }
         int32_t n = 1;
@@ -67,7 +71,7 @@ public:
         return n;
     }
 
-    // around llama_decode; is_prompt: the batch holds a part of a prompt, however short
+    // around llama_decode, also of an image; is_prompt: the batch holds a part of a prompt, however short
     void             begin(bool is_prompt);
     llama_fasa_stats end();
 
@@ -82,6 +86,4 @@ private:
     server_fasa_request applied;
     size_t              turn_slot = 0;
     llama_fasa_stats    before = {};
-
-    llama_fasa_params with(const server_fasa_request & request) const;
 };
