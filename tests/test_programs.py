@@ -119,15 +119,54 @@ def test_what_has_no_effect_is_said(model: Path, name: str, arguments: list[str]
     assert done.returncode == 0 and message in done.stdout + done.stderr
 
 
+BENCH = ("-p", 0, "-n", 4, "-d", 256, "-r", 1, "-t", 1, "--poll", 0)
+
+
+def bench(model: Path, *arguments: object) -> list[tuple[str, int]]:
+    """What the rows of llama-bench say of FASA."""
+    rows = json.loads(program("bench", "--model", model, *BENCH, *arguments, "-o", "json").stdout)
+    return [(row["fasa"], row["fasa_budget"]) for row in rows]
+
+
 def test_bench_has_columns(model: Path) -> None:
-    bench = ("--model", model, "-p", 0, "-n", 4, "-d", 256, "-r", 1, "-t", 1, "--poll", 0)
-    rows = json.loads(program("bench", *bench, "--fasa-budget", "-1,0,64", "-o", "json").stdout)
-    own = rows[0]["fasa_budget"]
-    assert own > 0 and [(row["fasa"], row["fasa_budget"]) for row in rows] == [(True, own), (False, 0), (True, 64)]
-    done = program("bench", *bench, "--fasa-budget", "1")
-    assert done.returncode == 1 and "--fasa-budget 1 is refused" in done.stderr
-    plain = json.loads(program("bench", "--model", model.with_name("tiny.gguf"), *bench[2:], "-o", "json").stdout)
-    assert plain[0]["fasa_budget"] == 0
+    (mode, own), *others = bench(model, "--fasa-budget", "-1,0,64")
+    assert mode == "on" and own > 0 and others == [("off", 0), ("on", 64)]
+    assert bench(model, "--fasa", "off,on,exact", "--fasa-budget", "0,64,128") == [
+        ("off", 0),  # once
+        *(("on", 64), ("on", 128)),
+        *(("exact", 64), ("exact", 128)),
+    ]
+    assert bench(model, "--fasa", "exact") == [("exact", own)]
+    table = program("bench", "--model", model, *BENCH, "--fasa", "off,exact").stdout
+    assert re.search(r"\| fasa +\| fasa_budget +\|", table) and re.search(r"\| off +\| +0 \|", table)
+    assert "fasa" not in program("bench", "--model", model, *BENCH).stdout.splitlines()[0]  # as its other columns
+
+
+def test_bench_takes_a_profile(model: Path, tmp_path: Path) -> None:
+    plain, profile = model.with_name("tiny.gguf"), tmp_path / "profile.gguf"
+    convert.convert(model, profile=profile, tokens=512, force=True, check=False)
+    assert bench(plain) == bench(plain, "--fasa", "on") == [("off", 0)]
+    assert bench(plain, "--fasa", "off,exact") == [("off", 0), ("exact", 0)]
+    own = convert.inspect(profile).profile.config.budget
+    assert bench(plain, "--fasa-profile", profile, "--fasa", "off,on,exact") == [
+        ("off", 0),
+        ("on", own),
+        ("exact", own),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--fasa", "maybe"], "invalid parameter for argument: --fasa\n"),
+        (["--fasa-budget", "-2"], "invalid parameter for argument: --fasa-budget"),
+        (["--fasa-budget", "1"], "--fasa-budget 1 is refused for model"),
+        (["--fasa-profile", "no-such.gguf"], "--fasa-profile no-such.gguf is no profile of model"),
+    ],
+)
+def test_bad_options_of_bench(model: Path, arguments: list[str], message: str) -> None:
+    done = program("bench", "--model", model, *BENCH, *arguments)
+    assert done.returncode == 1 and message in done.stderr
 
 
 # The server

@@ -23,13 +23,23 @@ static void fasa_override(common_params & params, const char * key, bool value) 
     fasa_override(params, key, LLAMA_KV_OVERRIDE_TYPE_BOOL).val_bool = value;
 }
 
+static void fasa_use_profile(common_params & params, const std::string & path) {
+    params.fasa_profile = path;
+    // the model's own is left out, whatever its state
+    fasa_override(params, "fasa.version", LLAMA_KV_OVERRIDE_TYPE_INT).val_i64 = 0;
+}
+
+bool common_fasa_is_mode(const std::string & mode) {
+    return mode == "off" || mode == "on" || mode == "exact";
+}
+
 void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
     add_opt(common_arg(
         {"--fasa"}, "off|on|exact",
         "sparse attention of a model that carries a FASA profile; exact: what stays dense on the CPU, prompts as well, is attended "
         "to with FASA's kernels, all cells (default: on, with a profile)",
         [](common_params & params, const std::string & value) {
-            if (value != "off" && value != "on" && value != "exact") {
+            if (!common_fasa_is_mode(value)) {
                 throw std::invalid_argument("error: --fasa " + value + ": choose off, on or exact\n");
             }
             fasa_override(params, "fasa.enabled", value != "off");
@@ -55,9 +65,7 @@ void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
         {"--fasa-profile"}, "FNAME",
         "FASA profile in place of the model's own, made with `fasa-edge convert --profile`",
         [](common_params & params, const std::string & value) {
-            params.fasa_profile = value;
-            // the model's own is left out, whatever its state
-            fasa_override(params, "fasa.version", LLAMA_KV_OVERRIDE_TYPE_INT).val_i64 = 0;
+            fasa_use_profile(params, value);
         }
     ).set_env("LLAMA_ARG_FASA_PROFILE"));
 }
@@ -101,21 +109,57 @@ void common_fasa_warn(const llama_context * ctx, const common_params & params) {
     }
 }
 
-int common_fasa_budget(const llama_context * ctx) {
-    llama_fasa_params fasa;
-
-    return llama_fasa_get_params(ctx, &fasa) && fasa.enabled && llama_fasa_model_has_profile(llama_get_model(ctx)) ? fasa.budget : 0;
+std::vector<common_fasa_test> common_fasa_tests(const std::vector<std::string> & modes, const std::vector<int> & budgets) {
+    std::vector<common_fasa_test> res;
+    bool has_off = false;
+    for (const auto & mode : modes) {
+        for (const int budget : budgets) {
+            const bool is_off = mode == "off" || budget == 0;
+            if (!is_off) {
+                res.push_back({ mode, budget });
+            } else if (!has_off) {
+                res.push_back({ "off", -1 });
+                has_off = true;
+            }
+        }
+    }
+    return res;
 }
 
-bool common_fasa_set_budget(llama_context * ctx, int budget) {
+common_params common_fasa_params(const std::vector<common_fasa_test> & tests, const std::string & profile) {
+    common_params res;
+    if (!profile.empty()) {
+        fasa_use_profile(res, profile);
+    }
+    // without a profile this is of the model's loading, with one it is set for each test
+    if (std::any_of(tests.begin(), tests.end(), [](const auto & test) { return test.mode == "exact"; })) {
+        fasa_override(res, "fasa.exact", true);
+    }
+    res.kv_overrides.emplace_back().key[0] = 0;
+    return res;
+}
+
+bool common_fasa_apply(llama_context * ctx, const common_fasa_test & test) {
+    const bool has_profile = llama_fasa_model_has_profile(llama_get_model(ctx));
     llama_fasa_params fasa;
-    const bool has_params = llama_fasa_get_params(ctx, &fasa);
-    if (budget == -1 || (budget == 0 && !has_params)) {
-        return true;
+    if (!llama_fasa_get_params(ctx, &fasa)) {
+        return test.budget == -1; // dense, whatever the mode
     }
-    fasa.enabled = budget != 0;
-    if (fasa.enabled) {
-        fasa.budget = budget;
+    if (!test.mode.empty()) {
+        fasa.enabled = has_profile && test.mode != "off";
+        fasa.exact   = test.mode == "exact";
     }
-    return budget >= 0 && llama_fasa_set_params(ctx, &fasa);
+    if (test.budget != -1) {
+        fasa.enabled = true;
+        fasa.budget  = test.budget;
+    }
+    return llama_fasa_set_params(ctx, &fasa);
+}
+
+common_fasa_test common_fasa_applied(const llama_context * ctx) {
+    llama_fasa_params fasa;
+    if (!llama_fasa_get_params(ctx, &fasa)) {
+        return { "off", 0 };
+    }
+    return { fasa.exact ? "exact" : fasa.enabled ? "on" : "off", fasa.enabled ? int(fasa.budget) : 0 };
 }
