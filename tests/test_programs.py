@@ -7,9 +7,9 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from fasa_edge import convert
@@ -18,7 +18,7 @@ from fasa_edge.runtime import programs
 
 import pytest
 from click.testing import CliRunner
-from llama_server import QUIET, Server, fasa, is_same, program
+from llama_server import PATIENCE, QUIET, Server, fasa, is_same, program, wait_until
 from runtime import TEXTS, annotated_tiny
 
 pytestmark = pytest.mark.programs
@@ -52,10 +52,11 @@ def test_every_program_runs(name: str) -> None:
 def test_the_command_runs_them(model: Path) -> None:
     command = [sys.executable, "-m", "fasa_edge.cli", "llama", "gguf-split", "--help"]
     main = [sys.executable, "-c", "from fasa_edge.cli import main; main()", *command[3:]]
-    done = subprocess.run(main, capture_output=True, text=True, check=False)
+    run = partial(subprocess.run, main, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    done = run()
     assert done.returncode == 0 and "--split" in done.stdout
     main[-2:] = ["quantize", "no-such.gguf", "out.gguf", "Q4_0"]
-    done = subprocess.run(main, capture_output=True, text=True, check=False)
+    done = run()
     assert done.returncode == 1 and "no-such.gguf" in done.stdout + done.stderr
 
 
@@ -250,8 +251,10 @@ def test_requests_with_other_settings_take_turns(server: Server) -> None:
     alone = [server.complete(OTHER, 24, **fields) for fields in settings]
     with ThreadPoolExecutor() as pool:
         long = pool.submit(server.complete, PROMPT, 3000)
-        while not any(slot.get("fasa", {}).get("n_layers_sparse") for slot in server.ask("/slots")):
-            time.sleep(0.01)
+        wait_until(
+            lambda: any(slot.get("fasa", {}).get("n_layers_sparse") for slot in server.ask("/slots")),
+            "the long one decodes",
+        )
         together = list(pool.map(lambda fields: server.complete(OTHER, 24, **fields), settings))
         assert not long.done()
         answer = long.result()
@@ -346,12 +349,19 @@ def test_grammars(server: Server) -> None:
     assert fasa(answer)["n_layers_sparse"] > 0
 
 
-def test_a_client_that_leaves_stops_its_slot(server: Server) -> None:
-    body = json.dumps({"prompt": PROMPT, "n_predict": 100000, "ignore_eos": True, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        head = f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
-        client.recv(64)
-    while any(slot["is_processing"] for slot in server.ask("/slots")):
-        time.sleep(0.05)
-    assert len(server.complete(PROMPT, 4)["tokens"]) == 4
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_slot(model: Path, stream: bool) -> None:
+    """Its answer would have no end, contexts shift; also while others, here /slots, are answered all the time."""
+    body = json.dumps({"prompt": PROMPT, "n_predict": 10**8, "ignore_eos": True, "stream": stream}).encode()
+    head = f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with Server(model, "--ctx-size", 512, "--context-shift") as server:
+        n_steps = lambda: server.metrics()['llamacpp:fasa_steps_total{kind="decode"}']  # noqa: E731
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+            client.sendall(head.encode() + body)
+            wait_until(lambda: n_steps() > 512, "a context is full")
+            assert server.ask("/slots")[0]["is_processing"]
+        wait_until(lambda: not server.ask("/slots")[0]["is_processing"], "the slot is free again")
+        stopped = n_steps()
+        assert stopped < 10**7  # well before its end
+        assert len(server.complete(PROMPT, 5)["tokens"]) == 5
+        assert n_steps() == stopped + 4
