@@ -86,7 +86,7 @@ class Method:
         """
         if not self.sparse:
             return {"enabled": False, "exact": False, "policy": "fasa"}
-        own = {
+        own: dict[str, Value] = {
             "enabled": True,
             "min_ctx": 1,
             "budget": self.budget or n_ctx,
