@@ -8,10 +8,13 @@ from typing import Any
 
 from fasa_edge import DocumentStore
 from fasa_edge.eval import Evaluation, evaluate
+from fasa_edge.eval.methods import DENSE
+from fasa_edge.eval.runner import Runner
 from fasa_edge.runtime import context_states
 
 import numpy as np
 import pytest
+from runtime import TEXTS
 
 N_BATCH = 128
 
@@ -71,6 +74,24 @@ def test_what_a_store_has_of_other_texts_changes_nothing(model: Path, text: Path
     found = run(model, text, tmp_path, prefixes=[700])
     assert figures(found) == figures(wanted)
     assert found.n_restored >= 700 // N_BATCH * N_BATCH
+
+
+def test_what_was_read_before_changes_nothing(model: Path) -> None:
+    """Nor what memory has of it."""
+    tokens = TEXTS[0][:720]
+    with Runner(str(model), 1024, n_batch=N_BATCH) as runner:
+        runner.prefill(tokens[:700])
+        wanted = runner.decode(tokens[700:], DENSE).logits
+        for before in (tokens[:500], tokens[:690] + TEXTS[1][:100], TEXTS[1][:300]):
+            n_read = runner.n_read
+            runner.prefill(before)
+            runner.prefill(tokens[:700])
+            assert np.array_equal(runner.decode(tokens[700:], DENSE).logits, wanted)
+        assert runner.n_read - n_read == 300 + 700
+        runner.prefill(tokens[:690])
+        n_read = runner.n_read
+        runner.prefill(tokens[:700])
+        assert runner.n_read - n_read == 700 % N_BATCH  # the last batch
 
 
 @pytest.mark.parametrize("arch", ["llama", "lfm2"])

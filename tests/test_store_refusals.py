@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fasa_edge import DocumentCache, DocumentStore, FasaError
+from fasa_edge import DocumentCache, DocumentStore, FasaConfig, FasaError
 from fasa_edge.io import block_file
 from fasa_edge.runtime import sequence, state_layout, stored_states
 from fasa_edge.runtime.library import llama_cpp
@@ -26,8 +26,9 @@ from documents import (
     load,
     refused,
 )
-from runtime import TEXTS, annotated_tiny, check, last_logits
+from runtime import TEXTS, TINY_BUDGET, annotated_tiny, check, last_logits
 from tiny_models import Shape, make_model
+from unchecked import convert
 
 
 @pytest.mark.check
@@ -252,8 +253,10 @@ def test_models_that_differ_in_their_profile_share_what_is_read_densely(model: P
         llm.close()
     # but not what was read by blocks, which they choose
     settings = {f"fasa_{name}": value for name, value in BY_BLOCKS.items()}
+    config = FasaConfig(budget=TINY_BUDGET, n_sink=4, n_recent=8, n_dense_layers=0, min_ctx=1)
+    third = convert(plain, tmp_path / "third.gguf", tokens=600, config=config).path
     fill(model, tmp_path / "store", **settings)
-    for path, n_restored in ((other, 0), (model, N_DOCUMENT - 1)):
+    for path, n_restored in ((other, 0), (third, 0), (model, N_DOCUMENT - 1)):
         llm = load(path, tmp_path / "store", **settings)
         answer(llm, DOCUMENT, 1)
         assert llm.documents.report.n_restored == n_restored

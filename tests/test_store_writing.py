@@ -77,9 +77,8 @@ def test_an_interrupted_write(model: Path, tmp_path: Path, monkeypatch: pytest.M
     refused(model, tmp_path, N_BLOCK)
 
 
-@pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read is stored after each batch."""
+    """Store what was read after each batch."""
     monkeypatch.setattr(context_states, "_SECONDS", 0)
     monkeypatch.setattr(context_states, "_SHARE", 0)
 
@@ -148,16 +147,19 @@ next(llm.generate(list(map(int, sys.argv[3].split())), temp=0.0))
     read_on(models(arch), tmp_path / "store", N_BLOCK, 0)
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
-def test_what_is_stored_on_the_way_leaves_nothing_behind(models, arch: str, tmp_path: Path) -> None:
+def test_what_is_stored_on_the_way_leaves_nothing_behind(
+    models, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(models(arch), tmp_path / "whole", **BATCHES)
+    always(monkeypatch)
     read_on(models(arch), tmp_path / "store", 0, 0)
 
 
-@pytest.mark.usefixtures("always")
 def test_what_cannot_be_stored_on_the_way_is_not_tried_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    always(monkeypatch)
     n_saved = itertools.count()
     monkeypatch.setattr(state_layout, "parse", lambda *arguments: None if next(n_saved) >= 0 else ())
     llm = load(model, tmp_path, **BATCHES)
