@@ -98,7 +98,9 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
     args = ("--prefix", 200, "--blocks", 1, "--n-tokens", 8, "--budgets", 64, "-t", 1, "--set", "n_sink=0")
     args += ("--set", "n_dense_layers=0", "--resume", tmp_path / "r.jsonl")
     n_bytes = (tmp_path / "r.jsonl").stat().st_size
-    assert json.loads(run("eval", model, *args, "--json").stdout) == json.loads(json.dumps(found.as_dict()))
+    again = json.loads(run("eval", model, *args, "--json").stdout)
+    assert (found.n_read, again["n_read"]) == (200, 0)
+    assert again | {"n_read": 200} == json.loads(json.dumps(found.as_dict()))
     assert (tmp_path / "r.jsonl").stat().st_size == n_bytes
     with pytest.raises(FasaError, match="jsonl and a file of prompts .* go together"):
         evaluate(model, tasks=["jsonl"])
@@ -107,6 +109,17 @@ def test_evaluate(model: Path, tmp_path: Path) -> None:
             evaluate(model, **nothing)
     with pytest.raises(FasaError, match="task 'x' is unknown"):
         evaluate(model, tasks=["x"])
+
+
+def test_eval_keeps_what_it_reads(model: Path, tmp_path: Path) -> None:
+    args = ("eval", model, "--prefix", 300, "--blocks", 1, "--n-tokens", 8, "-t", 1, "--json")
+    found = [run(*args, "--budgets", budget, "--cache", tmp_path / "store") for budget in (64, 64, 128)]
+    for result, n_restored in zip(found, (0, 300, 300), strict=True):
+        assert f"{n_restored} of 300 tokens of prefixes from the cache" in result.stderr
+        assert json.loads(result.stdout)["n_restored"] == n_restored
+    figures = [json.loads(result.stdout)["text"] for result in found]
+    assert figures[0] == figures[1] and figures[2] == json.loads(run(*args, "--budgets", 128).stdout)["text"]
+    assert "--cache-size has no effect with no --cache" in run(*args, "--cache-size", 1, code=2).stderr
 
 
 @pytest.mark.check

@@ -45,13 +45,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_runner(tiny: Path):
-    with Runner(str(tiny), 1024, n_threads=2) as opened:
+    with Runner(str(tiny), 1024, n_threads=2, n_batch=100) as opened:  # in which prefixes are shared
         yield opened
 
 
 @pytest.fixture(scope="module")
 def real_runner(fasa_model_path: Path):
-    with Runner(str(fasa_model_path), 600, n_threads=2) as opened:
+    with Runner(str(fasa_model_path), 600, n_threads=2, n_batch=64) as opened:
         yield opened
 
 

@@ -87,7 +87,10 @@ def test_what_was_read_before_changes_nothing(model: Path) -> None:
             runner.prefill(before)
             runner.prefill(tokens[:700])
             assert np.array_equal(runner.decode(tokens[700:], DENSE).logits, wanted)
-        assert runner.n_read - n_read == 300 + 700
+        runner.prefill(tokens[:690], observe=True)  # with other attention
+        runner.prefill(tokens[:700])
+        assert np.array_equal(runner.decode(tokens[700:], DENSE).logits, wanted)
+        assert runner.n_read - n_read == 300 + 700 + 690 + 700
         runner.prefill(tokens[:690])
         n_read = runner.n_read
         runner.prefill(tokens[:700])
