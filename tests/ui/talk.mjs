@@ -93,5 +93,15 @@ await toggle.click();
 seen.switch.push(await toggle.isChecked());
 await ask('And who wrote it?', '4-dense');
 
+// A server that says what budget an answer had is believed.
+await page.route('**/chat/completions', async (route) => {
+    const response = await route.fetch({ timeout: PATIENCE });
+    const body = (await response.text()).replaceAll('"fasa_read_ratio"', '"fasa_budget":123,"fasa_read_ratio"');
+    await route.fulfill({ response, body });
+});
+await toggle.click();
+seen.switch.push(await toggle.isChecked());
+await ask('Why?', '5-told');
+
 await browser.close();
 console.log(JSON.stringify(seen));

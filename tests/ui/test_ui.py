@@ -41,20 +41,21 @@ def test_talk(server: Server, tmp_path: Path) -> None:
     seen = json.loads(done.stdout)
 
     assert not seen["errors"]
-    assert seen["switch"] == [True, False]
-    # nothing was chosen before the switch was touched; what was pasted is in both
-    assert [request["fasa_enabled"] for request in seen["requests"]] == [None, False]
+    assert seen["switch"] == [True, False, True]
+    # nothing was chosen before the switch was touched; what was pasted is in all
+    assert [request["fasa_enabled"] for request in seen["requests"]] == [None, False, True]
     words = document.read_text(encoding="utf-8").split()[-5:]
     assert all(word in request["text"] for request in seen["requests"] for word in words if word.isalpha())
 
-    sparse, dense = seen["answers"]
+    sparse, dense, told = seen["answers"]
     assert sparse["n_states"] > 2 and dense["n_states"] > 2  # they grew while they were watched
     assert sparse["strip"][0] == "FASA" and sparse["strip"][-1] == f"budget {BUDGET}"
     assert dense["strip"][0] == "dense: disabled"
+    assert told["strip"][0] == "FASA" and told["strip"][-1] == "budget 123"  # what the answer says, not the browser
     for answer in seen["answers"]:
         assert answer["strip"][1].endswith(" tokens/s")
     read = [int(answer["strip"][2].split("%")[0]) for answer in seen["answers"]]
-    assert read[0] < 100 and read[1] == 100
+    assert read[0] < 100 and read[1] == 100 and read[2] < 100
     assert {path.name for path in screenshots.iterdir()} >= {
-        f"{name}.png" for name in ("1-open", "2-pasted", "3-fasa-answered", "4-dense-answered")
+        f"{name}.png" for name in ("1-open", "2-pasted", "3-fasa-answered", "4-dense-answered", "5-told-answered")
     }

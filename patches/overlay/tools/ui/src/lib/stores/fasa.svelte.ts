@@ -2,7 +2,7 @@
  * fasaStore - FASA (Frequency-Aware Sparse Attention) in the server
  *
  * Holds the choice between dense attention and FASA, which goes into every request, and
- * what the last request asked for. The choice is the server's until it is made, and again
+ * the budget that the last request asked for, if any. The choice is the server's until it is made, and again
  * after a reload: nothing slow or inexact is left behind unseen.
  */
 
@@ -12,7 +12,7 @@ import type { FasaSettings, FasaTimings } from '$lib/types/fasa';
 const DENSE = 'fasa_n_layers_dense_'; // a reason follows
 
 class FasaStore {
-	private budget: number | undefined;
+	private asked: number | undefined;
 	private choice = $state<boolean | null>(null);
 
 	/** Whether there is anything to choose: the model has a profile. */
@@ -36,10 +36,13 @@ class FasaStore {
 	request(body: { fasa_budget?: number; fasa_enabled?: boolean }): void {
 		if (this.available && this.choice !== null) body.fasa_enabled ??= this.choice;
 
-		this.budget = body.fasa_budget ?? this.settings?.budget;
+		this.asked = body.fasa_budget;
 	}
 
-	/** Gathers the counters of an answer, to be stored with what its request asked for. */
+	/**
+	 * Gathers the counters of an answer. Its budget is what the server says of it; one that does
+	 * not say has answered with what was asked for, which it refuses or obeys, or with its own.
+	 */
 	answer(timings: { fasa?: FasaTimings }): void {
 		const counters = timings as unknown as Record<string, number>;
 
@@ -53,7 +56,7 @@ class FasaStore {
 					.map(([name, n]) => [name.slice(DENSE.length), n])
 			),
 			read_ratio: counters.fasa_read_ratio,
-			budget: this.budget
+			budget: counters.fasa_budget ?? this.asked ?? this.settings?.budget
 		};
 	}
 }

@@ -16,6 +16,6 @@ export interface FasaTimings {
 	n_layers_dense: Record<string, number>;
 	/** bytes that attention read for decoded tokens, over what dense attention would have read */
 	read_ratio: number;
-	/** cells that the request asked for; written here, not by the server */
+	/** cells that a decoded token attended to in each sparse layer */
 	budget?: number;
 }
