@@ -23,7 +23,7 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens there is found here
 _POLL = 0.05  # seconds
 _GRACE = 10  # seconds for what the server is computing when it is to end
 _PATIENCE = 120  # seconds in which a server that does not answer yet has to get on with something
-_STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of a file or of memory: less than that is no progress
+_STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of files or of memory: less than that is no progress
 
 
 def free_port(host: str, port: int) -> int:
@@ -107,12 +107,13 @@ def _wait_for(process: subprocess.Popen[bytes], host: str, port: int, options: S
 
 
 def _work(process: subprocess.Popen[bytes]) -> tuple[float, int, int]:
-    """What grows while a process gets on: seconds of CPU time, bytes that it read, bytes of memory."""
+    """What grows while a process gets on: seconds of CPU time, bytes read and written, bytes of memory."""
     try:
         seen = psutil.Process(process.pid)
         times = seen.cpu_times()
-        n_read = seen.io_counters().read_bytes if hasattr(seen, "io_counters") else 0  # not on macOS
-        return times.user + times.system, n_read, seen.memory_info().rss
+        on_disk = seen.io_counters() if hasattr(seen, "io_counters") else None  # not on macOS
+        n_bytes = on_disk.read_bytes + on_disk.write_bytes if on_disk else 0  # of the model, of one that it downloads
+        return times.user + times.system, n_bytes, seen.memory_info().rss
     except (OSError, psutil.Error):  # it has just ended
         return 0.0, 0, 0
 
