@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from llama_server import Server, fasa, wait_until
 from server_suite.models import (
@@ -19,6 +21,7 @@ from server_suite.models import (
     SHAPE,
     SPARSE,
     write_decoder,
+    write_ears,
     write_encoder,
     write_mmproj,
     write_png,
@@ -193,3 +196,45 @@ def test_images_are_read_with_the_settings_of_their_request(picture: tuple[Serve
             assert found["n_steps_prompt"] == 4 and ("disabled" in found["n_layers_dense"]) == bool(mine)
             assert (found["n_layers_sparse"] == 0) == bool(mine)
             long.result()
+
+
+# Sounds
+
+
+@pytest.fixture(scope="module")
+def ears(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that hears; the last of a sound's 150 tokens is decoded by itself, causally."""
+    path = tmp_path_factory.mktemp("sounds") / "ears.gguf"
+    write_ears(path)
+    with Server(model, "--mmproj", path, "--batch-size", 149) as server:
+        yield server
+
+
+def transcribed(server: Server, **fields: object) -> dict[str, float]:
+    """By how much the transcription of a second of noise raised FASA's counters; the answer has no timings."""
+    samples = np.random.default_rng(0).integers(-9999, 9999, 16000, dtype=np.int16).tobytes()
+    sizes = 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", len(samples)
+    sound = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", *sizes) + samples
+    parts = [(f'name="{name}"', str(value).encode()) for name, value in ({"max_tokens": N_PREDICT} | fields).items()]
+    parts.append(('name="file"; filename="noise.wav"', sound))
+    body = b"".join(b"--x\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (p[0].encode(), p[1]) for p in parts)
+    before = server.metrics()
+    server.post("/v1/audio/transcriptions", body + b"--x--\r\n", "multipart/form-data; boundary=x")
+    after = server.metrics()
+    return {name.removeprefix("llamacpp:fasa_"): after[name] - before[name] for name in after if "fasa" in name}
+
+
+def test_transcriptions(ears: Server) -> None:
+    own, wide, dense = (transcribed(ears, **fields) for fields in ({}, {"fasa_budget": 16}, {"fasa_enabled": "false"}))
+    assert own['steps_total{kind="decode"}'] == N_PREDICT - 1
+    assert own["layers_sparse_total"] == (N_PREDICT - 1) * SHAPE.n_layer and dense["layers_sparse_total"] == 0
+    read = 'read_bytes_total{of="kv"}'
+    assert own[read] < wide[read] < dense[read]
+
+
+@pytest.mark.parametrize("fields", [{"fasa_budget": "much"}, {"fasa_enabled": "perhaps"}, {"fasa_budget": 2}])
+def test_what_transcriptions_refuse(ears: Server, fields: dict[str, object]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        transcribed(ears, **fields)
+    (name,) = fields
+    assert raised.value.code == 400 and name in json.loads(raised.value.read())["error"]["message"]

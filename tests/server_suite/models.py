@@ -171,7 +171,6 @@ def _write_lora(path: Path, rank: int = 4) -> None:
 def write_mmproj(path: Path) -> None:
     """A vision encoder of one layer: an image becomes 36 tokens."""
     n_embd, n_ff, n_head, patch, side, merge = 32, 64, 2, 4, 96, 4
-    rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("gemma3")
@@ -191,20 +190,61 @@ def write_mmproj(path: Path) -> None:
         "v.patch_embd.weight": (n_embd, 3, patch, patch),
         "v.patch_embd.bias": (n_embd,),
         "v.position_embd.weight": ((side // patch) ** 2, n_embd),
-        "v.blk.0.ffn_up.weight": (n_ff, n_embd),
-        "v.blk.0.ffn_up.bias": (n_ff,),
-        "v.blk.0.ffn_down.weight": (n_embd, n_ff),
-        "v.blk.0.ffn_down.bias": (n_embd,),
         "mm.input_projection.weight": (n_embd, SHAPE.n_embd),
         "mm.soft_emb_norm.weight": (n_embd,),
     }
+    _write_encoder_layer(writer, "v", n_embd, n_ff, shapes)
+
+
+def write_ears(path: Path) -> None:
+    """An audio encoder of one layer: half a minute, to which sounds are filled up, becomes 150 tokens."""
+    n_embd, n_ff, n_head, n_mel, n_pos, stack, n_mid = 32, 64, 2, 80, 1500, 10, 16
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_clip_has_audio_encoder(True)
+    writer.add_clip_projector_type("ultravox")
+    writer.add_audio_embedding_length(n_embd)
+    writer.add_audio_feed_forward_length(n_ff)
+    writer.add_audio_block_count(1)
+    writer.add_audio_head_count(n_head)
+    writer.add_audio_projection_dim(SHAPE.n_embd)
+    writer.add_audio_attention_layernorm_eps(1e-5)
+    writer.add_audio_num_mel_bins(n_mel)
+    writer.add_audio_stack_factor(stack)  # divides n_pos: upstream rounds up here and down there
+    shapes = {
+        "a.conv1d.1.weight": (n_embd, n_mel, 3),
+        "a.conv1d.1.bias": (n_embd, 1),
+        "a.conv1d.2.weight": (n_embd, n_embd, 3),
+        "a.conv1d.2.bias": (n_embd, 1),
+        "a.position_embd.weight": (n_pos, n_embd),
+        "mm.a.norm_pre.weight": (n_embd * stack,),
+        "mm.a.mlp.1.weight": (2 * n_mid, n_embd * stack),
+        "mm.a.norm_mid.weight": (n_mid,),
+        "mm.a.mlp.2.weight": (SHAPE.n_embd, n_mid),
+    }
+    _write_encoder_layer(writer, "a", n_embd, n_ff, shapes)
+
+
+def _write_encoder_layer(
+    writer: gguf.GGUFWriter, prefix: str, n_embd: int, n_ff: int, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """A transformer's layer besides these tensors, all random, and the end of the file."""
+    shapes |= {
+        f"{prefix}.blk.0.ffn_up.weight": (n_ff, n_embd),
+        f"{prefix}.blk.0.ffn_up.bias": (n_ff,),
+        f"{prefix}.blk.0.ffn_down.weight": (n_embd, n_ff),
+        f"{prefix}.blk.0.ffn_down.bias": (n_embd,),
+    }
     for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
-        shapes |= {f"v.blk.0.{name}.weight": (n_embd, n_embd), f"v.blk.0.{name}.bias": (n_embd,)}
+        shapes[f"{prefix}.blk.0.{name}.weight"] = (n_embd, n_embd)
+        if (prefix, name) != ("a", "attn_k"):
+            shapes[f"{prefix}.blk.0.{name}.bias"] = (n_embd,)
     for name in ("blk.0.ln1", "blk.0.ln2", "post_ln"):
-        shapes |= {f"v.{name}.weight": (n_embd,), f"v.{name}.bias": (n_embd,)}
+        shapes |= {f"{prefix}.{name}.weight": (n_embd,), f"{prefix}.{name}.bias": (n_embd,)}
+    rng = np.random.default_rng(0)
     for name, shape in shapes.items():
-        values = rng.standard_normal(shape, dtype=np.float32)
-        writer.add_tensor(name, values / np.float32(np.sqrt(np.prod(shape[1:]))))
+        values = rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
+        is_kernel = "conv1d" in name and len(shape) == 3
+        writer.add_tensor(name, values.astype(np.float16) if is_kernel else values)
     _close(writer)
 
 
