@@ -104,7 +104,9 @@ class FasaConfig:
     n_recent: int = _setting(32, "Last tokens, always attended to.", limits=(0, INT32_MAX))
     n_dense_layers: int = _setting(1, "First layers, which stay dense.", limits=(0, INT32_MAX), is_fixed=True)
     min_ctx: int = _setting(
-        0, "Sparse from this many cells on; 0: twice the budget, on a GPU from where it pays.", limits=(0, INT32_MAX)
+        0,
+        "Sparse from this many cells on; 0: from where the budget is half of them, on a GPU from where it pays.",
+        limits=(0, INT32_MAX),
     )
     max_batch: int = _setting(  # a decoded token and the 10 that llama-cpp-python's draft model adds
         16, "A batch with more tokens of one sequence is a prompt and runs dense.", limits=(1, 64)

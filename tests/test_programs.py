@@ -205,7 +205,7 @@ def test_streamed_timings(server: Server) -> None:
 def test_properties(server: Server, model: Path) -> None:
     found, profile = server.ask("/props")["fasa"], convert.inspect(model).profile
     assert found["profile"] and found["enabled"] and not found["exact"]
-    for name in ("budget", "n_sink", "n_recent", "min_ctx", "max_batch", "n_dense_layers", "select"):
+    for name in ("budget", "budget_ctx", "n_sink", "n_recent", "min_ctx", "max_batch", "n_dense_layers", "select"):
         assert found[name] == getattr(profile.config, name)
     assert found["n_tip"] == profile.n_tip and found["tips_size"] > 0
 
@@ -216,6 +216,8 @@ def test_settings_of_a_request(server: Server) -> None:
     )
     assert fasa(dense)["n_layers_sparse"] == 0 and set(fasa(dense)["n_layers_dense"]) == {"disabled"}
     assert fasa(dense)["read_ratio"] == 1
+    own_budget = server.ask("/props")["fasa"]["budget"]
+    assert [fasa(answer)["budget"] for answer in (own, wide, dense)] == [own_budget, 256, 0]
     assert fasa(own)["bytes_kv"] < fasa(wide)["bytes_kv"] < fasa(dense)["bytes_kv"]
     assert not is_same(own, dense) and not is_same(own, wide)  # attention of the random model is wide
     again = server.complete(PROMPT, fasa_budget=None, fasa_enabled=True)

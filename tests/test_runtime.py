@@ -152,6 +152,16 @@ def test_counters(llm, tokens) -> None:
     assert stats.tips_size >= 29 * 4096 * 3 * 24
 
 
+@pytest.mark.parametrize(
+    ("budget", "budget_ctx", "min_ctx"), [(512, 4096, 1024), (8192, 4096, 65536), (512, 128, 8192), (8192, 0, 16384)]
+)
+def test_a_step_is_sparse_from_where_its_budget_is_half_of_the_cells(llm, budget, budget_ctx, min_ctx) -> None:
+    llm.fasa.configure(enabled=True, budget=budget, budget_ctx=budget_ctx, min_ctx=0)
+    assert llm.fasa.stats().min_ctx == min_ctx
+    assert budget * max(1, min_ctx / (budget_ctx or min_ctx)) ** 0.5 == min_ctx / 2
+    llm.fasa.configure(budget_ctx=4096)
+
+
 def test_short_contexts_and_prompts_run_dense(llm, tokens) -> None:
     llm.reset()
     llm.fasa.configure(enabled=True, budget=512, min_ctx=0, max_batch=8)

@@ -134,8 +134,10 @@ def fasa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(ServerProcess, "start", start_with_flash_attention)
     yield
     for counter in counters:
-        decodes_sparsely = request.param == "on" and counter.get("fasa_n_steps_decode", 0) > 0
-        assert (counter.get("fasa_n_layers_sparse", 0) > 0) == decodes_sparsely, counter
+        assert {"fasa_n_steps_decode", "fasa_n_layers_sparse"} <= counter.keys(), counter
+        decodes_sparsely = request.param == "on" and counter["fasa_n_steps_decode"] > 0
+        assert decodes_sparsely or request.param == "off" or counter["predicted_n"] <= 1, counter
+        assert (counter["fasa_n_layers_sparse"] > 0) == decodes_sparsely, counter
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ void common_fasa_add_options(const std::function<void(common_arg)> & add_opt) {
     ).set_env("LLAMA_ARG_FASA"));
     add_opt(common_arg(
         {"--fasa-budget"}, "N",
-        "cells that a decoded token attends to in each sparse layer, sinks and recent ones included (default: the profile's)",
+        "cells that a decoded token attends to in each sparse layer, of up to fasa.budget_ctx in use, sinks and recent ones included (default: the profile's)",
         [](common_params & params, int value) {
             if (value < 1) {
                 throw std::invalid_argument("error: --fasa-budget " + std::to_string(value) + ": choose 1 or more\n");
@@ -150,8 +150,9 @@ bool common_fasa_apply(llama_context * ctx, const common_fasa_test & test) {
         fasa.exact   = test.mode == "exact";
     }
     if (test.budget != -1) {
-        fasa.enabled = true;
-        fasa.budget  = test.budget;
+        fasa.enabled    = true;
+        fasa.budget     = test.budget;
+        fasa.budget_ctx = 0; // it is what is measured
     }
     return llama_fasa_set_params(ctx, &fasa);
 }

@@ -46,11 +46,11 @@ extern "C" {
     struct llama_fasa_params {
         bool     enabled;
         bool     exact;          // what stays dense on the CPU, prompts as well, is attended to with FASA's kernels, all cells
-        uint32_t budget;         // cells that a decoded token attends to in each layer, sinks and recent ones included (N_fac)
+        uint32_t budget;         // cells that a decoded token attends to in each layer, of up to budget_ctx, sinks and recent ones included (N_fac)
         uint32_t budget_ctx;     // cells that the budget is for: with n times as many it grows by sqrt(n); 0: it never grows
         uint32_t n_sink;         // first tokens of the sequence, always attended to
         uint32_t n_recent;       // last tokens of the sequence, always attended to
-        uint32_t min_ctx;        // sparse from this many cells on; 0: twice the budget, on a GPU from where it is faster on
+        uint32_t min_ctx;        // sparse from this many cells on; 0: from where the budget is half of them, on a GPU from where it is faster on
         uint32_t max_batch;      // a batch with more tokens of one sequence is a prompt and runs dense
         uint32_t n_tip;          // chunks scored per KV head (N_tip)                  fixed when the model is loaded
         uint32_t n_dense_layers; // the first layers, which never run sparse           fixed when the model is loaded

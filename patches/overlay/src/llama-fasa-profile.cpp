@@ -103,6 +103,12 @@ int64_t llama_fasa_n_fac(const llama_fasa_params & params, int64_t n_kv) {
     return std::min<int64_t>(params.budget*growth, n_kv);
 }
 
+int64_t llama_fasa_n_twice(const llama_fasa_params & params) {
+    const double twice  = 2.0*params.budget;
+    const double growth = params.budget_ctx ? std::max(1.0, twice/params.budget_ctx) : 1.0;
+    return std::min<double>(std::ceil(twice*growth), INT32_MAX);
+}
+
 void llama_fasa_params_validate(const llama_fasa_params & params) {
     if (params.budget < 1 || params.budget > INT32_MAX) {
         throw std::runtime_error(format("fasa.budget = %u is out of range: it must be from 1 to %d", params.budget, INT32_MAX));

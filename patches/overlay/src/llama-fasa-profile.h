@@ -47,3 +47,6 @@ void llama_fasa_params_validate(const llama_fasa_params & params);
 
 // cells that a decoded token attends to out of n_kv
 int64_t llama_fasa_n_fac(const llama_fasa_params & params, int64_t n_kv);
+
+// cells from which on that is at most half of them
+int64_t llama_fasa_n_twice(const llama_fasa_params & params);

@@ -204,10 +204,9 @@ uint32_t llama_fasa_tips::get_min_ctx(int32_t il, const llama_fasa_params & para
 
     const int64_t n_head_kv = model.hparams.n_head_kv(il);
     const int64_t n_lists   = params.select == LLAMA_FASA_SELECT_TYPE_HEAD ? model.hparams.n_head(il)/n_head_kv : 1;
-    const auto    n_faster  = [&](int64_t n_fac) { return ggml_fasa_min_cells(layer.bandwidth, layer.row_bytes, layer.tip_bytes, n_fac*n_lists); };
+    const int64_t n_faster  = ggml_fasa_min_cells(layer.bandwidth, layer.row_bytes, layer.tip_bytes, params.budget*n_lists);
 
-    // with the budget of about that many cells
-    return std::max<int64_t>(2*(int64_t) params.budget, n_faster(llama_fasa_n_fac(params, std::max<int64_t>(n_faster(params.budget), params.budget))));
+    return std::max(llama_fasa_n_twice(params), n_faster);
 }
 
 uint32_t llama_fasa_tips::get_min_ctx(const llama_fasa_params & params) const {

@@ -40,7 +40,7 @@ public:
 
     const layer & get_layer(int32_t il) const;
 
-    // cells from which on a layer runs sparse: as set, or else from twice the budget on, on a GPU from where it is faster on
+    // cells from which on a layer runs sparse: as set, or else from where the budget is half of them, on a GPU from where it is faster on
     uint32_t get_min_ctx(int32_t il, const llama_fasa_params & params) const;
 
     // the least of all layers, 0: none has tips

@@ -93,7 +93,7 @@ static const struct {
     /* NONE           */ { "none",           "runs sparse" },
     /* DISABLED       */ { "disabled",       "FASA is switched off (fasa.enabled)" },
     /* PROMPT         */ { "prompt",         "a batch with more than fasa.max_batch tokens of one sequence is a prompt, and what the caller reads as one" },
-    /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or twice the budget, or where it pays on this GPU)" },
+    /* SHORT_CONTEXT  */ { "short_context",  "fewer cells than fasa.min_ctx (or less than twice the budget, or than where it pays on this GPU)" },
     /* DENSE_LAYER    */ { "dense_layer",    "one of the first fasa.n_dense_layers" },
     /* NO_CHUNKS      */ { "no_chunks",      "no chunks for the layer, or it reads the cache of another layer or context" },
     /* NO_KV_HEADS    */ { "no_kv_heads",    "the layer keeps no keys: it is recurrent, a convolution, or without attention" },

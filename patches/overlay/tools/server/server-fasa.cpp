@@ -25,8 +25,9 @@ static void fasa_each(llama_fasa_stats & a, const llama_fasa_stats & b, F f) {
     f(a.bytes_kv_dense, b.bytes_kv_dense);
 }
 
-void server_fasa_stats::add(const llama_fasa_stats & steps) {
-    fasa_each(sum, steps, fasa_add);
+void server_fasa_stats::add(const server_fasa_steps & steps) {
+    fasa_each(sum, steps.stats, fasa_add);
+    budget = steps.budget;
 }
 
 bool server_fasa_stats::empty() const {
@@ -54,6 +55,7 @@ json server_fasa_stats::to_json() const {
         {"bytes_tips",      sum.bytes_tips},
         {"bytes_kv_dense",  sum.bytes_kv_dense},
         {"read_ratio",      fasa_read_ratio(sum)},
+        {"budget",          budget},
     };
 }
 
@@ -164,11 +166,12 @@ void server_fasa::begin(bool is_prompt) {
     llama_fasa_get_stats(ctx, &before);
 }
 
-llama_fasa_stats server_fasa::end() {
-    llama_fasa_stats res = {};
+server_fasa_steps server_fasa::end() {
+    server_fasa_steps res;
     if (has_params) {
-        llama_fasa_get_stats(ctx, &res);
-        fasa_each(res, before, [](uint64_t & now, uint64_t then) { now -= then; });
+        llama_fasa_get_stats(ctx, &res.stats);
+        fasa_each(res.stats, before, [](uint64_t & now, uint64_t then) { now -= then; });
+        res.budget = applied.enabled ? applied.budget : 0;
     }
     return res;
 }

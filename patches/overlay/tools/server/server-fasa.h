@@ -7,13 +7,20 @@
 
 #include <string>
 
+// what some steps did, and with which settings
+struct server_fasa_steps {
+    llama_fasa_stats stats  = {};
+    int32_t          budget = 0; // 0: FASA is off, or the model has no profile
+};
+
 // counters of some steps, by the names that they have in Python (fasa_edge.FasaStats)
 struct server_fasa_stats {
     llama_fasa_stats sum = {};
 
-    bool is_shown = false; // also before the first step
+    int32_t budget   = 0;     // of the latest
+    bool    is_shown = false; // also before the first step
 
-    void add(const llama_fasa_stats & steps);
+    void add(const server_fasa_steps & steps);
 
     bool empty() const; // nothing to show: nothing ran where FASA could
 
@@ -72,8 +79,8 @@ public:
     }
 
     // around llama_decode, also of an image; is_prompt: the batch holds a part of a prompt, however short
-    void             begin(bool is_prompt);
-    llama_fasa_stats end();
+    void              begin(bool is_prompt);
+    server_fasa_steps end();
 
     common_json settings() const; // the server's own; null: the model has no profile
 

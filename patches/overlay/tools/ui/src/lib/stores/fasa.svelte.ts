@@ -1,9 +1,8 @@
 /**
  * fasaStore - FASA (Frequency-Aware Sparse Attention) in the server
  *
- * Holds the choice between dense attention and FASA, which goes into every request, and
- * the budget that the last request asked for, if any. The choice is the server's until it is made, and again
- * after a reload: nothing slow or inexact is left behind unseen.
+ * Holds the choice between dense attention and FASA, which goes into every request.
+ * It is the server's until it is made, and again after a reload: nothing slow or inexact is left behind unseen.
  */
 
 import { serverStore } from './server.svelte';
@@ -12,7 +11,6 @@ import type { FasaSettings, FasaTimings } from '$lib/types/fasa';
 const DENSE = 'fasa_n_layers_dense_'; // a reason follows
 
 class FasaStore {
-	private asked: number | undefined;
 	private choice = $state<boolean | null>(null);
 
 	/** Whether there is anything to choose: the model has a profile. */
@@ -33,16 +31,11 @@ class FasaStore {
 	}
 
 	/** Writes the choice into a request, unless that has settings of its own (custom JSON). */
-	request(body: { fasa_budget?: number; fasa_enabled?: boolean }): void {
+	request(body: { fasa_enabled?: boolean }): void {
 		if (this.available && this.choice !== null) body.fasa_enabled ??= this.choice;
-
-		this.asked = body.fasa_budget;
 	}
 
-	/**
-	 * Gathers the counters of an answer. Its budget is what the server says of it; one that does
-	 * not say has answered with what was asked for, which it refuses or obeys, or with its own.
-	 */
+	/** Gathers the counters of an answer. */
 	answer(timings: { fasa?: FasaTimings }): void {
 		const counters = timings as unknown as Record<string, number>;
 
@@ -56,7 +49,7 @@ class FasaStore {
 					.map(([name, n]) => [name.slice(DENSE.length), n])
 			),
 			read_ratio: counters.fasa_read_ratio,
-			budget: counters.fasa_budget ?? this.asked ?? this.settings?.budget
+			budget: counters.fasa_budget
 		};
 	}
 }

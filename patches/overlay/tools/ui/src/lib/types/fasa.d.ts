@@ -4,7 +4,7 @@ export interface FasaSettings {
 	/** whether the model has a profile, without which it decodes dense */
 	profile: boolean;
 	enabled: boolean;
-	/** cells that a decoded token attends to in each sparse layer */
+	/** cells that a decoded token attends to in each sparse layer, of up to fasa.budget_ctx */
 	budget: number;
 }
 
@@ -16,6 +16,6 @@ export interface FasaTimings {
 	n_layers_dense: Record<string, number>;
 	/** bytes that attention read for decoded tokens, over what dense attention would have read */
 	read_ratio: number;
-	/** cells that a decoded token attended to in each sparse layer */
-	budget?: number;
+	/** cells that a decoded token attended to in each sparse layer, of up to fasa.budget_ctx; 0: it was dense */
+	budget: number;
 }
