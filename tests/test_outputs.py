@@ -101,7 +101,7 @@ def hang(out: Path, *args: object, **kwargs: object) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 @pytest.mark.parametrize("in_callback", [False, True])
 def test_signals_leave_nothing_behind(tmp_path: Path, number: int, in_callback: bool) -> None:
     with hang(tmp_path / "out.gguf", *([int(number)] if in_callback else [])) as process:
