@@ -140,14 +140,18 @@ def test_methods_that_observe_the_prompt_read_it(model: Path, text: Path, tmp_pa
     run(model, text, tmp_path, prefixes=[700])
     found = run(model, text, tmp_path, **options)
     assert (found.n_read, figures(found)) == (2 * 700, figures(wanted))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, text, tmp_path / "another", **options, progress=end)
+    assert not list((tmp_path / "another").glob("*/*"))
+
+
+def end(stage: str, done: int, total: int) -> None:
+    if stage == "reading" and done >= 3 * N_BATCH:
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("arch", ["llama", "lfm2"])
 def test_a_reading_that_ends_early_goes_on(models, arch: str, text: Path, tmp_path: Path) -> None:
-    def end(stage: str, done: int, total: int) -> None:
-        if stage == "reading" and done >= 3 * N_BATCH:
-            raise KeyboardInterrupt
-
     model = models(arch)
     wanted = run(model, text, prefixes=[700])
     with pytest.raises(KeyboardInterrupt):

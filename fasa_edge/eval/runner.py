@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fasa_edge.errors import FasaError
@@ -322,32 +321,31 @@ class Runner:
             tokens: the prefix.
             observe: read it whole, with attention that is not that of other readers.
         """
-        ctx, n_batch, states = context.llm.ctx, context.llm.n_batch, context.states
+        ctx, n_batch = context.llm.ctx, context.llm.n_batch
+        states = None if observe else context.states
         n_held = 0 if observe else n_common(context.tokens, tokens) // n_batch * n_batch
         if not (n_held and sequence.holds(ctx, n_held)):
             n_held = 0
         context.tokens, start = [], 0  # whatever happens now
-        array = np.array(tokens, np.int32)
-        if states is not None and not observe:
+        if states is not None:
             states.start(len(tokens))
-            start = states.restore(array, len(tokens), n_held + 1)
+            start = states.restore(np.array(tokens, np.int32), len(tokens), n_held + 1)
             self.n_restored += start
         # where nothing was restored, for whatever reason, what is held may be gone
         start = start or (n_held if sequence.holds(ctx, n_held) else 0)
         if not sequence.cut(ctx, start):
             start = 0
             sequence.clear(ctx)
-        keep: Callable[[int], None] = lambda done: None  # noqa: E731
-        if states is not None and not observe and max(states.store.min_tokens, states.n_stored + 1) <= len(tokens):
-            keep = partial(self._keep, states, array)
-        self._decode(context, tokens, start, keep)
-        if states is not None and not observe:
+        self._decode(context, tokens, start, states)
+        if states is not None:
             self.problems += [problem for problem in states.report.problems if problem not in self.problems]
 
     @staticmethod
     def _keep(states: ContextStates, tokens: np.ndarray, done: int) -> None:
         """Store what was read of a prefix: all in the end, and on the way what others may go on from."""
         n = len(tokens)
+        if n < states.store.min_tokens or n <= states.n_stored:
+            return
         if done == n or (states.has_tail and done == states.n_rows):
             if states.has_tail:
                 states.store_tail(tokens[:done])
@@ -356,25 +354,25 @@ class Runner:
         else:
             states.checkpoint(tokens[:done], n)
 
-    def _decode(self, context: _Context, tokens: list[int], start: int, keep: Callable[[int], None]) -> None:
-        """Read the tokens of a prefix from ``start`` on; ``keep`` is called with those that the context then holds."""
-        ctx, done = context.llm.ctx, start
+    def _decode(self, context: _Context, tokens: list[int], start: int, states: ContextStates | None) -> None:
+        """Read the tokens of a prefix from ``start`` on, and store them, if there is where."""
+        ctx, done, array = context.llm.ctx, start, np.array(tokens, np.int32)
         context.tokens = tokens[:start]
 
         def progress(n: int, total: int) -> None:
             nonlocal done
             done = start + n
             context.tokens = tokens[:done]
-            if n:
-                keep(done)
+            if n and states is not None:
+                self._keep(states, array, done)
             self._read_progress(n, total)
 
         capi.set_prompt(ctx, True)  # its end, too, however short
         try:
             sequence.decode(ctx, tokens[start:], context.llm.n_batch, progress=progress)
         except BaseException:
-            if context.states is not None and sequence.cut(ctx, done):
-                context.states.break_off(np.array(tokens[:done], np.int32))
+            if states is not None and sequence.cut(ctx, done):
+                states.break_off(array[:done])
             raise
         finally:
             capi.set_prompt(ctx, False)
