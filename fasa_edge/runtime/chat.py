@@ -255,10 +255,9 @@ class _Completed:
 
 def _whole(llm: llama_cpp.Llama, tokens: list[int]) -> list[int]:
     """Tokens without the last ones if these begin a character: the bindings' completion printed nothing of it."""
-    while tokens:
+    for n in range(len(tokens), max(len(tokens) - _CHARACTER, 0), -1):
         decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-        decoder.decode(llm.detokenize(tokens))
+        decoder.decode(llm.detokenize(tokens[:n]))
         if not decoder.getstate()[0]:
-            break
-        tokens = tokens[:-1]
-    return tokens
+            return tokens[:n]
+    return tokens  # no text
