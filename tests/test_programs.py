@@ -82,13 +82,13 @@ def test_a_program_that_was_not_built(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_bad_options(model: Path, arguments: list[str], message: str) -> None:
-    done = program("server", *QUIET, "--model", model, *arguments)
+    done = program("server", *QUIET, "--port", 0, "--model", model, *arguments)
     assert done.returncode == 1 and message in done.stdout + done.stderr
 
 
 def test_a_profile_of_another_model(model: Path, tmp_path: Path) -> None:
     other = annotated_tiny(tmp_path, n_layer=N_LAYER + 1)
-    done = program("server", *QUIET, "--model", model, "--fasa-profile", other)
+    done = program("server", *QUIET, "--port", 0, "--model", model, "--fasa-profile", other)
     assert done.returncode == 1 and f"{other} is no profile of this model" in done.stdout + done.stderr
 
 
