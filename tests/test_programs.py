@@ -254,7 +254,7 @@ def test_requests_with_other_settings_take_turns(server: Server) -> None:
     with ThreadPoolExecutor() as pool:
         long = pool.submit(server.complete, PROMPT, 3000)
         wait_until(
-            lambda: any(slot.get("fasa", {}).get("n_layers_sparse") for slot in server.ask("/slots")),
+            lambda: long.done() or any(slot.get("fasa", {}).get("n_layers_sparse") for slot in server.ask("/slots")),
             "the long one decodes",
         )
         together = list(pool.map(lambda fields: server.complete(OTHER, 24, **fields), settings))

@@ -189,7 +189,8 @@ def test_images_are_read_with_the_settings_of_their_request(picture: tuple[Serve
         for mine, its in ({}, {"fasa_enabled": False}), ({"fasa_enabled": False}, {}):
             long = pool.submit(server.ask, "/completion", other | its)
             wait_until(
-                lambda: any(slot.get("fasa", {}).get("n_steps_decode") for slot in server.ask("/slots")), "it decodes"
+                lambda: long.done() or any(slot.get("fasa", {}).get("n_steps_decode") for slot in server.ask("/slots")),
+                "it decodes",
             )
             found = fasa(server.ask("/v1/chat/completions", body | mine))
             assert not long.done()
