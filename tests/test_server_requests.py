@@ -165,7 +165,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
     content = [{"type": "text", "text": "What is"}, {"type": "image_url", "image_url": {"url": url}}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": N_PREDICT, "cache_prompt": False}
-    with Server(model, "--mmproj", eyes, "--batch-size", 35, "--parallel", 2, "--ctx-checkpoints", 0) as server:
+    with Server(
+        model, "--mmproj", eyes, "--batch-size", 35, "--parallel", 2, "--ctx-size", 16384, "--ctx-checkpoints", 0
+    ) as server:
         yield server, body
 
 
@@ -184,12 +186,14 @@ def test_images_are_counted_as_prompts(picture: tuple[Server, dict[str, Any]]) -
 def test_images_are_read_with_the_settings_of_their_request(picture: tuple[Server, dict[str, Any]]) -> None:
     """Also where another request has others: both take turns, and the image is decoded before the batch of its turn."""
     server, body = picture
-    other = {"prompt": TEXT, "n_predict": 1500}
+    other = {"prompt": TEXT, "n_predict": 6000}
     with ThreadPoolExecutor() as pool:
         for mine, its in ({}, {"fasa_enabled": False}), ({"fasa_enabled": False}, {}):
             long = pool.submit(server.ask, "/completion", other | its)
             wait_until(
-                lambda: long.done() or any(slot.get("fasa", {}).get("n_steps_decode") for slot in server.ask("/slots")),
+                lambda long=long: (
+                    long.done() or any(slot.get("fasa", {}).get("n_steps_decode") for slot in server.ask("/slots"))
+                ),
                 "it decodes",
             )
             found = fasa(server.ask("/v1/chat/completions", body | mine))
