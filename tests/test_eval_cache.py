@@ -15,6 +15,7 @@ from fasa_edge.runtime import context_states
 import numpy as np
 import pytest
 from runtime import TEXTS
+from tiny_models import make_model
 
 N_BATCH = 128
 
@@ -51,6 +52,16 @@ def test_prefixes_are_read_once(models, arch: str, text: Path, tmp_path: Path) -
     second = run(model, text, tmp_path)
     assert (second.n_read, second.n_restored) == (0, N_ALL)
     assert figures(second) == figures(wanted)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "lfm2", "mamba"])
+def test_prefixes_of_whole_batches(models, arch: str, text: Path, tmp_path: Path) -> None:
+    """Their tail follows the last file, and none begins there."""
+    model = make_model(tmp_path / "mamba.gguf", "mamba") if arch == "mamba" else models(arch)
+    options = {"prefixes": [5 * N_BATCH], "methods": ["dense"]}
+    run(model, text, tmp_path / "store", **options)
+    found = run(model, text, tmp_path / "store", **options)
+    assert (found.n_read, found.n_restored) == (0, 2 * 5 * N_BATCH)
 
 
 def test_other_settings_have_the_same_prefixes(model: Path, text: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class StoredStates:
                 if name.n_tail is not None and name == _tail_name(parent, block[: name.n_tail]):
                     if not self._only_whole or name.n_tail in (0, len(block)):
                         tails.append((name, start + name.n_tail))
-            if goes_on and (best := self._best(names, parent, block)):
+            if goes_on and len(block) and (best := self._best(names, parent, block)):
                 rows.append(best)
                 n_rows += best[1]
             goes_on = n_rows == start + self._n_block
@@ -186,6 +186,8 @@ class StoredStates:
         files = self._folder.list(self._key)
         header, names, parts, superseded = self._header(layout=layout.as_dict()), [], [], []
         for parent, start, block in self._blocks(tokens):
+            if not len(block):
+                continue
             siblings = [name for name in files.get(parent, []) if name not in self._unusable]
             best = self._best(siblings, parent, block)
             if best and best[1] == len(block):
@@ -213,10 +215,9 @@ class StoredStates:
         Returns:
             The file, and bytes written.
         """
-        names = [Name(parent, _hash(parent, block)) for parent, _, block in self._blocks(tokens)]
-        n_before = len(tokens) // self._n_block
-        parent = [self._root(tokens), *(name.own for name in names)][n_before]
-        rest = tokens[n_before * self._n_block :]
+        blocks = list(self._blocks(tokens))
+        names = [Name(parent, _hash(parent, block)) for parent, _, block in blocks]
+        parent, _, rest = blocks[-1]
         name = _tail_name(parent, rest)
         if name not in self._unusable and os.path.exists(self._folder.file(self._key, name)):
             self._folder.touch(self._key, [name])
@@ -236,9 +237,12 @@ class StoredStates:
         return {"llama_cpp": LLAMA_COMMIT, "identity": self._identity, **more}
 
     def _blocks(self, tokens: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Yield for every file the hash of what goes before, where it starts, and its tokens."""
+        """Yield for every file the hash of what goes before, where it starts, and its tokens.
+
+        The last of them is never full, and has no tokens where all others are: a tail may follow these.
+        """
         parent = self._root(tokens)
-        for start in range(0, len(tokens), self._n_block):
+        for start in range(0, len(tokens) + 1, self._n_block):
             block = tokens[start : start + self._n_block]
             yield parent, start, block
             parent = _hash(parent, block)
