@@ -101,15 +101,17 @@ def test_a_damaged_tail(models, arch: str, tmp_path: Path) -> None:
     assert "damaged" in llm.documents.report.problems[0]
 
 
-def test_an_older_format_and_library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2"])
+def test_an_older_format_and_library(models, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stored_states, "LLAMA_COMMIT", "0123456789")
-        fill(model, tmp_path)
-    refused(model, tmp_path, 0, *3 * ["is of llama.cpp 0123456789, expected"])
+        fill(models(arch), tmp_path)
+    # tails, too, though nobody asks for one without rows
+    refused(models(arch), tmp_path, 0, *len(files(tmp_path)) * ["is of llama.cpp 0123456789, expected"])
     path = in_order(tmp_path)[0]
     content = path.read_bytes()
     path.write_bytes(content.replace(block_file.MAGIC, block_file.MAGIC[:-1] + b"\0"))
-    refused(model, tmp_path, 0, "is of version 0 of its format, expected 1")
+    refused(models(arch), tmp_path, 0, "is of version 0 of its format, expected 1")
 
 
 def test_files_of_another_model(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -219,7 +218,7 @@ class StoredStates:
         names = [Name(parent, _hash(parent, block)) for parent, _, block in blocks]
         parent, _, rest = blocks[-1]
         name = _tail_name(parent, rest)
-        if name not in self._unusable and os.path.exists(self._folder.file(self._key, name)):
+        if self._is_usable(name):
             self._folder.touch(self._key, [name])
             return name, 0
         return name, self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
@@ -269,6 +268,17 @@ class StoredStates:
         except _Unusable as error:
             self._exclude(error)
             return np.empty(0, np.int32)
+
+    def _is_usable(self, name: Name) -> bool:
+        """Whether a file is there, and not of another library."""
+        if name in self._unusable:
+            return False
+        try:
+            self._open(name).close()
+        except _Unusable as error:
+            self._exclude(error)
+            return False
+        return True
 
     def _exclude(self, error: _Unusable) -> None:
         self._unusable.add(error.name)
