@@ -190,6 +190,20 @@ def test_what_was_decoded_sparsely_is_not_stored(model: Path, tmp_path: Path) ->
     check(first_logits(load(model, fasa_enabled=False), goes_on), found, 1e-4)  # batches of other shapes round
 
 
+def test_cells_count_in_blocks(model: Path, tmp_path: Path) -> None:
+    """A layer runs sparse from so many cells on, rounded up: some tokens before that many are there."""
+    documents = DocumentStore(tmp_path, min_tokens=64)
+    llm = load(model, documents, fasa_min_ctx=4 * N_BLOCK)
+    said = answer(llm, DOCUMENT, 100)
+    assert llm.fasa.stats().n_layers_sparse == 4 * (N_DOCUMENT + 99 - 3 * N_BLOCK)
+    goes_on = [*DOCUMENT, *said[:-1], *QUESTION * 20]
+    answer(llm, goes_on, 1)
+    llm.close()
+    llm = load(model, documents)
+    answer(llm, goes_on, 1)
+    assert llm.documents.report.n_restored == 3 * N_BLOCK  # those before were decoded densely
+
+
 def test_what_was_loaded_is_not_stored(model: Path, tmp_path: Path) -> None:
     """A saved state may have been decoded sparsely."""
     llm = load(model)

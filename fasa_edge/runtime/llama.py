@@ -396,9 +396,8 @@ class Llama(llama_cpp.Llama):
         is_prompt = starts_prompt or len(tokens) > n_decoded
         report = self.progress if is_prompt and len(tokens) and self.progress else lambda done, total: None
         capi.set_prompt(self.ctx, is_prompt)
-        if self.documents is not None and not is_prompt and params and params.enabled:
-            if 0 < capi.min_ctx(self.ctx) <= self.n_tokens + len(tokens):
-                self.documents.spoil(self.n_tokens)
+        if self.documents is not None and not is_prompt:
+            self.documents.decoded(len(tokens))
         try:
             done = 0
             report(done, len(tokens))

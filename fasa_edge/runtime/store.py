@@ -10,7 +10,7 @@ from typing import Any
 
 from fasa_edge.errors import FasaError
 from fasa_edge.io.block_folder import BlockFolder
-from fasa_edge.runtime import sequence
+from fasa_edge.runtime import capi, sequence
 from fasa_edge.runtime.context_states import ContextStates, StoreReport
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.stored_states import Progress
@@ -21,6 +21,9 @@ from llama_cpp.llama_cache import BaseLlamaCache
 
 CAPACITY = 8 << 30
 MIN_TOKENS = 256
+
+_N_CELLS = 256
+"""A graph attends to so many cells, or a multiple: what llama.cpp rounds up to, before FASA looks at ``min_ctx``."""
 
 _N_NEAREST, _RATIO = 64, 8
 """Tails are some _N_NEAREST * _RATIO**i tokens before the end of a prompt: of another one, at most about _RATIO times
@@ -143,6 +146,20 @@ class DocumentCache(BaseLlamaCache):
         """Take note that tokens from ``start`` on are not stored: a shift left them with other tokens before them than
         they have seen, or they were decoded sparsely."""
         self._n_own = min(self._n_own, start)
+
+    def decoded(self, n: int) -> None:
+        """Take note that ``n`` tokens are decoded now, after those that the model holds, not read as a prompt."""
+        start = self._states.llm.n_tokens
+        if start + n > self._n_dense():
+            self.spoil(start)
+
+    def _n_dense(self) -> int:
+        """How many tokens are there at most when a token is decoded densely."""
+        ctx = self._states.llm.ctx
+        params, min_ctx = capi.get_params(ctx), capi.min_ctx(ctx)
+        if not (params and params.enabled and min_ctx):
+            return sys.maxsize
+        return (min_ctx - 1) // _N_CELLS * _N_CELLS
 
     def read(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
         """Yield what the model lacks of a prompt, batch by batch, and store what it has read when it comes back for
