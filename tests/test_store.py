@@ -302,6 +302,43 @@ def test_the_class_of_the_bindings(model: Path, tmp_path: Path) -> None:
     assert llm.cache.cache_size == sum(path.stat().st_size for path in files(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "n_dense"),
+    [({}, N_DOCUMENT), ({"n_batch": 345}, 690), ({"n_batch": 520}, 512), ({"n_batch": 696, "n_ubatch": 348}, 696)],
+    ids=str,
+)
+def test_the_class_of_the_bindings_stores_what_it_has_read_densely(
+    model: Path, sizes: dict[str, int], n_dense: int, tmp_path: Path
+) -> None:
+    """It tells nobody what a prompt is: an answer is decoded sparsely, and so are a few tokens that a batch leaves."""
+    documents = DocumentStore(tmp_path, min_tokens=64)
+    llm = llama_cpp.Llama(str(model), n_ctx=2048, flash_attn=True, verbose=False, **sizes)
+    llm.set_cache(DocumentCache(documents, llm))
+    llm.create_completion(DOCUMENT, max_tokens=200, temperature=0.0)
+    goes_on = [*llm._input_ids.tolist(), *QUESTION]
+    assert len(goes_on) > N_DOCUMENT + 60
+    llm.create_completion(goes_on, max_tokens=4, temperature=0.0)
+    llm.close()
+    llm = load(model, documents, fasa_enabled=False)
+    found = first_logits(llm, goes_on)
+    assert llm.documents.report.n_restored == n_dense
+    check(first_logits(load(model, fasa_enabled=False), goes_on), found, 1e-4)
+
+
+def test_the_class_of_the_bindings_decodes_a_short_rest(model: Path, tmp_path: Path) -> None:
+    """Of a prompt of which it holds the beginning, or restores it."""
+    documents = DocumentStore(tmp_path, min_tokens=1)
+    fill(model, documents)
+    for _ in range(2):
+        llm = llama_cpp.Llama(str(model), n_ctx=2048, flash_attn=True, verbose=False)
+        llm.set_cache(DocumentCache(documents, llm))
+        llm.create_completion(DOCUMENT + QUESTION[:8], max_tokens=4, temperature=0.0)
+        assert llm.cache.report.n_restored == N_DOCUMENT
+    llm = load(model, documents)
+    answer(llm, DOCUMENT + QUESTION, 1)
+    assert llm.documents.report.n_restored == N_DOCUMENT
+
+
 def test_a_copy_shares_the_store(model: Path, tmp_path: Path) -> None:
     import pickle
 

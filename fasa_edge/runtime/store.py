@@ -78,7 +78,7 @@ class DocumentCache(BaseLlamaCache):
 
     It has the interface of llama-cpp-python's caches, too, for ``llama_cpp.Llama`` itself:
     ``llm.set_cache(DocumentCache(store, llm))``. ``cache[tokens]`` lets the model hold the longest stored prefix at
-    once.
+    once. Every prompt must come by way of it there: what else is evaluated, it does not know how.
 
     Args:
         store: where.
@@ -149,9 +149,25 @@ class DocumentCache(BaseLlamaCache):
 
     def decoded(self, n: int) -> None:
         """Take note that ``n`` tokens are decoded now, after those that the model holds, not read as a prompt."""
-        start = self._states.llm.n_tokens
+        self._decoded(self._states.llm.n_tokens, n)
+
+    def _decoded(self, start: int, n: int) -> None:
         if start + n > self._n_dense():
             self.spoil(start)
+
+    def _read_by_parent(self, start: int, n_prompt: int) -> None:
+        """Take note that ``llama_cpp.Llama`` evaluates a prompt from ``start`` on, and then goes on from it.
+
+        To FASA, which it does not tell what a prompt is, a micro-batch of a few tokens is none.
+        """
+        llm, params = self._states.llm, capi.get_params(self._states.llm.ctx)
+        n_ubatch, max_batch = llm.context_params.n_ubatch, params.max_batch if params else 0
+        for batch in range(start, n_prompt, llm.n_batch):
+            end = min(batch + llm.n_batch, n_prompt)
+            for ubatch in range(batch, end, n_ubatch):
+                if (n := min(n_ubatch, end - ubatch)) <= max_batch:
+                    self._decoded(ubatch, n)
+        self._decoded(n_prompt, sys.maxsize)
 
     def _n_dense(self) -> int:
         """How many tokens are there at most when a token is decoded densely."""
@@ -188,9 +204,10 @@ class DocumentCache(BaseLlamaCache):
 
     def break_off(self) -> None:
         """Store what the model has read of a prompt whose reading has ended early."""
-        n = self._states.llm.n_tokens
-        if n <= self._n_own:
-            self._states.break_off(self._states.llm.input_ids[:n].copy())
+        llm = self._states.llm
+        n = min(llm.n_tokens, self._n_own)
+        if n == llm.n_tokens or not self._states.has_tail:
+            self._states.break_off(llm.input_ids[:n].copy())
 
     def _parting(self, start: int, n: int) -> list[int]:
         """Where a prompt parts from what was stored before, if a tail there saves others reading.
@@ -231,10 +248,15 @@ class DocumentCache(BaseLlamaCache):
             KeyError: there is none that is worth it.
         """
         llm = self._states.llm
-        if not self.restore(key):
+        n = self.restore(key)
+        self._read_by_parent(n, len(key))
+        if not n:
             raise KeyError("no beginning of these tokens is stored")
         return LlamaState(llm.input_ids.copy(), np.empty((0, 0), np.single), llm.n_tokens, b"", 0, llm._seed)
 
     def __setitem__(self, key: Sequence[int], value: LlamaState) -> None:
-        """Store what the model holds, if that pays; the value, which has it once more, is not looked at."""
+        """Store what the model has read, if that pays; the value, which has it once more, is not looked at.
+
+        Of a memory that cannot be cut back nothing, if the answer was decoded sparsely.
+        """
         self.break_off()
