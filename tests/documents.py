@@ -8,8 +8,10 @@ from typing import Any
 
 import fasa_edge
 from fasa_edge import DocumentStore
+from fasa_edge.runtime.library import llama_cpp
 
 import numpy as np
+import pytest
 from runtime import TEXTS, last_logits
 
 N_DOCUMENT = 700
@@ -58,6 +60,20 @@ def refused(model: Path, folder: Path, n: int, *reasons: str, **arguments: Any) 
     llm = load(model, documents, **arguments)
     answer(llm, DOCUMENT)
     assert (llm.documents.report.n_restored, llm.documents.report.problems) == (N_DOCUMENT - 1, [])
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, no: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """While llama_decode runs for the ``no``-th time from now on: Python notices when it returns."""
+    decode, numbers = llama_cpp.llama_decode, itertools.count(1)
+
+    def interrupted(*arguments: Any) -> int:
+        status = decode(*arguments)
+        if next(numbers) == no:
+            raise error
+        return status
+
+    for module in ("llama_cpp", "llama_cpp.llama_cpp"):  # of ours, and of the bindings
+        monkeypatch.setattr(f"{module}.llama_decode", interrupted)
 
 
 def in_order(folder: Path) -> list[Path]:

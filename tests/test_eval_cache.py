@@ -14,6 +14,7 @@ from fasa_edge.runtime import context_states
 
 import numpy as np
 import pytest
+from documents import interrupt
 from runtime import TEXTS
 from tiny_models import make_model
 
@@ -169,6 +170,28 @@ def test_a_reading_that_ends_early_goes_on(models, arch: str, text: Path, tmp_pa
         run(model, text, tmp_path, prefixes=[700], progress=end)
     found = run(model, text, tmp_path, prefixes=[700])
     assert (found.n_restored, figures(found)) == (3 * N_BATCH, figures(wanted))
+
+
+@pytest.mark.parametrize("arch", ["llama", "lfm2"])
+def test_a_reading_that_ends_while_a_batch_is_decoded_goes_on(
+    models, arch: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models(arch)
+    wanted = run(model, text, prefixes=[700])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        run(model, text, tmp_path, prefixes=[700])
+    found = run(model, text, tmp_path, prefixes=[700])
+    assert (found.n_restored, figures(found)) == (3 * N_BATCH, figures(wanted))
+
+
+def test_what_was_read_with_other_attention_is_not_stored(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        run(model, text, tmp_path, prefixes=[700], methods=["snapkv"])
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_what_was_wrong_is_said(model: Path, text: Path, tmp_path: Path) -> None:

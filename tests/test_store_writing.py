@@ -19,8 +19,9 @@ from fasa_edge.runtime.stored_states import N_BLOCK
 
 import numpy as np
 import pytest
-from documents import DOCUMENT, N_DOCUMENT, answer, files, fill, first_logits, in_order, load, refused
+from documents import DOCUMENT, N_DOCUMENT, answer, files, fill, first_logits, in_order, interrupt, load, refused
 from runtime import TEXTS, check
+from tiny_models import make_model
 
 
 def write_documents(model: Path, folder: Path) -> subprocess.Popen:
@@ -87,12 +88,13 @@ BATCHES = {"n_batch": 128}
 N_BROKEN = 384
 
 
-def read_on(model: Path, folder: Path, n_restored: int, tolerance: float) -> None:
+def read_on(model: Path, folder: Path, n_restored: int, tolerance: float, **arguments: Any) -> None:
     """Another start reads only the rest, and has the logits that it would have had."""
-    fill(model, folder.with_name("whole"), **BATCHES)
-    wanted = first_logits(load(model, folder.with_name("whole"), **BATCHES), DOCUMENT)
+    arguments = BATCHES | arguments
+    fill(model, folder.with_name("whole"), **arguments)
+    wanted = first_logits(load(model, folder.with_name("whole"), **arguments), DOCUMENT)
     reads: list[tuple[int, int]] = []
-    llm = load(model, folder, progress=lambda *step: reads.append(step), **BATCHES)
+    llm = load(model, folder, progress=lambda *step: reads.append(step), **arguments)
     found = first_logits(llm, DOCUMENT)
     assert (llm.documents.report.n_restored, llm.documents.report.problems) == (n_restored, [])
     assert reads[0] == (0, N_DOCUMENT - n_restored)
@@ -124,6 +126,44 @@ def test_a_reading_that_ends_early_goes_on(models, arch: str, error: type[BaseEx
     names = {path.name for path in files(tmp_path / "store", "tail")}
     read_on(models(arch), tmp_path / "store", N_BROKEN, 2e-3 if arch == "gemma3" else 0)
     assert names <= {path.name for path in files(tmp_path / "store", "tail")}
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma3 without swa_full", "lfm2", "mamba"])
+def test_a_reading_that_ends_while_a_batch_is_decoded_goes_on(
+    models, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After that batch."""
+    arch, _, small = arch.partition(" ")
+    arguments = {"swa_full": not small}
+    model = make_model(tmp_path / "mamba.gguf", "mamba") if arch == "mamba" else models(arch)
+    llm = load(model, tmp_path / "store", **BATCHES, **arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, N_BROKEN // 128)
+        answer(llm, DOCUMENT)
+    assert llm._input_ids.tolist() == DOCUMENT[:N_BROKEN]
+    llm.close()
+    read_on(model, tmp_path / "store", N_BROKEN, 2e-3 if arch == "gemma3" else 1e-6, **arguments)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma3 without swa_full", "lfm2"])
+def test_what_is_lost_of_a_batch_that_fails_is_read_again(
+    models, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of their own size may have been overwritten, though llama.cpp goes back to where they were."""
+    arch, _, small = arch.partition(" ")
+    arguments = {"swa_full": not small, "n_batch": 256, "n_ubatch": 128}
+    documents = DocumentStore(tmp_path, min_tokens=64)
+    llm = load(models(arch), documents, **arguments)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        interrupt(patch, 2, RuntimeError)
+        answer(llm, DOCUMENT)
+    n = 256 if arch == "llama" else 0 if small or arch == "lfm2" else 128
+    assert llm.n_tokens == n
+    llm.close()
+    wanted = first_logits(load(models(arch), **arguments), DOCUMENT)
+    llm = load(models(arch), documents, **arguments)
+    check(wanted, first_logits(llm, DOCUMENT), 2e-3 if arch == "gemma3" else 1e-4)
+    assert llm.documents.report.n_restored == n
 
 
 @pytest.mark.parametrize("arch", ["llama", "lfm2"])

@@ -370,9 +370,12 @@ class Runner:
         capi.set_prompt(ctx, True)  # its end, too, however short
         try:
             sequence.decode(ctx, tokens[start:], context.llm.n_batch, progress=progress)
-        except BaseException:
-            if states is not None and sequence.cut(ctx, done):
-                states.break_off(array[:done])
+        except BaseException as error:
+            n_batch = 0 if isinstance(error, FasaError) else min(context.llm.n_batch, len(tokens) - done)
+            n_held = sequence.settle(ctx, done, n_batch)
+            done, context.tokens = max(done, n_held), tokens[:n_held]
+            if states is not None:
+                states.break_off(array[:n_held])
             raise
         finally:
             capi.set_prompt(ctx, False)

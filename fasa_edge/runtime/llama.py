@@ -383,7 +383,8 @@ class Llama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate as the parent does. More than ``max_batch`` tokens are a prompt in all of their batches.
 
-        If it ends before all are evaluated, by whatever exception, :attr:`n_tokens` are those that the memory holds.
+        If it ends before all are evaluated, by whatever exception, :attr:`n_tokens` are those that the memory holds,
+        with the batch that was being decoded (but for ``logits_all``: its logits would be missing).
 
         Raises:
             ContextFullError: they exceed the context; none is evaluated.
@@ -398,6 +399,7 @@ class Llama(llama_cpp.Llama):
         capi.set_prompt(self.ctx, is_prompt)
         if self.documents is not None and not is_prompt:
             self.documents.decoded(len(tokens))
+        batch: Sequence[int] = []
         try:
             done = 0
             report(done, len(tokens))
@@ -407,12 +409,13 @@ class Llama(llama_cpp.Llama):
                     super().eval(batch)
                     done += len(batch)
                     report(done, len(tokens))
-        except BaseException:
+        except BaseException as error:
             self._requires_eval = True
-            if not sequence.cut(self.ctx, self.n_tokens):
-                sequence.clear(self.ctx)
-                self.n_tokens = 0
-            elif starts_prompt and self.documents is not None:
+            is_lost = self._logits_all or isinstance(error, RuntimeError)  # as the parent has what llama_decode returns
+            held, self.n_tokens = self.n_tokens, sequence.settle(self.ctx, self.n_tokens, 0 if is_lost else len(batch))
+            if self.n_tokens > held:
+                self.input_ids[held : self.n_tokens] = batch
+            if starts_prompt and self.documents is not None:
                 self.documents.break_off()
             raise
         finally:

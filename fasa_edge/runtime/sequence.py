@@ -72,6 +72,27 @@ def cut(ctx: int, n_tokens: int) -> bool:
     return llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(ctx), 0, n_tokens, -1)
 
 
+def settle(ctx: int, n_tokens: int, n_batch: int) -> int:
+    """Let the sequence hold whole batches only, after something was broken off while a batch was decoded, or around it.
+
+    Python notices Ctrl-C when ``llama_decode`` returns: then all of the batch is there.
+
+    Args:
+        ctx: the context.
+        n_tokens: tokens that it held before the batch.
+        n_batch: tokens of the batch; 0 if llama.cpp failed to decode it.
+
+    Returns:
+        Tokens that it holds: with the batch, if it is there, else without; or none, where it cannot go back to these.
+    """
+    if llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(ctx), 0) + 1 == n_tokens + n_batch:
+        n_tokens += n_batch
+    if holds(ctx, n_tokens) and cut(ctx, n_tokens):
+        return n_tokens
+    clear(ctx)
+    return 0
+
+
 def is_recurrent(ctx: int) -> bool:
     """Whether a part of the memory is a state of all tokens, which can be neither cut back nor freed of some."""
     model = llama_cpp.llama_get_model(ctx)
