@@ -15,7 +15,7 @@ from fasa_edge.runtime import context_states, sequence
 from fasa_edge.runtime.stored_states import N_BLOCK
 
 import pytest
-from documents import DOCUMENT, OTHER, QUESTION, answer, files, fill, load
+from documents import DOCUMENT, N_DOCUMENT, OTHER, QUESTION, answer, files, fill, load
 from runtime import TEXTS
 
 
@@ -59,6 +59,22 @@ def test_a_prompt_larger_than_the_store(model: Path, tmp_path: Path, monkeypatch
     answer(llm, DOCUMENT)
     assert "exceed the 1000000 of" in llm.documents.report.problems[0]
     assert len(files(tmp_path)) == n_files
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "lfm2"])
+def test_a_prompt_does_not_push_out_its_own_tails(models, arch: str, tmp_path: Path) -> None:
+    """Without them its rows would be of no use."""
+    fill(models(arch), tmp_path / "whole")
+    size = DocumentStore(tmp_path / "whole").size
+    fill(models(arch), DocumentStore(tmp_path / "store"), TEXTS[1][:700])
+    fill(models(arch), limited := DocumentStore(tmp_path / "store", capacity_bytes=size))
+    llm = load(models(arch), limited)
+    answer(llm, DOCUMENT)
+    assert llm.documents.report.n_restored == N_DOCUMENT - 1
+    llm.close()
+    llm = load(models(arch), DocumentStore(tmp_path / "small", capacity_bytes=size - 1))
+    answer(llm, DOCUMENT)
+    assert f"exceed the {size - 1} of" in llm.documents.report.problems[0]
 
 
 def test_nothing_else_is_removed(model: Path, tmp_path: Path) -> None:

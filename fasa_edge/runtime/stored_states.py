@@ -115,11 +115,13 @@ class StoredStates:
         self._n_block = batch or N_BLOCK
         self._only_whole = batch is not None
         self._unusable: set[Name] = set()
+        self._tails: dict[Name, int] = {}  # of the prompt, and their bytes: what else is written does not push them out
         self.problems: list[str] = []
 
     def start(self) -> None:
-        """Forget what was of no use: another prompt is to be found."""
+        """Forget what was of no use, and what was of the prompt: another one is to be found."""
         self._unusable.clear()
+        self._tails.clear()
         self.problems = []
 
     def find(self, tokens: np.ndarray) -> Found:
@@ -180,7 +182,7 @@ class StoredStates:
         Raises:
             FasaError: they do not all fit; what fits stays, and is of use.
         """
-        if (size := layout.size(n_prompt)) > capacity:
+        if (size := layout.size(n_prompt) + sum(self._tails.values())) > capacity:
             raise FasaError(f"{size} bytes of a prompt exceed the {capacity} of {self._folder.path}: raise its size")
         files = self._folder.list(self._key)
         header, names, parts, superseded = self._header(layout=layout.as_dict()), [], [], []
@@ -218,13 +220,17 @@ class StoredStates:
         names = [Name(parent, _hash(parent, block)) for parent, _, block in blocks]
         parent, _, rest = blocks[-1]
         name = _tail_name(parent, rest)
-        if self._is_usable(name):
+        if size := self._size(name):
+            self._tails[name] = size
             self._folder.touch(self._key, [name])
             return name, 0
-        return name, self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
+        size = self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
+        self._tails[name] = size
+        return name, size
 
     def remove(self, name: Name) -> None:
         """Remove a file that is of no more use."""
+        self._tails.pop(name, None)
         self._folder.remove(self._key, name)
 
     def touch(self, found: Found, n: int) -> None:
@@ -269,16 +275,16 @@ class StoredStates:
             self._exclude(error)
             return np.empty(0, np.int32)
 
-    def _is_usable(self, name: Name) -> bool:
-        """Whether a file is there, and not of another library."""
+    def _size(self, name: Name) -> int:
+        """Bytes of a file; 0 where there is none that can be used."""
         if name in self._unusable:
-            return False
+            return 0
         try:
-            self._open(name).close()
+            with self._open(name) as reader:
+                return block_size(reader.block.header, len(reader.block.tokens), reader.block.n_bytes)
         except _Unusable as error:
             self._exclude(error)
-            return False
-        return True
+            return 0
 
     def _exclude(self, error: _Unusable) -> None:
         self._unusable.add(error.name)
@@ -386,9 +392,10 @@ class StoredStates:
             raise _Unusable(name, f"{self._folder.file(self._key, name)} cannot be read: {error.strerror}") from error
 
     def _write(self, parts: Sequence[_Part], keep: Collection[Name], capacity: int) -> int:
-        """Write files; ``keep`` are those of the same prompt, which give way to none of them."""
+        """Write files; ``keep`` and the tails are those of the same prompt, which give way to none of them."""
         if not parts:
             return 0
+        keep = {*keep, *self._tails}
         size = sum(part.size for part in parts)
         done = 0
         try:
