@@ -134,10 +134,10 @@ def fasa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setattr(ServerProcess, "start", start_with_flash_attention)
     yield
     for counter in counters:
-        assert {"fasa_n_steps_decode", "fasa_n_layers_sparse"} <= counter.keys(), counter
-        decodes_sparsely = request.param == "on" and counter["fasa_n_steps_decode"] > 0
-        assert decodes_sparsely or request.param == "off" or counter["predicted_n"] <= 1, counter
-        assert (counter["fasa_n_layers_sparse"] > 0) == decodes_sparsely, counter
+        n_steps, n_sparse = (counter.get(name, 0) for name in ("fasa_n_steps_decode", "fasa_n_layers_sparse"))
+        assert (n_sparse > 0) == (request.param == "on" and n_steps > 0), counter
+        if counter.get("predicted_n", 0) > 1:  # the first token comes of the prompt
+            assert n_steps > 0, counter
 
 
 @pytest.fixture(autouse=True)
