@@ -205,6 +205,18 @@ def test_what_was_wrong_is_said(model: Path, text: Path, tmp_path: Path) -> None
         run(model, text, DocumentStore(tmp_path, capacity_bytes=1000), prefixes=[600])
 
 
+def test_what_was_wrong_is_said_of_a_run_that_ends_early(model: Path, text: Path, tmp_path: Path) -> None:
+    def end(stage: str, done: int, total: int) -> None:
+        if stage == "reading" and done:
+            raise KeyboardInterrupt
+
+    run(model, text, tmp_path, prefixes=[700])
+    for path in tmp_path.glob("*/*.rows"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(KeyboardInterrupt):
+        run(model, text, tmp_path, prefixes=[700], progress=end)
+
+
 def test_what_is_stored_on_the_way(models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_states, "_SECONDS", 0)
     monkeypatch.setattr(context_states, "_SHARE", 0)

@@ -184,27 +184,29 @@ def evaluate(
     read_progress = partial(progress, READING)
     store = DocumentStore(cache) if isinstance(cache, str | os.PathLike) else cache
     with Runner(os.fspath(model), n_ctx, read_progress=read_progress, store=store, **options, **at_load) as runner:
-        batch = batch or min(_MAX_BATCH, runner.max_batch)
-        runner.check(chosen, batch if blocks else 1)
-        key = identity(runner, weights) if resume is not None else {}
-        mass = "mass" in of_texts
-        report = partial(progress, "texts")
-        windows = list(
-            text.run(runner, blocks, with_noise, batch, mass=mass, results=results, key=key, progress=report)
-        )
-        unordered = answers.run(
-            runner,
-            items,
-            chosen,
-            teacher_forced=teacher_forced,
-            only_if_dense=only_if_dense,
-            results=results,
-            key=key,
-            progress=partial(progress, "prompts"),
-        )
+        try:
+            batch = batch or min(_MAX_BATCH, runner.max_batch)
+            runner.check(chosen, batch if blocks else 1)
+            key = identity(runner, weights) if resume is not None else {}
+            mass = "mass" in of_texts
+            report = partial(progress, "texts")
+            windows = list(
+                text.run(runner, blocks, with_noise, batch, mass=mass, results=results, key=key, progress=report)
+            )
+            unordered = answers.run(
+                runner,
+                items,
+                chosen,
+                teacher_forced=teacher_forced,
+                only_if_dense=only_if_dense,
+                results=results,
+                key=key,
+                progress=partial(progress, "prompts"),
+            )
+        finally:
+            for problem in runner.problems:
+                warnings.warn(problem, stacklevel=2)
         order = {id(item): i for i, item in enumerate(items)}
-        for problem in runner.problems:
-            warnings.warn(problem, stacklevel=2)
         answered = sorted(unordered, key=lambda cell: order[id(cell.item)])
         return Evaluation(
             model=Path(model).name,

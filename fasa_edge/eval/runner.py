@@ -336,9 +336,11 @@ class Runner:
         if not sequence.cut(ctx, start):
             start = 0
             sequence.clear(ctx)
-        self._decode(context, tokens, start, states)
-        if states is not None:
-            self.problems += [problem for problem in states.report.problems if problem not in self.problems]
+        try:
+            self._decode(context, tokens, start, states)
+        finally:
+            if states is not None:
+                self.problems += [problem for problem in states.report.problems if problem not in self.problems]
 
     @staticmethod
     def _keep(states: ContextStates, tokens: np.ndarray, done: int) -> None:
