@@ -12,6 +12,7 @@ from typing import Any
 from fasa_edge import DocumentStore
 from fasa_edge.io import block_file, block_folder
 from fasa_edge.runtime import context_states, sequence
+from fasa_edge.runtime.context_states import StoreReport
 from fasa_edge.runtime.stored_states import N_BLOCK
 
 import pytest
@@ -49,6 +50,22 @@ def test_what_memory_has_is_used_too(model: Path, tmp_path: Path) -> None:
         assert llm.documents.report.n_restored == 0
         used = {path for path, time in before.items() if path.stat().st_mtime_ns > time + 5 * 10**9}
         assert len(used) == 3
+
+
+def test_what_memory_has_with_its_logits_has_a_report_of_its_own(model: Path, tmp_path: Path) -> None:
+    llm = load(model, tmp_path)
+    answer(llm, DOCUMENT, 1)
+    first = llm.documents.report
+    assert first.bytes_written
+    answer(llm, DOCUMENT, 1)
+    assert llm.documents.report == StoreReport(n_prompt=N_DOCUMENT, n_held=N_DOCUMENT)
+    for path in files(tmp_path):
+        path.write_bytes(path.read_bytes()[:-1])
+    answer(llm, DOCUMENT, 1)
+    assert first.problems == []
+    report = llm.documents.report
+    assert "damaged" in report.problems[0]
+    assert report.bytes_written == first.bytes_written  # once more
 
 
 def test_a_prompt_larger_than_the_store(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from fasa_edge.errors import FasaError
 from fasa_edge.runtime import memory, sequence, state_layout
 from fasa_edge.runtime.identity import identity, profile_fingerprint, prompt_settings
 from fasa_edge.runtime.library import llama_cpp
-from fasa_edge.runtime.stored_states import N_BLOCK, StoredStates
+from fasa_edge.runtime.stored_states import N_BLOCK, Found, StoredStates
 
 import numpy as np
 
@@ -159,9 +159,7 @@ class ContextStates:
         llm, started, state = self.llm, time.perf_counter(), None
         try:
             while state is None:
-                found = self._states.find(tokens)
-                tail, n = self._states.choose(found, n_max)
-                self.n_rows, self.n_stored = found.n_rows, n + (n == n_max < len(tokens))
+                found, tail, n = self._find(tokens, n_max)
                 if n < max(n_min, 1):
                     self._states.touch(found, n)  # which memory has, too
                     return 0
@@ -185,7 +183,15 @@ class ContextStates:
 
     def touch(self, tokens: np.ndarray) -> None:
         """Note that what is stored of a prompt is used."""
-        self._states.touch(self._states.find(tokens), len(tokens))
+        found, *_ = self._find(tokens, len(tokens) - 1)
+        self._states.touch(found, len(tokens))
+
+    def _find(self, tokens: np.ndarray, n_max: int) -> tuple[Found, Name | None, int]:
+        """Find what is stored of a prompt, after which tail it can be restored if one is needed, and how much."""
+        found = self._states.find(tokens)
+        tail, n = self._states.choose(found, n_max)
+        self.n_rows, self.n_stored = found.n_rows, n + (n == n_max < len(tokens))
+        return found, tail, n
 
     def pays(self, n: int) -> bool:
         """Whether the first ``n`` tokens of the prompt are worth storing."""

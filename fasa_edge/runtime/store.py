@@ -139,7 +139,9 @@ class DocumentCache(BaseLlamaCache):
             self._n_own = 0  # what memory holds was read otherwise
 
     def touch(self, prompt: Sequence[int]) -> None:
-        """Note that a prompt is used which memory holds, so that others give way to it."""
+        """Note that a prompt is used which memory holds with its logits, so that others give way to it."""
+        self._start(len(prompt))
+        self.report.n_held = len(prompt)
         self._states.touch(np.asarray(prompt, np.int32))
 
     def spoil(self, start: int) -> None:
