@@ -196,6 +196,29 @@ def test_what_is_stored_on_the_way_leaves_nothing_behind(
     read_on(models(arch), tmp_path / "store", 0, 0)
 
 
+@pytest.mark.parametrize("no", range(3, 8))
+def test_storing_on_the_way_that_is_interrupted_leaves_one_tail(
+    models, no: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That whose rows are there, for others to go on from."""
+    always(monkeypatch)
+    n_stored = itertools.count(1)
+
+    def end(stage: str, done: int, total: int) -> None:
+        if stage == "storing" and next(n_stored) == no:
+            raise KeyboardInterrupt
+
+    llm = load(models("lfm2"), DocumentStore(tmp_path / "store", progress=end), **BATCHES)
+    with pytest.raises(KeyboardInterrupt):
+        answer(llm, DOCUMENT)
+    llm.close()
+    # there is a tail after 128 tokens in any case; rows and a tail come after 256, 384 and 512
+    assert len(files(tmp_path / "store", "tail")) == (1 if no == 3 else 2)
+    llm = load(models("lfm2"), DocumentStore(tmp_path / "store", min_tokens=1), **BATCHES)
+    answer(llm, DOCUMENT, 1)
+    assert llm.documents.report.n_restored == {3: 128, 4: 256, 5: 256, 6: 384, 7: 384}[no]
+
+
 def test_what_cannot_be_stored_on_the_way_is_not_tried_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

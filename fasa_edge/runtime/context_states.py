@@ -212,19 +212,23 @@ class ContextStates:
         if len(own) <= self.n_stored:
             return
         n_problems = len(self.report.problems)
-        before, self._passing = self._passing, None
-        if self.has_tail:
-            self._passing = self.store_tail(tokens)
+        failed = lambda: len(self.report.problems) > n_problems  # noqa: E731
         self.store_rows(own, n_prompt)
-        if before is not None:
-            self._states.remove(before)
+        if self.has_tail and not failed():
+            # the one before goes when this one has all that it needs, whatever happens meanwhile
+            tail = self.store_tail(tokens)
+            if not failed():
+                self._drop_passing()
+                self._passing = tail
         now = time.monotonic()
-        failed = len(self.report.problems) > n_problems
-        self._due = sys.maxsize if failed else now + max(_SECONDS, (now - started) * _SHARE)
+        self._due = sys.maxsize if failed() else now + max(_SECONDS, (now - started) * _SHARE)
 
     def finish(self, tokens: np.ndarray) -> None:
         """Store the tokens that the sequence begins with; tails are in the caller's hands."""
         self.store_rows(tokens, len(tokens))
+        self._drop_passing()
+
+    def _drop_passing(self) -> None:
         if self._passing is not None:
             self._states.remove(self._passing)
             self._passing = None
@@ -232,9 +236,10 @@ class ContextStates:
     def break_off(self, tokens: np.ndarray) -> None:
         """Store all tokens that the sequence holds, if that pays: the reading of a prompt has ended early."""
         if self.pays(len(tokens)):
+            self.store_rows(tokens, len(tokens))
             if self.has_tail:
                 self.store_tail(tokens)
-            self.finish(tokens)
+            self._drop_passing()
 
     def store_tail(self, tokens: np.ndarray) -> Name | None:
         """Store what memory holds, but for the rows, after the tokens, which are all that the sequence holds.

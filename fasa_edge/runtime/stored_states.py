@@ -224,7 +224,11 @@ class StoredStates:
             self._tails[name] = size
             self._folder.touch(self._key, [name])
             return name, 0
-        size = self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
+        try:
+            size = self._write([_Part(name, self._header(), rest, [save()])], names, capacity)
+        except BaseException:  # which may come when it is in its place: nobody would know of it
+            self.remove(name)
+            raise
         self._tails[name] = size
         return name, size
 
