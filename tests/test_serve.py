@@ -311,11 +311,28 @@ def test_a_port_in_use(model: Path) -> None:
         ("--n-gpu-layers", "-ngl"),
         ("--threads", "-t"),
         ("--model", "MODEL"),
+        ("-hfr", "MODEL"),
+        ("-mu", "MODEL"),
+        ("--docker_repo", "MODEL"),
+        ("--fim-qwen-3b-default", "MODEL"),
+        ("--fasa", "--dense or --exact"),
+        ("--fasa_budget", "--budget"),
+        ("--fasa-profile", "--profile"),
+        ("--override-kv=a.b=int:1,fasa.budget=int:32", "--budget"),
+        ("--override-kv=fasa.enabled=bool:false", "--dense or --exact"),
     ],
 )
-def test_what_is_said_of_it_belongs_before_its_options(model: Path, option: str, ours: str) -> None:
-    result = CliRunner().invoke(main, ["serve", str(model), "--", option, "1"])
+def test_what_is_said_of_it_belongs_before_its_options(model: Path, started: list[str], option: str, ours: str) -> None:
+    words = option.split("=", 1) if option.startswith("--override-kv") else [option, "1"]
+    result = CliRunner().invoke(main, ["serve", str(model), "--", *words])
     assert result.exit_code == 2 and f" belongs before --, as {ours}:" in result.output
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO"])
+def test_another_model_in_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """llama-server would serve that one."""
+    monkeypatch.setenv(name, "another")
+    assert f"{name}=another names another model than {model}, which is to be served: unset it" in refused(model)
 
 
 def test_more_context_than_the_model_was_trained_for(model: Path) -> None:
@@ -432,6 +449,40 @@ def test_it_says_what_is_on_a_gpu(
     result = CliRunner().invoke(main, ["serve", str(model), "--port", "0"])
     assert result.exit_code == 0 and f" of {N_CTX_TRAIN} cells, {said}, " in result.output
     assert started[started.index("--gpu-layers") + 1] == ("999" if said.startswith("all") else "1")
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, how",
+    [
+        ([], {"FASA_BUDGET": "32"}, "budget 32"),
+        (["--budget", "16"], {"FASA_BUDGET": "32"}, "budget 16"),
+        ([], {"FASA": "off"}, "dense"),
+        (["--budget", "16"], {"FASA": "off"}, "dense"),
+        (["--exact"], {"FASA": "off"}, "budget 64"),
+        (["--dense"], {"FASA": "on", "FASA_BUDGET": "32"}, "dense"),
+        ([], {"FLASH_ATTN": "off"}, "dense"),
+        (["--", "-fa", "off"], {}, "dense"),
+        (["--", "-fa", "on"], {"FLASH_ATTN": "off"}, "budget 64"),
+    ],
+)
+def test_it_says_what_the_server_does(
+    model: Path, started: list[str], arguments: list[str], environment: dict[str, str], how: str
+) -> None:
+    """The environment and llama-server's own options count, too."""
+    variables = {f"LLAMA_ARG_{name}": value for name, value in environment.items()}
+    result = CliRunner(env=variables).invoke(main, ["serve", str(model), "--port", "0", *arguments])
+    assert result.exit_code == 0 and result.output.splitlines()[0].endswith(f" for prompts), {how}"), result.output
+
+
+def test_a_profile_in_the_environment(model: Path, plain: Path, started: list[str]) -> None:
+    runner = CliRunner(env={"LLAMA_ARG_FASA_PROFILE": str(model)})
+    result = runner.invoke(main, ["serve", str(plain), "--port", "0"])
+    assert result.exit_code == 0 and result.output.splitlines()[0].endswith(", budget 64"), result.output
+
+
+def test_a_setting_in_the_environment_that_cannot_be(model: Path, started: list[str]) -> None:
+    result = CliRunner(env={"LLAMA_ARG_FASA_BUDGET": "0"}).invoke(main, ["serve", str(model), "--port", "0"])
+    assert result.exit_code == 2 and "LLAMA_ARG_FASA_BUDGET" in result.output and not started
 
 
 def test_a_profile_beside_it(model: Path, plain: Path, tmp_path: Path, started: list[str]) -> None:

@@ -289,6 +289,11 @@ def setting_option(name: str, *declarations: str, default: str | None = None, **
     return click.option(*(declarations or [f"--{name.replace('_', '-')}"]), **(own | attributes))
 
 
+def profile_option(**attributes: Any) -> Callable:
+    """Make the option ``--profile``; ``attributes`` are of ``click.option``."""
+    return click.option("--profile", type=_File(), help="In place of the model's own.", **attributes)
+
+
 threads_option = click.option(
     "-t",
     "--threads",
@@ -296,7 +301,6 @@ threads_option = click.option(
     type=click.IntRange(1),
     help="Of decoding; prompts take all CPUs.  [default: half of the CPUs]",
 )
-profile_option = click.option("--profile", type=_File(), help="In place of the model's own.")
 gpu_layers_option = click.option(
     "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=0, help="Layers on the GPU; -1: all."
 )
@@ -330,7 +334,7 @@ def load_options(command: Callable) -> Callable:
         gpu_layers_option,
         click.option("-ctk", "--cache-type-k", "type_k", type=_cache_type, default="f16", help="Type of cached K."),
         click.option("-ctv", "--cache-type-v", "type_v", type=_cache_type, default="f16", help="Type of cached V."),
-        profile_option,
+        profile_option(),
         setting_option("exact"),
         rope_options,
         click.option("--override-kv", "overrides", multiple=True, metavar="KEY=TYPE:VALUE", help="As in llama.cpp."),

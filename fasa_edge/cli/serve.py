@@ -28,13 +28,27 @@ import click
 _OURS = {
     "--host": ("--host",),
     "--port": ("--port",),
-    "MODEL": ("-m", "--model"),
+    "MODEL": (
+        *("-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo"),
+        *("-hf", "-hfr", "--hf-repo", "-hff", "--hf-file"),
+        *("--embd-gemma-default", "--gpt-oss-20b-default", "--gpt-oss-120b-default"),
+        *(f"--fim-qwen-{size}" for size in ("1.5b-default", "3b-default", "7b-default", "30b-default")),
+        *("--fim-qwen-7b-spec", "--fim-qwen-14b-spec"),
+        *("--vision-gemma-4b-default", "--vision-gemma-12b-default"),
+    ),
     "-c": ("-c", "--ctx-size"),
     "--slots": ("-np", "--parallel"),
     "-t": ("-t", "--threads"),
     "-ngl": ("-ngl", "--gpu-layers", "--n-gpu-layers"),
+    "--budget": ("--fasa-budget", "fasa.budget"),
+    "--profile": ("--fasa-profile", "fasa.version"),
+    "--dense or --exact": ("--fasa", "fasa.enabled", "fasa.exact"),
 }
-"""What is said of the server, and so belongs before --: our option, and llama-server's names of it."""
+"""What is said of the server, and so belongs before --: our option, and llama-server's names of it, also as a key of
+--override-kv."""
+
+_OTHER_MODELS = ("LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO")
+"""Environment variables that llama-server heeds even if it is given a file."""
 
 
 @click.command(name="serve")
@@ -72,8 +86,8 @@ _OURS = {
     show_default=False,
     help=f"Layers on the GPU; -1: all.  [default: as many as leave room for the context of -c, or of {N_CTX_ON_GPU}]",
 )
-@setting_option("budget", default="the model's own")
-@profile_option
+@setting_option("budget", default="the model's own", envvar="LLAMA_ARG_FASA_BUDGET", show_envvar=True)
+@profile_option(envvar="LLAMA_ARG_FASA_PROFILE", show_envvar=True)
 @setting_option("exact")
 @click.option("--dense", is_flag=True, help="Switch FASA off.")
 @click.option("-v", "--verbose", is_flag=True, help="Show llama-server's log.")
@@ -104,11 +118,14 @@ def command(
     for ours, theirs in _OURS.items():
         if given := options.given(*theirs):
             raise click.UsageError(f"{given[0]} belongs before --, as {ours}: what is planned and said depends on it")
+    for name, value in options.environment(*_OTHER_MODELS).items():
+        raise FasaError(f"{name}={value} names another model than {model}, which is to be served: unset it")
     if dense:
         refuse_ignored(ctx, ("budget", "exact", "profile"), "--dense")
+    runs_dense = dense or not options.flash_attention or (options.fasa == "off" and not exact)
     find_program("server")  # before a model is annotated for it
     port = free_port(host, port)
-    path = Path(model) if dense or profile else _annotated(Path(model), may_convert)
+    path = Path(model) if runs_dense or profile else _annotated(Path(model), may_convert)
     n_cpus = os.cpu_count() or 1
     n_threads = n_threads or max(n_cpus // 2, 1)
     wanted = plan(
@@ -132,7 +149,7 @@ def command(
     if not verbose:
         arguments += ["--log-verbosity", "2"]  # errors and warnings
     source = convert.inspect(profile or path).profile
-    how = "dense" if dense or not source else f"budget {budget or source.config.budget}"
+    how = "dense" if runs_dense or not source else f"budget {budget or source.config.budget}"
     echo(f"{path}: {_of(wanted)}, {_counted(n_threads, 'thread')} ({n_cpus} for prompts), {how}")
     try:
         with running(host, port, [*arguments, *server_options]) as server:

@@ -12,6 +12,12 @@ from fasa_edge.runtime.library import llama_cpp
 
 _ROPE_SCALINGS = ("none", "linear", "yarn")  # enum llama_rope_scaling_type, as common/arg.cpp names it
 
+_FLASH_ATTN = {  # enum llama_flash_attn_type, likewise
+    **dict.fromkeys(("on", "enabled", "true", "1"), llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED),
+    **dict.fromkeys(("off", "disabled", "false", "0"), llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED),
+    **dict.fromkeys(("auto", "-1"), llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO),
+}
+
 
 def _cache_type(name: str) -> int:
     return capi.cache_type(capi.CACHE_TYPES[capi.CACHE_TYPES.index(name)])
@@ -22,6 +28,7 @@ _OF_CONTEXT: tuple[tuple[str, tuple[str, ...], str, Callable[[str], float]], ...
     ("rope_freq_scale", ("--rope-scale",), "LLAMA_ARG_ROPE_SCALE", lambda text: 1 / float(text)),
     ("rope_freq_scale", ("--rope-freq-scale",), "LLAMA_ARG_ROPE_FREQ_SCALE", float),
     ("yarn_orig_ctx", ("--yarn-orig-ctx",), "LLAMA_ARG_YARN_ORIG_CTX", int),
+    ("flash_attn_type", ("-fa", "--flash-attn"), "LLAMA_ARG_FLASH_ATTN", _FLASH_ATTN.__getitem__),
     ("type_k", ("-ctk", "--cache-type-k"), "LLAMA_ARG_CACHE_TYPE_K", _cache_type),
     ("type_v", ("-ctv", "--cache-type-v"), "LLAMA_ARG_CACHE_TYPE_V", _cache_type),
 )
@@ -43,8 +50,12 @@ class ServerOptions:
         self._environ = environ
 
     def given(self, *names: str) -> list[str]:
-        """List which of some options are among the words."""
-        return [word for word in self._words if word.partition("=")[0] in names]
+        """List which of some options, or keys of ``--override-kv``, are among the words."""
+        return [word for word in self._words if any(part.partition("=")[0] in names for part in word.split(","))]
+
+    def environment(self, *names: str) -> dict[str, str]:
+        """Return which of some environment variables are set, and their values."""
+        return {name: self._environ[name] for name in names if self._environ.get(name)}
 
     def value(self, *names: str, env: str = "") -> str | None:
         """Return the value of an option, the last one if it is given again.
@@ -55,6 +66,17 @@ class ServerOptions:
         """
         at = [i for i, word in enumerate(self._words[:-1]) if word in names]
         return self._values[at[-1] + 1] if at else self._environ.get(env) or None
+
+    @property
+    def fasa(self) -> str:
+        """Whether FASA is ``off``, ``on`` or ``exact``, where they say."""
+        return self.value("--fasa", env="LLAMA_ARG_FASA") or ""
+
+    @property
+    def flash_attention(self) -> bool:
+        """Whether there may be flash attention, without which there is no FASA."""
+        text = self.value("-fa", "--flash-attn", env="LLAMA_ARG_FLASH_ATTN") or "auto"
+        return _FLASH_ATTN.get(text) != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
     @property
     def scheme(self) -> str:
@@ -83,14 +105,16 @@ class ServerOptions:
                 ) from error
 
     def apply(self, params: llama_cpp.llama_context_params) -> None:
-        """Set what they say of a context: how RoPE is scaled, types of the cache. What llama-server refuses is let be.
+        """Set what they say of a context: how RoPE is scaled, flash attention, types of the cache.
+
+        What llama-server refuses is let be.
 
         Args:
             params: of the context.
         """
         for field, names, env, read in _OF_CONTEXT:
             if (text := self.value(*names, env=env)) is not None:
-                with contextlib.suppress(ValueError, ZeroDivisionError):
+                with contextlib.suppress(LookupError, ValueError, ZeroDivisionError):
                     setattr(params, field, read(text))
 
 
