@@ -411,8 +411,26 @@ def test_it_is_annotated_first(plain: Path, started: list[str]) -> None:
     assert result.exit_code == 0 and "its annotated copy is served" in result.output
     assert started[started.index("--model") + 1] == str(copy) and copy.stat().st_mtime_ns == written
 
-    os.utime(plain, ns=(written + 10**9,) * 2)  # another model by now
-    assert "plain-fasa.gguf exists" in refused(plain, "--port", 0, "--convert")
+
+@pytest.mark.parametrize("arguments", [[], ["--convert"]])
+@pytest.mark.parametrize(
+    "state, said", [("stale", "is older"), ("plain", "has no FASA profile"), ("link", "is no file")]
+)
+def test_a_copy_that_cannot_be_served(
+    plain: Path, model: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str, arguments: list[str]
+) -> None:
+    """It is said before anything is asked, with what `serve` and `convert` can do about it."""
+    monkeypatch.setattr(serve, "_is_terminal", lambda: True)
+    copy = plain.with_name("plain-fasa.gguf")
+    if state == "link":
+        copy.symlink_to(plain.with_name("nowhere.gguf"))
+    else:
+        copy.write_bytes((model if state == "stale" else plain).read_bytes())
+        older = plain.stat().st_mtime_ns - 10**9 * (1 if state == "stale" else -1)
+        os.utime(copy, ns=(older, older))
+    message = refused(plain, "--port", 0, *arguments)
+    assert f"{copy}, which would be served for {plain}, {said}: remove it, or" in message
+    assert f"`fasa-edge convert --force {plain}`" in message and "--no-convert" in message
 
 
 @pytest.mark.parametrize("arguments", [["--no-convert"], ["--dense"]])

@@ -176,17 +176,26 @@ def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+def _wrong(copy: Path, path: Path) -> str:
+    """Say why a file cannot be served as the annotated copy of a model; empty: it can."""
+    if not copy.is_file():
+        return "is no file"
+    if copy.stat().st_mtime < path.stat().st_mtime:
+        return "is older"
+    return "" if convert.inspect(copy).annotated else "has no FASA profile"
+
+
 def _annotated(path: Path, may_convert: bool | None) -> Path:
     """The model if it carries a profile, else its annotated copy, which is made if it may be."""
     if convert.inspect(path).annotated:
         return path
     copy = convert.default_output(path)
-    if (
-        may_convert is not False
-        and copy.is_file()
-        and copy.stat().st_mtime >= path.stat().st_mtime
-        and convert.inspect(copy).annotated
-    ):
+    if may_convert is not False and os.path.lexists(copy):
+        if wrong := _wrong(copy, path):
+            raise FasaError(
+                f"{copy}, which would be served for {path}, {wrong}: remove it, or write it again with `fasa-edge "
+                f"convert --force {path}`; --no-convert serves {path} dense"
+            )
         echo(f"{path} has no FASA profile: its annotated copy is served", err=True)
         return copy
     if may_convert is None:
