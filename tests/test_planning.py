@@ -78,11 +78,6 @@ MODELS = {
         n_layer=32, embeddings=282 * MIB, output=411 * MIB, layer=125 * MIB, cell=2 * 8 * 128 * 2 + 8 * 16 * 2
     ),
 }
-ALL = {name: model.n_layers for name, model in MODELS.items()}
-
-
-ALL = {name: model.n_layers for name, model in MODELS.items()}
-
 CARDS = [  # GiB of the GPU, -c; layers there, cells, slots
     ("1B", 8, 0, 17, 131072, 1),
     ("1B", 8, 32768, 17, 32768, 4),
