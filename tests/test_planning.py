@@ -228,3 +228,28 @@ def test_options_of_the_server(model: Path, free: Callable[..., None]) -> None:
 
     free(host=200 * MIB)
     assert plan(model).n_ctx < plan(model, options=ServerOptions(["-ctk", "q8_0", "--cache-type-v", "q8_0"], {})).n_ctx
+
+
+@pytest.mark.parametrize(
+    "words, n_slots, n_gpu_layers, reason",
+    [
+        (["-fa", "off", "-ctv", "q8_0"], 0, None, "V cache"),
+        (["-fa", "off", "-ctv", "q8_0"], 0, -1, "V cache"),
+        (["-ctk", "q8_0"], 0, None, "K cache"),  # heads of 80 are no whole blocks of 32
+        ([], 1000, None, "n_seq_max"),
+    ],
+)
+def test_what_llama_cpp_refuses(
+    model: Path,
+    tmp_path: Path,
+    free: Callable[..., None],
+    words: list[str],
+    n_slots: int,
+    n_gpu_layers: int,
+    reason: str,
+) -> None:
+    """It is no lack of memory, and llama.cpp says what it is."""
+    if "-ctk" in words:
+        model = make_model(tmp_path / "small.gguf", shape=Shape(n_embd_head=80))
+    with pytest.raises(ModelError, match=f"makes no context of .*{model.name} with these options.*{reason}"):
+        plan(model, n_slots=n_slots, n_gpu_layers=n_gpu_layers, options=ServerOptions(words, {}))

@@ -13,6 +13,7 @@ from fasa_edge.errors import ModelError
 from fasa_edge.runtime import capi, memory
 from fasa_edge.runtime.fit import N_CTX_STEP, Room, longest, maps, n_ctx_train, padded, usage, weightless
 from fasa_edge.runtime.library import llama_cpp
+from fasa_edge.runtime.log import error_log
 from fasa_edge.runtime.server_options import ServerOptions
 
 _N_BATCH, _N_UBATCH = 2048, 512  # of llama-server
@@ -80,8 +81,8 @@ def plan(
         options: further options of llama-server, of which those that scale RoPE and set the types of the cache count.
 
     Raises:
-        ModelError: the model cannot be loaded, it was not trained for such a context, or memory does not hold it, or
-            not with such a context.
+        ModelError: the model cannot be loaded, llama.cpp makes no context of it with these options, it was not trained
+            for such a context, or memory does not hold it, or not with such a context.
     """
     model_params, context_params = llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()
     context_params.swa_full = False  # as llama-server has it
@@ -108,9 +109,19 @@ def plan(
             model = loaded(_every(n_gpu_layers, n_layers))
             return usage(model, context_params, n_ctx, _N_BATCH, _N_UBATCH, n_slots) if model else None
 
-        taken(0, N_CTX_STEP, 1)  # llama.cpp says only then how far YaRN stretches what the model was trained for
         if n_gpu_layers is None and not llama_cpp.llama_supports_gpu_offload():
             n_gpu_layers = 0
+        if n_gpu_layers == -1:
+            n_gpu_layers = n_layers
+        # it takes no memory, and llama.cpp says only then how far YaRN stretches what the model was trained for
+        for n in (0, n_gpu_layers or 0):
+            with error_log() as said:
+                if taken(n, N_CTX_STEP, n_slots or 1) is None:
+                    reason = "; ".join(dict.fromkeys(said)) or "it does not say why"
+                    raise ModelError(
+                        f"llama.cpp makes no context of {os.fspath(model_path)} with these options, however short: "
+                        f"{reason}; change the options after --, --slots or -ngl"
+                    )
         return choose(
             taken,
             Room(memory.limits(), capi.device_memory, maps=maps(model_params), n_threads=n_threads, is_loaded=False),
@@ -119,7 +130,7 @@ def plan(
             n_layers=n_layers,
             n_ctx=n_ctx,
             n_slots=n_slots,
-            n_gpu_layers=n_layers if n_gpu_layers == -1 else n_gpu_layers,
+            n_gpu_layers=n_gpu_layers,
         )
 
 
