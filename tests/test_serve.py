@@ -27,6 +27,7 @@ from fasa_edge.cli import main, serve
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import memory, serving, tied
 from fasa_edge.runtime.library import lib_dir
+from fasa_edge.runtime.programs import find_program
 
 import psutil
 import pytest
@@ -196,14 +197,22 @@ def test_options_for_the_server(model: Path) -> None:
     assert "llama-server ended with status 1 before it could answer" in done.stderr.splitlines()[-1]
 
 
-def test_it_is_waited_for_where_it_is(model: Path, tmp_path: Path) -> None:
-    """Below a prefix, and behind a certificate of its own."""
+def test_it_is_waited_for_below_a_prefix(model: Path) -> None:
+    with served(model, options=["--api_prefix", "/below"]) as (_, _, url):
+        assert url.startswith("http://127.0.0.1:") and url.endswith("/below")
+        assert ask(f"{url}/v1/models")["data"]
+
+
+def test_it_is_waited_for_behind_a_certificate_of_its_own(model: Path, tmp_path: Path) -> None:
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("no openssl program, which makes the certificate")
+    if b"built without SSL support" in find_program("server").read_bytes():
+        pytest.skip("llama-server was built where there was no OpenSSL: it has no TLS")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    new = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     subprocess.run([*new, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    options = ["--api_prefix", "/below", "--ssl-key-file", key, "--ssl-cert-file", certificate]
-    with served(model, options=options) as (_, _, url):
-        assert url.startswith("https://127.0.0.1:") and url.endswith("/below")
+    with served(model, options=["--ssl-key-file", key, "--ssl-cert-file", certificate]) as (_, _, url):
+        assert url.startswith("https://127.0.0.1:")
         assert ask(f"{url}/v1/models")["data"]
 
 
