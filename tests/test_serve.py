@@ -310,6 +310,35 @@ def test_a_port_in_use(model: Path) -> None:
     assert serving.free_port("127.0.0.1", port) == port and serving.free_port("127.0.0.1", 0) > 0
 
 
+@pytest.mark.parametrize("asked", [0, None])
+def test_a_port_that_is_taken_while_a_model_is_annotated(
+    model: Path, started: Started, monkeypatch: pytest.MonkeyPatch, asked: int | None
+) -> None:
+    """Of any that is free, another is taken; one that was asked for is refused, not left to llama-server."""
+    asked = serving.free_port("127.0.0.1", 0) if asked is None else asked
+    taken: list[int] = []
+    first, planned = serving.free_port, serve.plan
+
+    def free_port(host: str, port: int) -> int:
+        taken.append(first(host, port))
+        return taken[-1]
+
+    with socket.socket() as other:
+
+        def plan(*arguments: Any, **named: Any) -> Any:
+            other.bind(("127.0.0.1", taken[-1]))
+            other.listen()
+            return planned(*arguments, **named)
+
+        monkeypatch.setattr(serve, "free_port", free_port)
+        monkeypatch.setattr(serve, "plan", plan)
+        result = CliRunner().invoke(main, ["serve", str(model), "--port", str(asked)])
+    if asked:
+        assert result.exit_code == 1 and f"port {asked} of 127.0.0.1 cannot be taken" in result.output and not started
+    else:
+        assert result.exit_code == 0 and started.port == taken[-1] != taken[0]
+
+
 @pytest.mark.parametrize(
     "option, ours",
     [
@@ -331,7 +360,7 @@ def test_a_port_in_use(model: Path) -> None:
         ("--override-kv=fasa.enabled=bool:false", "--dense or --exact"),
     ],
 )
-def test_what_is_said_of_it_belongs_before_its_options(model: Path, started: list[str], option: str, ours: str) -> None:
+def test_what_is_said_of_it_belongs_before_its_options(model: Path, started: Started, option: str, ours: str) -> None:
     words = option.split("=", 1) if option.startswith("--override-kv") else [option, "1"]
     result = CliRunner().invoke(main, ["serve", str(model), "--", *words])
     assert result.exit_code == 2 and f" belongs before --, as {ours}:" in result.output
@@ -383,14 +412,20 @@ def test_programs_are_of_the_build_that_is_asked_for(tmp_path: Path) -> None:
 # A model without a profile
 
 
+class Started(list[str]):
+    """Options of the server that would have been started, and its port."""
+
+    port = 0
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options of the server that would have been started; Ctrl-C is pressed at once."""
-    seen: list[str] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """What would have been started; Ctrl-C is pressed at once."""
+    seen = Started()
 
     @contextlib.contextmanager
     def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[None]:
-        seen[:] = arguments
+        seen[:], seen.port = arguments, port
         raise KeyboardInterrupt
         yield
 
@@ -405,7 +440,7 @@ def plain(model: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_it_is_annotated_first(plain: Path, started: list[str]) -> None:
+def test_it_is_annotated_first(plain: Path, started: Started) -> None:
     copy = plain.with_name("plain-fasa.gguf")
     said = refused(plain, "--port", 0)
     assert "no FASA profile: give --convert" in said and "--no-convert" in said and not copy.exists()
@@ -443,7 +478,7 @@ def test_a_copy_that_cannot_be_served(
 
 
 @pytest.mark.parametrize("arguments", [["--no-convert"], ["--dense"]])
-def test_it_is_served_dense(plain: Path, started: list[str], arguments: list[str]) -> None:
+def test_it_is_served_dense(plain: Path, started: Started, arguments: list[str]) -> None:
     result = CliRunner().invoke(main, ["serve", str(plain), "--port", "0", *arguments])
     assert result.exit_code == 0 and "dense" in result.output
     assert started[started.index("--model") + 1] == str(plain)
@@ -451,7 +486,7 @@ def test_it_is_served_dense(plain: Path, started: list[str], arguments: list[str
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
-def test_it_asks_on_a_terminal(plain: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+def test_it_asks_on_a_terminal(plain: Path, started: Started, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     monkeypatch.setattr(serve, "_is_terminal", lambda: True)
     result = CliRunner().invoke(main, ["serve", str(plain), "--port", "0"], input=f"{answer}\n")
     assert result.exit_code == 0 and "Write an annotated copy" in result.output
@@ -459,7 +494,7 @@ def test_it_asks_on_a_terminal(plain: Path, started: list[str], monkeypatch: pyt
     assert Path(started[started.index("--model") + 1]).name == name
 
 
-def test_what_is_given_goes_to_the_server(model: Path, started: list[str], free: Callable[..., None]) -> None:
+def test_what_is_given_goes_to_the_server(model: Path, started: Started, free: Callable[..., None]) -> None:
     given = ["-c", "512", "--slots", "3", "-t", "7", "-ngl", "1"]
     result = CliRunner().invoke(main, ["serve", str(model), "--port", "0", *given, "--", "--cors_origins", "*"])
     assert result.exit_code == 0, result.output
@@ -470,7 +505,7 @@ def test_what_is_given_goes_to_the_server(model: Path, started: list[str], free:
 
 @pytest.mark.parametrize("n_mib, said", [(1 << 20, "all layers on the GPU"), (1, "1 of 3 layers on the GPU")])
 def test_it_says_what_is_on_a_gpu(
-    model: Path, started: list[str], free: Callable[..., None], offload_device: int, n_mib: int, said: str
+    model: Path, started: Started, free: Callable[..., None], offload_device: int, n_mib: int, said: str
 ) -> None:
     free(on_device=n_mib << 20)
     result = CliRunner().invoke(main, ["serve", str(model), "--port", "0"])
@@ -493,7 +528,7 @@ def test_it_says_what_is_on_a_gpu(
     ],
 )
 def test_it_says_what_the_server_does(
-    model: Path, started: list[str], arguments: list[str], environment: dict[str, str], how: str
+    model: Path, started: Started, arguments: list[str], environment: dict[str, str], how: str
 ) -> None:
     """The environment and llama-server's own options count, too."""
     variables = {f"LLAMA_ARG_{name}": value for name, value in environment.items()}
@@ -501,18 +536,18 @@ def test_it_says_what_the_server_does(
     assert result.exit_code == 0 and result.output.splitlines()[0].endswith(f" for prompts), {how}"), result.output
 
 
-def test_a_profile_in_the_environment(model: Path, plain: Path, started: list[str]) -> None:
+def test_a_profile_in_the_environment(model: Path, plain: Path, started: Started) -> None:
     runner = CliRunner(env={"LLAMA_ARG_FASA_PROFILE": str(model)})
     result = runner.invoke(main, ["serve", str(plain), "--port", "0"])
     assert result.exit_code == 0 and result.output.splitlines()[0].endswith(", budget 64"), result.output
 
 
-def test_a_setting_in_the_environment_that_cannot_be(model: Path, started: list[str]) -> None:
+def test_a_setting_in_the_environment_that_cannot_be(model: Path, started: Started) -> None:
     result = CliRunner(env={"LLAMA_ARG_FASA_BUDGET": "0"}).invoke(main, ["serve", str(model), "--port", "0"])
     assert result.exit_code == 2 and "LLAMA_ARG_FASA_BUDGET" in result.output and not started
 
 
-def test_a_profile_beside_it(model: Path, plain: Path, tmp_path: Path, started: list[str]) -> None:
+def test_a_profile_beside_it(model: Path, plain: Path, tmp_path: Path, started: Started) -> None:
     result = CliRunner().invoke(main, ["serve", str(plain), "--port", "0", "--profile", str(model), "--budget", "32"])
     assert result.exit_code == 0 and "budget 32" in result.output
     assert started[started.index("--fasa-profile") + 1] == str(model)

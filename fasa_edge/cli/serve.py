@@ -124,7 +124,7 @@ def command(
         refuse_ignored(ctx, ("budget", "exact", "profile"), "--dense")
     runs_dense = dense or not options.flash_attention or (options.fasa == "off" and not exact)
     find_program("server")  # before a model is annotated for it
-    port = free_port(host, port)
+    free_port(host, port)  # before a model is annotated, and looked for again after that
     path = Path(model) if runs_dense or profile else _annotated(Path(model), may_convert)
     n_cpus = os.cpu_count() or 1
     n_threads = n_threads or max(n_cpus // 2, 1)
@@ -150,6 +150,7 @@ def command(
         arguments += ["--log-verbosity", "2"]  # errors and warnings
     source = convert.inspect(profile or path).profile
     how = "dense" if runs_dense or not source else f"budget {budget or source.config.budget}"
+    port = free_port(host, port)
     echo(f"{path}: {_of(wanted)}, {_counted(n_threads, 'thread')} ({n_cpus} for prompts), {how}")
     try:
         with running(host, port, [*arguments, *server_options]) as server:
