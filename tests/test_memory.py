@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fasa_edge
-from fasa_edge.runtime import memory
+from fasa_edge.runtime import cgroups, memory
 
 import psutil
 import pytest
@@ -30,7 +30,7 @@ _UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., memory.Available]:
     """What is available where the kernel has these files: text by path, or a number; None for what cannot be read."""
-    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     monkeypatch.setattr(memory, "_of_process", lambda: iter(()))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": MACHINE})())
 
@@ -156,7 +156,7 @@ def test_the_least_is_named(kernel, monkeypatch: pytest.MonkeyPatch) -> None:
 _LIMITED = """
 import resource, sys
 import psutil
-from fasa_edge.runtime import memory
+from fasa_edge.runtime import cgroups, memory
 used = getattr(psutil.Process().memory_info(), sys.argv[2])
 resource.setrlimit(getattr(resource, sys.argv[1]), (used + (100 << 20), resource.RLIM_INFINITY))
 before = memory.available()
@@ -187,7 +187,7 @@ def test_what_the_system_does_not_tell_is_no_limit(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("psutil.virtual_memory", fail)
     monkeypatch.setattr("psutil.Process", fail)
-    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
     assert memory.limits() == [memory.Available(sys.maxsize, "the machine's memory")]
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
     with pytest.raises(fasa_edge.ModelError, match="damaged.gguf"):

@@ -25,7 +25,7 @@ from typing import Any
 from fasa_edge import convert
 from fasa_edge.cli import main, serve
 from fasa_edge.errors import FasaError
-from fasa_edge.runtime import memory, serving, tied
+from fasa_edge.runtime import cpus, memory, serving, tied
 from fasa_edge.runtime.library import lib_dir
 from fasa_edge.runtime.programs import find_program
 
@@ -111,7 +111,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 def test_it_says_what_runs_and_where_and_decodes_sparsely(model: Path) -> None:
     with served(model, "-t", 1) as (_, first, url):
-        assert first == f"{model}: 4 slots of {N_CTX_TRAIN} cells, 1 thread ({os.cpu_count()} for prompts), budget 64\n"
+        assert first == f"{model}: 4 slots of {N_CTX_TRAIN} cells, 1 thread ({cpus.n_cpus()} for prompts), budget 64\n"
         body = {"messages": [{"role": "user", "content": "word " * 40}], "max_tokens": 8, "ignore_eos": True}
         assert ask(f"{url}/v1/chat/completions", body)["timings"]["fasa_n_layers_sparse"] == 7 * 2
         properties = ask(f"{url}/props")
@@ -498,9 +498,19 @@ def test_what_is_given_goes_to_the_server(model: Path, started: Started, free: C
     given = ["-c", "512", "--slots", "3", "-t", "7", "-ngl", "1"]
     result = CliRunner().invoke(main, ["serve", str(model), "--port", "0", *given, "--", "--cors_origins", "*"])
     assert result.exit_code == 0, result.output
-    wanted = {"--ctx-size": 1536, "--parallel": 3, "--threads": 7, "--threads-batch": os.cpu_count(), "--gpu-layers": 1}
+    wanted = {"--ctx-size": 1536, "--parallel": 3, "--threads": 7, "--threads-batch": cpus.n_cpus(), "--gpu-layers": 1}
     assert {name: started[started.index(name) + 1] for name in wanted} == {k: str(v) for k, v in wanted.items()}
     assert "--cors-origins" not in started
+
+
+def test_threads_are_of_the_cpus_that_it_may_use(
+    model: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    result = CliRunner().invoke(main, ["serve", str(model), "--port", "0"])
+    assert result.exit_code == 0 and ", 1 thread (1 for prompts), " in result.output
+    assert [started[started.index(name) + 1] for name in ("--threads", "--threads-batch")] == ["1", "1"]
 
 
 @pytest.mark.parametrize("n_mib, said", [(1 << 20, "all layers on the GPU"), (1, "1 of 3 layers on the GPU")])

@@ -17,6 +17,7 @@ from fasa_edge.cli.common import (
     threads_option,
 )
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime import cpus
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.planning import N_CTX_ON_GPU, Plan, plan
 from fasa_edge.runtime.programs import find_program
@@ -126,7 +127,7 @@ def command(
     find_program("server")  # before a model is annotated for it
     free_port(host, port)  # before a model is annotated, and looked for again after that
     path = Path(model) if runs_dense or profile else _annotated(Path(model), may_convert)
-    n_cpus = os.cpu_count() or 1
+    n_cpus = cpus.n_cpus()
     n_threads = n_threads or max(n_cpus // 2, 1)
     wanted = plan(
         path,

@@ -7,17 +7,14 @@ until nothing goes on. See cgroups(7), proc(5), getrlimit(2).
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fasa_edge.runtime import cgroups
+
 import psutil
-
-_ROOT = Path("/")  # of the files of the kernel
-
-_CONTROLLER = "memory"
 
 _UNKNOWN = sys.maxsize  # bytes of memory, where the system does not say
 _STACK, _ARENA = 8 << 20, 64 << 20  # bytes of a thread: its stack, and address space that glibc's malloc sets aside
@@ -54,11 +51,11 @@ class _Version:
 
     def available(self, folder: Path) -> Iterator[Available]:
         """What the limits of one group leave; what cannot be read or understood is no limit."""
-        stat = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
-        cached = sum(_number(stat.get(name, "")) or 0 for name in self.caches)
-        used = max((_number(_text(folder / self.usage)) or 0) - cached, 0)
+        stat = dict(line.split(" ", 1) for line in cgroups.text(folder / "memory.stat").splitlines() if " " in line)
+        cached = sum(cgroups.number(stat.get(name, "")) or 0 for name in self.caches)
+        used = max((cgroups.number(cgroups.text(folder / self.usage)) or 0) - cached, 0)
         for name in self.limits:
-            if (limit := _number(_text(folder / name))) is not None:  # "max": none
+            if (limit := cgroups.number(cgroups.text(folder / name))) is not None:  # "max": none
                 yield Available(max(limit - used, 0), f"the container's limit ({name})")
 
 
@@ -94,31 +91,8 @@ def limits() -> list[Available]:
 
 def _of_groups() -> Iterator[Available]:
     """What is left to the groups that the process is in, up to the topmost that it can see."""
-    mounts = list(_mounts())
-    for line in _text(_ROOT / "proc/self/cgroup").splitlines():
-        fields = line.split(":", 2)
-        if len(fields) != 3 or (fields[1] and _CONTROLLER not in fields[1].split(",")):
-            continue
-        version, path = _V1 if fields[1] else _V2, Path(fields[2])
-        for mounted, root, point in mounts:
-            if mounted != version:
-                continue
-            # a path outside of what is mounted, as in a container that shares the names of its host: all that is seen
-            below = path.relative_to(root).parts if path.is_relative_to(root) and ".." not in path.parts else ()
-            for n in range(len(below), -1, -1):
-                yield from version.available(point.joinpath(*below[:n]))
-
-
-def _mounts() -> Iterator[tuple[_Version, Path, Path]]:
-    """Hierarchies of groups that account for memory: version, the group at the top, and where it is mounted."""
-    for line in _text(_ROOT / "proc/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        root, point = (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field) for field in fields[3:5])
-        if kind[0] == "cgroup2" or (kind[0] == "cgroup" and _CONTROLLER in kind[2].split(",")):
-            yield _V2 if kind[0] == "cgroup2" else _V1, Path(root), _ROOT / point.lstrip("/")
+    for is_v2, folder in cgroups.groups("memory"):
+        yield from (_V2 if is_v2 else _V1).available(folder)
 
 
 def _of_process() -> Iterator[Available]:
@@ -136,15 +110,3 @@ def _of_process() -> Iterator[Available]:
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:
             yield Available(max(limit - used, 0), of, is_virtual=True, by_thread=by_thread)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except (OSError, ValueError):  # a path with a NUL
-        return ""
-
-
-def _number(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.isascii() and text.isdigit() else None
