@@ -216,6 +216,18 @@ def test_it_is_waited_for_behind_a_certificate_of_its_own(model: Path, tmp_path:
         assert ask(f"{url}/v1/models")["data"]
 
 
+@pytest.mark.parametrize("host, url", [("::1", "http://[::1]:"), ("localhost", "http://localhost:")])
+def test_the_address_that_it_says_is_a_url(model: Path, monkeypatch: pytest.MonkeyPatch, host: str, url: str) -> None:
+    class Server:
+        def wait(self) -> int:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "free_port", lambda host, port: 8081)  # of IPv6, which not every machine has
+    monkeypatch.setattr(serve, "running", lambda *_: contextlib.nullcontext(Server()))
+    result = CliRunner().invoke(main, ["serve", str(model), "--host", host])
+    assert result.exit_code == 0 and f"\n{url}8081/v1 (OpenAI's API" in result.output, result.output
+
+
 def test_a_folder_for_slots_is_made(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "slots"
     with served(model, options=["--slot-save-path", folder]) as (_, _, url):

@@ -155,7 +155,8 @@ def command(
     echo(f"{path}: {_of(wanted)}, {_counted(n_threads, 'thread')} ({n_cpus} for prompts), {how}")
     try:
         with running(host, port, [*arguments, *server_options]) as server:
-            echo(f"{options.scheme}://{host}:{port}{options.api_prefix}/v1 (OpenAI's API; Ctrl-C ends it)")
+            address = f"[{host}]" if ":" in host else host  # RFC 3986
+            echo(f"{options.scheme}://{address}:{port}{options.api_prefix}/v1 (OpenAI's API; Ctrl-C ends it)")
             status = server.wait()
             raise FasaError(f"llama-server ended by itself, with status {status}: see what it says above")
     except KeyboardInterrupt:
