@@ -141,8 +141,8 @@ def command(
     options.make_folders()
     arguments = ["--model", str(path), *wanted.arguments(), "--metrics"]
     arguments += ["--threads", str(n_threads), "--threads-batch", str(n_cpus)]
-    for name, value in {"--fasa-budget": budget, "--fasa-profile": profile}.items():
-        arguments += [name, str(value)] if value is not None else []
+    for name, setting in {"--fasa-budget": budget, "--fasa-profile": profile}.items():
+        arguments += [name, str(setting)] if setting is not None else []
     if dense or exact:
         arguments += ["--fasa", "off" if dense else "exact"]
     if not options.given("--cors-origins"):
