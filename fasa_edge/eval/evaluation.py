@@ -139,7 +139,7 @@ def evaluate(
         n_ctx: cells of a context; 0: as many as are needed.
         cache: folder, or a store with settings, that keeps the prefixes that are read: those that begin alike have the
             rest read only, also in a later run with other methods, budgets or settings. What is measured is the same to
-            the bit; only with methods that observe the prompt it is read anyway.
+            the bit, with sliding windows up to rounding; only with methods that observe the prompt it is read anyway.
         progress: called with a stage, what is done and what there is to do; within the others, stage ``"reading"`` is
             a prefix being read, in tokens.
         options: other arguments of :class:`fasa_edge.Llama`.

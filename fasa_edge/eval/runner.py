@@ -4,7 +4,8 @@ Methods that differ in what is fixed when a context is made (``n_tip``) run in c
 prefix as a saved state.
 
 A prefix is read in batches that begin at multiples of their size, whatever of it is there already: what a method makes
-of it does not depend, to the bit, on what was read before, nor on what a store had of it.
+of it does not depend, to the bit, on what was read before, nor on what a store had of it. But for sliding windows:
+llama.cpp restores them to other cells, in whose order sums are rounded.
 """
 
 from __future__ import annotations
