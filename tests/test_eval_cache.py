@@ -10,7 +10,7 @@ from fasa_edge import DocumentStore
 from fasa_edge.eval import Evaluation, evaluate
 from fasa_edge.eval.methods import DENSE
 from fasa_edge.eval.runner import Runner
-from fasa_edge.runtime import context_states
+from fasa_edge.runtime import context_states, library
 
 import numpy as np
 import pytest
@@ -76,6 +76,26 @@ def test_other_settings_have_the_same_prefixes(model: Path, text: Path, tmp_path
         found = run(model, text, tmp_path, prefixes=[700], **options)
         assert (found.n_read, found.n_restored) == (0, 2 * 700)
         assert figures(found) == figures(run(model, text, prefixes=[700], **options))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"n_gpu_layers": 2}, {"main_gpu": 1}, {"split_mode": 2}, {"tensor_split": [0.5, 0.5]}], ids=str
+)
+def test_other_places_have_prefixes_of_their_own(model: Path, arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Of layers: each device rounds in its own way."""
+    for options, n_restored in ({}, 0), (arguments, 0), (arguments, 300):
+        with Runner(str(model), 512, store=DocumentStore(tmp_path), **options) as runner:
+            runner.prefill(TEXTS[0][:300])
+            assert runner.n_restored == n_restored
+
+
+def test_other_devices_have_prefixes_of_their_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors, too."""
+    for devices, n_restored in (["CPU: A"], 0), (["CPU: B"], 0), (["CUDA0: C", "CPU: B"], 0), (["CPU: A"], 300):
+        monkeypatch.setattr(library, "devices", lambda found=devices: [(None, about) for about in found])
+        with Runner(str(model), 512, store=DocumentStore(tmp_path)) as runner:
+            runner.prefill(TEXTS[0][:300])
+            assert runner.n_restored == n_restored
 
 
 def test_what_a_store_has_of_other_texts_changes_nothing(model: Path, text: Path, tmp_path: Path) -> None:

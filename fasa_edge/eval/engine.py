@@ -13,12 +13,14 @@ from fasa_edge.runtime.library import llama_cpp
 
 
 def engine(llm: llama_cpp.Llama) -> dict[str, Any]:
-    """Return libraries, devices, parameters of the context and threads, as values for JSON."""
+    """Return libraries, devices, parameters of model and context, and threads, as values for JSON."""
     types = {name: capi.type_name(getattr(llm.context_params, name)) for name in ("type_k", "type_v")}
     return {
         "library": [sha256(path) for path in (*_libraries(), *capi_eval.library())],
-        "n_gpu_layers": llm.model_params.n_gpu_layers,
-        "context": _changed(llm.context_params),
+        "devices": [about for _, about in library.devices()],
+        "model": _changed(llm.model_params, llama_cpp.llama_model_default_params()),
+        "tensor_split": llm.tensor_split,
+        "context": _changed(llm.context_params, llama_cpp.llama_context_default_params()),
         "n_threads": llm.n_threads,
         "n_threads_batch": llm.n_threads_batch,
         **types,
@@ -34,9 +36,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _changed(params: ctypes.Structure) -> dict[str, Any]:
-    """Tells what results may depend on: the numbers among the parameters of a context that are not the defaults."""
-    default = llama_cpp.llama_context_default_params()
+def _changed(params: ctypes.Structure, default: ctypes.Structure) -> dict[str, Any]:
+    """Tells what results may depend on: the numbers among parameters that are not the defaults."""
     named = {name: getattr(params, name) for name, *_ in params._fields_ if name not in _TOLD_APART}
     return {
         name: value
@@ -45,7 +46,10 @@ def _changed(params: ctypes.Structure) -> dict[str, Any]:
     }
 
 
-_TOLD_APART = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "type_k", "type_v")
+_TOLD_APART = (
+    *("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "type_k", "type_v"),
+    *("load_mode", "lazy_mode", "check_tensors"),
+)
 """Told otherwise, or of no effect on what one token after another gives."""
 
 

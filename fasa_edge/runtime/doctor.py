@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -73,15 +72,9 @@ def examine() -> Installation:
 
 def _devices() -> list[str]:
     """The devices of all backends that are loaded, each with what it is, and from which depth on FASA pays there."""
-    registry, base = (library.ggml(library.llama_cpp, name) for name in ("ggml", "ggml-base"))
-    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
-    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
-    base.ggml_fasa_bandwidth.restype = ctypes.c_float
     res = []
-    for handle in (ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())):
-        names = (base.ggml_backend_dev_name, base.ggml_backend_dev_description)
-        about = ": ".join(name(handle).decode().strip() for name in names)
-        if bandwidth := base.ggml_fasa_bandwidth(handle):
+    for handle, about in library.devices():
+        if bandwidth := ggml.base.ggml_fasa_bandwidth(handle):
             about += f", {bandwidth:,.0f} GB/s; with 32/8 heads of 128 sparse from {_pays_from(bandwidth):,} cells on"
         res.append(about)
     return res

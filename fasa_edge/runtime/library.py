@@ -110,6 +110,16 @@ def ggml(llama_cpp: ModuleType, name: str = "ggml") -> ctypes.CDLL:
     return llama_cpp.llama_cpp.load_shared_library(name, lib_dir())
 
 
+def devices() -> list[tuple[ctypes.c_void_p, str]]:
+    """List the devices of all backends that are loaded, each with its name and what it is: of the CPU, which."""
+    registry, base = ggml(llama_cpp), ggml(llama_cpp, "ggml-base")
+    registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+    base.ggml_backend_dev_name.restype = base.ggml_backend_dev_description.restype = ctypes.c_char_p
+    handles = [ctypes.c_void_p(registry.ggml_backend_dev_get(i)) for i in range(registry.ggml_backend_dev_count())]
+    names = base.ggml_backend_dev_name, base.ggml_backend_dev_description
+    return [(handle, ": ".join(name(handle).decode().strip() for name in names)) for handle in handles]
+
+
 def backends() -> list[str] | None:
     """List the paths of the backends that are mapped: devices' and the CPU's, of whose variants ggml keeps the best.
 
