@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fasa_edge.cli.common import printable
 from fasa_edge.convert import inspect
 from fasa_edge.errors import ConvertError, ModelError, SchemaError
 from fasa_edge.io.gguf_header import read_header
+from fasa_edge.runtime import child
 from fasa_edge.runtime.trial import try_model
 from fasa_edge.schema import GGUFValueType as T
 
@@ -68,7 +70,8 @@ def test_the_trial_leaves_other_errors_to_the_loader(tmp_path: Path, model_path:
 
 
 def test_a_crash_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasa_edge.runtime.trial._CODE", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+    monkeypatch.setattr(child, "python", lambda *_: crash)
     with pytest.raises(ModelError, match=r"m\.gguf is refused by llama\.cpp, which ends with SIGSEGV on it: the file"):
         try_model(tmp_path / "m.gguf")
 

@@ -26,7 +26,7 @@ from fasa_edge import convert
 from fasa_edge.cli import main, serve
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import cpus, memory, serving, tied
-from fasa_edge.runtime.library import lib_dir
+from fasa_edge.runtime.library import lib_dir, llama_cpp
 from fasa_edge.runtime.programs import find_program
 
 import psutil
@@ -329,7 +329,7 @@ def test_a_port_that_is_taken_while_a_model_is_annotated(
     """Of any that is free, another is taken; one that was asked for is refused, not left to llama-server."""
     asked = serving.free_port("127.0.0.1", 0) if asked is None else asked
     taken: list[int] = []
-    first, planned = serving.free_port, serve.plan
+    first, call = serving.free_port, serve.call
 
     def free_port(host: str, port: int) -> int:
         taken.append(first(host, port))
@@ -337,13 +337,13 @@ def test_a_port_that_is_taken_while_a_model_is_annotated(
 
     with socket.socket() as other:
 
-        def plan(*arguments: Any, **named: Any) -> Any:
+        def late(*arguments: Any, **named: Any) -> Any:
             other.bind(("127.0.0.1", taken[-1]))
             other.listen()
-            return planned(*arguments, **named)
+            return call(*arguments, **named)
 
         monkeypatch.setattr(serve, "free_port", free_port)
-        monkeypatch.setattr(serve, "plan", plan)
+        monkeypatch.setattr(serve, "call", late)
         result = CliRunner().invoke(main, ["serve", str(model), "--port", str(asked)])
     if asked:
         assert result.exit_code == 1 and f"port {asked} of 127.0.0.1 cannot be taken" in result.output and not started
@@ -396,7 +396,7 @@ def test_no_gguf(tmp_path: Path) -> None:
     assert "x.gguf" in refused(tmp_path / "x.gguf", "--port", 0)
 
 
-def test_too_little_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(model: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "limits", lambda: [memory.Available(1 << 20, "the machine's memory")])
     said = refused(model, "--port", 0)
     assert "memory does not hold" in said and "1048576 are left of the machine's memory" in said and "smaller" in said
@@ -431,7 +431,13 @@ class Started(list[str]):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process is asked for is done in this one, whose memory may be made up."""
+    monkeypatch.setattr(serve, "call", lambda function, *arguments, **named: function(*arguments, **named))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, here: None) -> Started:
     """What would have been started; Ctrl-C is pressed at once."""
     seen = Started()
 
@@ -487,6 +493,25 @@ def test_a_copy_that_cannot_be_served(
     message = refused(plain, "--port", 0, *arguments)
     assert f"{copy}, which would be served for {plain}, {said}: remove it, or" in message
     assert f"`fasa-edge convert --force {plain}`" in message and "--no-convert" in message
+
+
+def test_it_takes_nothing_of_a_gpu_itself(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who made a context there keeps memory until it ends: another process annotates and plans."""
+
+    def here(*_: object, **__: object) -> None:
+        raise AssertionError("it did that itself")
+
+    @contextlib.contextmanager
+    def running(*_: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(convert, "convert", here)
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", here)
+    monkeypatch.setattr(serve, "running", running)
+    result = CliRunner().invoke(main, ["serve", str(plain), "--port", "0", "--convert", "--slots", "1"])
+    assert result.exit_code == 0 and f": 1 slot of {N_CTX_TRAIN} cells, " in result.output, result.output
+    assert convert.inspect(plain.with_name("plain-fasa.gguf")).annotated
 
 
 @pytest.mark.parametrize("arguments", [["--no-convert"], ["--dense"]])

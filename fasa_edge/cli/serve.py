@@ -16,8 +16,10 @@ from fasa_edge.cli.common import (
     setting_option,
     threads_option,
 )
+from fasa_edge.cli.signals import unwound_by_signals
 from fasa_edge.errors import FasaError
 from fasa_edge.runtime import cpus
+from fasa_edge.runtime.child import call
 from fasa_edge.runtime.library import llama_cpp
 from fasa_edge.runtime.planning import N_CTX_ON_GPU, Plan, plan
 from fasa_edge.runtime.programs import find_program
@@ -129,7 +131,8 @@ def command(
     path = Path(model) if runs_dense or profile else _annotated(Path(model), may_convert)
     n_cpus = cpus.n_cpus()
     n_threads = n_threads or max(n_cpus // 2, 1)
-    wanted = plan(
+    wanted = call(
+        plan,
         path,
         profile,
         n_ctx=n_ctx,
@@ -212,9 +215,14 @@ def _annotated(path: Path, may_convert: bool | None) -> Path:
     if not may_convert:
         echo(f"warning: {path} has no FASA profile: it is served dense", err=True)
         return path
-    with progress_bars() as progress:
-        result = convert.convert(path, progress=progress)
-    for warning in (result.unchecked and f"not checked: {result.unchecked}", result.check and result.check.warning):
-        if warning:
-            echo(f"warning: {warning}", err=True)
+    for warning in call(annotate, path):
+        echo(f"warning: {warning}", err=True)
     return copy
+
+
+def annotate(path: Path) -> list[str]:
+    """Write the annotated copy of a model, in another process, and return warnings."""
+    with unwound_by_signals(), progress_bars() as progress:
+        result = convert.convert(path, progress=progress)
+    warnings = (result.unchecked and f"not checked: {result.unchecked}", result.check and result.check.warning)
+    return [warning for warning in warnings if warning]

@@ -47,7 +47,7 @@ class ServerOptions:
         # llama-server takes underscores for dashes in the names of its options; those of values do not matter here
         self._words = [_name(word) for word in words]
         self._values = list(words)
-        self._environ = environ
+        self._environ = dict(environ)
 
     def given(self, *names: str) -> list[str]:
         """List which of some options, or keys of ``--override-kv``, are among the words."""

@@ -8,12 +8,11 @@ import os
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from fasa_edge.errors import FasaError
+from fasa_edge.runtime import child
 from fasa_edge.runtime.programs import find_program
 from fasa_edge.runtime.server_options import ServerOptions
 
@@ -21,7 +20,6 @@ import psutil
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens there is found here
 _POLL = 0.05  # seconds
-_GRACE = 10  # seconds for what the server is computing when it is to end
 _PATIENCE = 120  # seconds in which a server that does not answer yet has to get on with something
 _STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of files or of memory: less than that is no progress
 
@@ -50,9 +48,7 @@ def free_port(host: str, port: int) -> int:
 def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Start llama-server, wait until it answers, and end it with the block.
 
-    What it logs goes to standard error. Signals of the terminal do not reach it: it ends when it is told to, once. It
-    is killed when this process is, also by SIGKILL, and on Linux already when the thread that entered the block ends;
-    on Windows it is not.
+    What it logs goes to standard error. How it ends: :func:`fasa_edge.runtime.child.tied`.
 
     Args:
         host: address to listen on.
@@ -64,24 +60,9 @@ def running(host: str, port: int, arguments: Sequence[str]) -> Iterator[subproce
         FasaError: it ended before it answered, or it does not get there.
     """
     command = [str(find_program("server")), "--host", host, "--port", str(port), *arguments]
-    if os.name == "posix":
-        tied = Path(__file__).with_name("tied.py")
-        command = [sys.executable, "-I", "-S", str(tied), str(os.getpid()), *command]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    try:
+    with child.tied(command) as process:
         _wait_for(process, host, port, ServerOptions(arguments))
         yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(_GRACE)
-        except BaseException as error:  # or it would outlive a second Ctrl-C
-            process.kill()
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-        finally:
-            process.stdin.close()  # type: ignore[union-attr]
 
 
 def _wait_for(process: subprocess.Popen[bytes], host: str, port: int, options: ServerOptions) -> None:

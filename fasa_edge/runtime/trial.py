@@ -6,9 +6,9 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 
 from fasa_edge.errors import ModelError
+from fasa_edge.runtime import child
 from fasa_edge.runtime.library import llama_cpp
 
 _CRASHES = {
@@ -16,14 +16,6 @@ _CRASHES = {
     for name in ("SIGABRT", "SIGSEGV", "SIGFPE", "SIGBUS", "SIGILL")
     if hasattr(signal, name)
 }
-
-# -c and a copy of sys.path: the child imports what this process did, and runs nothing of its __main__
-_CODE = """
-import sys
-sys.path[:] = sys.argv[1].split(sys.argv[2])
-from fasa_edge.runtime.trial import load
-load(sys.argv[3])
-"""
 
 
 def try_model(path: str | os.PathLike[str]) -> None:
@@ -35,17 +27,17 @@ def try_model(path: str | os.PathLike[str]) -> None:
     Raises:
         ModelError: it crashed; the message holds its last words.
     """
-    child = subprocess.run(
-        [sys.executable, "-c", _CODE, os.pathsep.join(sys.path), os.pathsep, path],
+    done = subprocess.run(
+        child.python(load, os.fspath(path)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # no debugger
         check=False,
     )
-    if (name := _CRASHES.get(child.returncode)) is None:
+    if (name := _CRASHES.get(done.returncode)) is None:
         return
-    said = [line for line in child.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    said = [line for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     words = f", saying {said[-1].strip()}" if said else ""
     raise ModelError(
         f"{path} is refused by llama.cpp, which ends with {name} on it{words}: the file is damaged, "
