@@ -273,6 +273,28 @@ def test_one_that_takes_long_but_works(program: Callable[[str], None], monkeypat
             pass
 
 
+def test_asking_whether_it_answers_is_no_work_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs while it answers 503 is given up, although each answer, behind TLS, takes CPU time of it."""
+    clock, cpu_time = [0.0], [0.0]
+
+    class Hanging:
+        def wait(self, seconds: float) -> int:
+            clock[0] += seconds
+            assert clock[0] < 10 * serving._PATIENCE, "it is waited for without end"
+            raise subprocess.TimeoutExpired("llama-server", seconds)
+
+    def answers(*_: object) -> bool:
+        cpu_time[0] += 0.01  # a handshake of a certificate of 4096 bits
+        return False
+
+    monkeypatch.setattr(serving.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(serving, "_answers", answers)
+    monkeypatch.setattr(serving, "_work", lambda process: (cpu_time[0], 0, 0))
+    with pytest.raises(FasaError, match="neither answers on port 8080 of 127.0.0.1 nor does anything"):
+        serving._wait_for(Hanging(), "127.0.0.1", 8080, serving.ServerOptions([], {}))
+    assert clock[0] < 1.2 * serving._PATIENCE
+
+
 def test_another_server_is_not_taken_for_it(program: Callable[[str], None]) -> None:
     """It came between the look whether the port is free and the start, and answers at once."""
 

@@ -19,7 +19,10 @@ from fasa_edge.runtime.server_options import ServerOptions
 import psutil
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens there is found here
-_POLL = 0.05  # seconds
+_POLL, _POLL_SHARE = (
+    0.05,
+    0.1,
+)  # seconds, and of the time in which nothing has moved: asking takes CPU time of the server
 _PATIENCE = 120  # seconds in which a server that does not answer yet has to get on with something
 _STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of files or of memory: less than that is no progress
 
@@ -70,7 +73,7 @@ def _wait_for(process: subprocess.Popen[bytes], host: str, port: int, options: S
     moved, last = time.monotonic(), (0.0, 0, 0)
     while not (_answers(host, port, options) and _listens(process, port)):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(_POLL)
+            status = process.wait(max(_POLL, _POLL_SHARE * (time.monotonic() - moved)))
             raise FasaError(
                 f"llama-server ended with status {status} before it could answer: see what it says above, -v shows all "
                 "of it; where memory is short, lower -c or --slots"
