@@ -294,7 +294,7 @@ def test_identity(tiny: Path, tmp_path: Path) -> None:
     assert key["files"] == [sha256(name.encode()) for name in names]
     libraries = [sha256(path.read_bytes()) for path in lib_dir().iterdir()]
     assert len(key["library"]) == 4 and set(key["library"]) <= set(libraries)
-    assert key["overrides"] == overrides and key["n_gpu_layers"] == 0
+    assert key["overrides"] == overrides and key["model"]["n_gpu_layers"] == 0
     assert (key["n_threads"], key["n_threads_batch"], key["type_k"]) == (2, 1, "f16")
 
 
