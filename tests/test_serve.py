@@ -48,9 +48,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def served(*arguments: object, options: Sequence[object] = ()) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A running command, what it says first, and the address that it says next."""
-    # in the background, too, where shells let Ctrl-C be ignored
-    heeds_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    start = f"{heeds_interrupts}; from fasa_edge.cli import main; main()"
+    # in the background, too, for which shells let some be ignored
+    heeds_signals = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGQUIT, signal.SIG_DFL)"
+    )
+    start = f"{heeds_signals}; from fasa_edge.cli import main; main()"
     command = [sys.executable, "-c", start, "serve", "--port", "0", *arguments, "--", *NO_WAITING, *options]
     pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(list(map(str, command)), **pipes) as process:
