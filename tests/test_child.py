@@ -15,10 +15,7 @@ from fasa_edge.runtime import child, planning
 import psutil
 import pytest
 
-pytestmark = [
-    pytest.mark.check,
-    pytest.mark.skipif(os.name != "posix", reason="what ends processes on Windows is not tied"),
-]
+pytestmark = pytest.mark.check
 
 PATIENCE = 60  # seconds; nothing takes so long
 
@@ -42,8 +39,9 @@ def test_one_that_ends() -> None:
             child.call(end, *[3] * (end is os._exit))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_outlives_who_asks(number: int) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="on Windows a process is not tied to who asks (fasa_edge.runtime.child)")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_outlives_who_asks(name: str) -> None:
     code = """
 import signal, time
 from fasa_edge.cli.signals import unwound_by_signals
@@ -57,6 +55,6 @@ with unwound_by_signals():
         while not (children := psutil.Process(process.pid).children()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(getattr(signal, name))
         process.wait(PATIENCE)
     assert not psutil.wait_procs(children, PATIENCE)[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from fasa_edge.runtime import cgroups
 
@@ -15,11 +14,11 @@ def n_cpus() -> int:
     do, all stand still when one of them is stopped.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min([bound, *(_quotas() if sys.platform == "linux" else [])]), 1)
+    return max(min([bound, *_quotas()]), 1)
 
 
 def _quotas() -> list[int]:
-    """Whole CPUs of each quota; what cannot be read or understood is none."""
+    """Whole CPUs of each quota; what cannot be read or understood is none, as where there are no control groups."""
     res = []
     for is_v2, folder in cgroups.groups("cpu"):
         if is_v2:
