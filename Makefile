@@ -186,7 +186,7 @@ bench: install $(FASA_MODEL) ## measure decoding speed at several depths, dense 
 
 # On all cores. A geometry has random weights, on which speed does not depend; performance.md says how it is measured.
 speed: install $(FASA_MODEL) ## measure anew and draw the picture of README.md: docs/speed.csv, docs/speed.svg
-	$(BIN)/fasa-edge bench $(FASA_MODEL) -d 0,2048,7168 --exact -t $(CORES) -n 16 -r 7 --json >$(VENV)/speed-model.json
+	$(BIN)/fasa-edge bench $(FASA_MODEL) -d 0,2048,7168 --budget 512 --exact -t $(CORES) -n 16 -r 7 --json >$(VENV)/speed-model.json
 	$(BIN)/fasa-edge bench --geometry llama-3.2-1b -d 0,8192,32768 --budget 1024 --exact -t $(CORES) -n 4 -r 7 --json >$(VENV)/speed-geometry.json
 	$(BIN)/python docs/speed.py $(VENV)/speed-model.json $(VENV)/speed-geometry.json
 

@@ -91,7 +91,8 @@ class FasaConfig:
     )
     budget: int = _setting(
         512,
-        "Cells that a decoded token attends to in each sparse layer, sinks and recent ones included.",
+        "Cells that a decoded token attends to in each sparse layer, of up to budget_ctx in use; sinks and recent ones "
+        "included.",
         limits=(1, INT32_MAX),
     )
     budget_ctx: int = _setting(

@@ -115,7 +115,7 @@ def _numbers(numbers: tuple[int, ...]) -> str:
     "budgets",
     type=List(int),
     metavar="N,...",
-    default=f"the model's own; with --op {_numbers(measurement.OP_BUDGETS)}",
+    default=f"the model's own; a given one does not grow; with --op {_numbers(measurement.OP_BUDGETS)}",
 )
 @setting_option("n_tip", default="the model's own")
 @output_option

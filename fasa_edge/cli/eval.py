@@ -104,7 +104,7 @@ _about = "\n\n".join(f"{name}: {task.about}." for name, task in tasks.TASKS.item
     help=f"{', '.join(text.TASKS)}, jsonl, or of those below.  [default: {','.join(evaluation.TASKS)}]",
 )
 @_list("--methods", str, evaluation.METHODS, "Of those below.")
-@_list("--budgets", int, evaluation.BUDGETS, SETTINGS["budget"].help)
+@_list("--budgets", int, evaluation.BUDGETS, f"{SETTINGS['budget'].help} Here it does not grow.")
 @setting_option("n_tip", "--n-tip", "n_tips", type=List(int), metavar="N,...", default="the model's own")
 @_list("--prompt-mass", int, evaluation.PROMPT_MASSES, "Of the method prompt, in thousandths.", "prompt_masses")
 @click.option("--set", "settings", type=_Setting(), multiple=True, help="Another setting of all sparse methods.")

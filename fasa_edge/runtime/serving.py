@@ -19,10 +19,7 @@ from fasa_edge.runtime.server_options import ServerOptions
 import psutil
 
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # who listens there is found here
-_POLL, _POLL_SHARE = (
-    0.05,
-    0.1,
-)  # seconds, and of the time in which nothing has moved: asking takes CPU time of the server
+_POLL, _POLL_SHARE = 0.05, 0.1  # seconds, and of the time in which nothing moved: asking costs the server CPU time
 _PATIENCE = 120  # seconds in which a server that does not answer yet has to get on with something
 _STRIDE_SECONDS, _STRIDE_BYTES = 1.0, 1 << 20  # of CPU time, and of files or of memory: less than that is no progress
 
